@@ -1,0 +1,245 @@
+"""Models of the files a user edits (project, benchmark, table, method) and their one-line errors. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distillbench.errors import UserError, nearest
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Project(Strict):
+    """`distillbench.yaml` at the root of a checkout."""
+
+    method_paths: list[str] = Field([], description="folders of methods outside the checkout (or folders of such folders)")
+
+
+class DigitsData(Strict):
+    """scikit-learn's 8x8 digits (they come with the package)."""
+
+    kind: Literal["digits"]
+
+    def fingerprint(self) -> str:
+        spec = importlib.util.find_spec("sklearn")
+        assert spec is not None and spec.submodule_search_locations
+        return digest((Path(spec.submodule_search_locations[0]) / "datasets/data/digits.csv.gz").read_bytes())
+
+
+class MixtureData(Strict):
+    """Gaussian mixture whose velocity is known in closed form."""
+
+    kind: Literal["mixture"]
+    layout: Literal["ring", "grid", "image"]
+    sigma: float = Field(gt=0)
+    weights: list[float] = Field(min_length=1, description="unnormalised weights of the components")
+
+    @model_validator(mode="after")
+    def _fits(self) -> MixtureData:
+        if self.layout == "grid" and round(len(self.weights) ** 0.5) ** 2 != len(self.weights):
+            raise ValueError("a grid needs a square number of weights")
+        if self.layout == "image" and not 2 <= len(self.weights) <= 8:
+            raise ValueError("an image mixture has 2 to 8 components")
+        return self
+
+    def fingerprint(self) -> str:
+        return digest(self.model_dump_json().encode())
+
+
+class NetworkSpec(Strict):
+    """The architecture of teacher, students and critics."""
+
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+
+
+class TeacherSpec(Strict):
+    """How the teacher is trained. On mixtures the velocity is exact and this network only initialises students."""
+
+    updates: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup: float = Field(0.03, ge=0, lt=1)
+    final_lr: float = Field(0.02, ge=0, le=1)
+    half_life: float = Field(0.1, gt=0, description="of the weight average, as a share of the updates")
+    time_mean: float = 0.0
+    time_std: float = Field(1.0, gt=0)
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    heun_steps: int = Field(32, gt=0, description="the 'many steps' of the reference sampler; two evaluations each")
+
+
+class Budget(Strict):
+    """What every method may spend per seed, in units the harness meters."""
+
+    flops: float = Field(gt=0)
+
+
+class Sampling(Strict):
+    """How many samples a student and its teacher give for evaluation."""
+
+    count: int = Field(gt=0)
+    batch: int = Field(1000, gt=0)
+
+
+class Benchmark(Strict):
+    """`workflows/benchmarks/<name>.yaml`: same teacher, same data, same budget, same evaluator for every method."""
+
+    name: str
+    family: str = Field(description="methods may give settings for a family of benchmarks")
+    data: Annotated[DigitsData | MixtureData, Field(discriminator="kind")]
+    network: NetworkSpec
+    teacher: TeacherSpec
+    budget: Budget
+    sampling: Sampling
+    extractor: str | None = Field(None, description="feature extractor of the evaluation; none for mixtures")
+    seeds: list[int] = Field(min_length=1)
+    guidance: float = Field(1.0, description="guidance weight of teacher and students")
+    timeout_s: float = Field(3600, gt=0, description="a cell that trains longer is recorded as `timeout`")
+
+
+class Variant(Strict):
+    """A named change to a method's settings."""
+
+    config: dict[str, Any] = {}
+    benchmarks: dict[str, dict[str, Any]] = {}
+    group: Literal["distillation", "from_scratch"] | None = None
+    fidelity: Literal["official code", "paper text", "reconstruction"] | None = None
+    adaptation: bool | None = None
+
+
+class MethodFile(Strict):
+    """`methods/<name>/config.yaml`."""
+
+    title: str
+    paper: str
+    group: Literal["distillation", "from_scratch"] = "distillation"
+    fidelity: Literal["official code", "paper text", "reconstruction"]
+    adaptation: bool = Field(False, description="used outside its paper's setting")
+    config: dict[str, Any] = {}
+    benchmarks: dict[str, dict[str, Any]] = Field({}, description="settings per family or name of a benchmark")
+    variants: dict[str, Variant] = {}
+
+
+class Table(Strict):
+    """`workflows/tables/<name>.yaml`."""
+
+    name: str
+    title: str
+    benchmarks: list[str] = Field(min_length=1)
+    methods: Literal["all"] | list[str] = Field("all", description="'all' discovered methods, or names")
+    variants: list[str] = Field([], description="more rows, as method@variant")
+    reported: str | None = Field(None, description="file with the papers' own numbers, shown in a section of their own")
+
+
+def digest(data: bytes) -> str:
+    """16 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def canonical(value: Any) -> bytes:
+    """One byte string per JSON value, whatever the order of its keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`change` over `base`, dictionaries key by key."""
+    out = dict(base)
+    for key, value in change.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
+    """The first problem of a validation as one line: file, key, remedy."""
+    first = error.errors()[0]
+    path = [p for p in first["loc"]]
+    key = ".".join(str(p) for p in path)
+    if first["type"] == "extra_forbidden":
+        return UserError(f"{where}: unknown key '{key}', {nearest(str(path[-1]), _keys_beside(model, path))}")
+    if first["type"] == "missing":
+        return UserError(f"{where}: key '{key}' is missing")
+    return UserError(f"{where}: {key or 'file'}: {first['msg']} (got {first['input']!r:.60})")
+
+
+def _keys_beside(model: type[BaseModel], path: list[Any]) -> list[str]:
+    """The fields of the (nested) model in which the last element of `path` was looked up."""
+    for part in path[:-1]:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        model = inner[0] if inner else model
+    return list(model.model_fields)
+
+
+def read(path: Path, model: type[M]) -> M:
+    """A YAML file as `model`; UserError names file, key and remedy."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    try:
+        return model.model_validate(raw or {})
+    except ValidationError as e:
+        raise explain(e, model, str(path)) from None
+
+
+def root() -> Path:
+    """The checkout we stand in: the nearest folder upwards with a `distillbench.yaml`."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "distillbench.yaml").is_file():
+            return folder
+    raise UserError(f"{here}: not inside a distillbench checkout (no distillbench.yaml here or above): cd into one")
+
+
+def _named(folder: Path, name: str, what: str) -> Path:
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: unknown {what} '{name}', {nearest(name, (p.stem for p in folder.glob('*.yaml')))}")
+    return path
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark called `name`."""
+    path = _named(root() / "workflows/benchmarks", name, "benchmark")
+    found = read(path, Benchmark)
+    if found.name != name:
+        raise UserError(f"{path}: key 'name' is '{found.name}', expected '{name}'")
+    return found
+
+
+def table(name: str) -> Table:
+    """The table called `name`."""
+    path = _named(root() / "workflows/tables", name, "table")
+    found = read(path, Table)
+    if found.name != name:
+        raise UserError(f"{path}: key 'name' is '{found.name}', expected '{name}'")
+    return found
+
+
+def tables() -> list[Table]:
+    """Every table of the checkout."""
+    return [table(p.stem) for p in sorted((root() / "workflows/tables").glob("*.yaml"))]
+
+
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "workflows/benchmarks/schema.json": Benchmark,
+    "workflows/tables/schema.json": Table,
+    "methods/schema.json": MethodFile,
+}

@@ -1,0 +1,49 @@
+"""Distribution-matching gradients of a sample x, in velocities, and their named weightings.
+
+x_t = (1-t) x + t e; v_real and v_fake are the teacher's and the critic's velocity at x_t, shape [B, ...]. Descent along
+the returned gradient moves x towards the teacher's denoised sample and away from the critic's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from distillbench.paths import over
+
+
+def residual(v_real: Tensor, x: Tensor, e: Tensor) -> Tensor:
+    """[B, 1, ...] mean |v_real - (e - x)| = mean |x - x0_real| / t over all elements of a sample: DMD's normaliser over t."""
+    return (v_real - (e - x)).abs().mean(dim=tuple(range(1, x.dim())), keepdim=True)
+
+
+# Factor of (v_real - v_fake) in dL/dx. Left the name, right the general form it equals for x_t = alpha x + sigma e.
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    # alpha (s_fake - s_real): the exact gradient of KL(q_t || p_t)
+    "reverse_kl": lambda t, v_real, x, e: (1 - t) ** 2 / t,
+    # eps_real - eps_fake: "sigma/alpha" in DMD Table 2
+    "sigma_alpha": lambda t, v_real, x, e: 1 - t,
+    # sigma^2 (eps_real - eps_fake): "sigma^3/alpha" in DMD Table 2
+    "sigma3_alpha": lambda t, v_real, x, e: t**2 * (1 - t),
+    # (x0_fake - x0_real) / mean |x - x0_real|: DMD Algorithm 2; the two factors t cancel, so nothing is 0/0 at small t
+    "dmd": lambda t, v_real, x, e: 1 / residual(v_real, x, e),
+    # the same times alpha: DMD Eq. 7 with Eq. 8 taken literally
+    "dmd_equation_8": lambda t, v_real, x, e: (1 - t) / residual(v_real, x, e),
+    # unit weight on the velocity difference
+    "velocity": lambda t, v_real, x, e: (1 + 0 * t),
+}
+
+
+def matching_gradient(v_real: Tensor, v_fake: Tensor, x: Tensor, e: Tensor, t: Tensor, weighting: str) -> Tensor:
+    """g = weight (v_real - v_fake), [B, ...], detached (DMD, arXiv 2311.18828, Eq. 7-8 and Algorithm 2).
+
+    t: [B] in (0, 1); `weighting`: a key of WEIGHTINGS (KeyError otherwise).
+    """
+    weight = WEIGHTINGS[weighting](over(t, x), v_real, x, e)
+    return (weight * (v_real - v_fake)).detach()
+
+
+def pseudo_loss(x: Tensor, g: Tensor) -> Tensor:
+    """0.5 mean (x - sg(x - g))^2: a scalar whose gradient in x [B, D] is g / (B D) (DMD Algorithm 2)."""
+    return 0.5 * (x - (x - g).detach()).square().mean()

@@ -1,0 +1,57 @@
+"""What a method spends: network evaluations by role, floating-point operations, images, seconds, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Meter:
+    """Counts while a block of it is open: calls and rows by role ('student', 'student.tangent', 'critic.backward')."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
+        self.flops = 0
+        self._open = False
+
+    def watch(self, network: nn.Module, role: str) -> None:
+        """Count every forward of `network` under `role` from now on."""
+        network.register_forward_hook(lambda _module, args, _out: self.count(role, args[0].shape[0]))
+
+    def count(self, role: str, rows: int) -> None:
+        """Add one evaluation of `rows` samples."""
+        if self._open:
+            self.calls[role] += 1
+            self.rows[role] += rows
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count calls and rows inside the block."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Count calls, rows and FLOPs (torch's own counter: matrix products and convolutions) inside the block."""
+        with self.counting(), FlopCounterMode(display=False) as counter:
+            yield
+        self.flops += counter.get_total_flops()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MiB: of the accelerator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20

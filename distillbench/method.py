@@ -1,0 +1,168 @@
+"""The whole contract between a method and the suite, on one screen: Method, Task, Needs, Batch, Condition, Step.
+
+A method lives in one folder (`methods/<name>/method.py`) and imports `distillbench` only. The harness owns seeds,
+budget, metering, checkpoints, progress and the record; the method owns its networks, its losses, the order of its
+updates and its sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from distillbench.jvp import value_and_tangent
+from distillbench.meter import Meter
+from distillbench.networks import VelocityNetwork, copy_weights
+from distillbench.players import Player, PlayerConfig
+from distillbench.seeds import Rng, derive
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Regression pairs (noise, teacher's ODE sample): how many, by how many Heun steps, how many in a batch."""
+
+    count: int
+    heun_steps: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks for; anything it does not name is withheld."""
+
+    batch: int  # rows of every batch
+    nfe: tuple[int, ...]  # network evaluations per sample its sampler supports and the table shows
+    headline_nfe: int  # the one the paper is about; fixed before anything is measured
+    data: bool = False  # real images
+    teacher: bool = True
+    pairs: Pairs | None = None
+    cycle: int = 1  # train steps after which the pattern of updates repeats
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a sample is conditioned on: labels [B] int64 (None where the data have no classes), guidance weight."""
+
+    labels: Tensor | None
+    guidance: float = 1.0
+
+    def rows(self, rows: slice) -> Condition:
+        return Condition(None if self.labels is None else self.labels[rows], self.guidance)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch. x: [B, *shape] in the data's range, None unless needed; pairs: (noise, image, condition)."""
+
+    size: int
+    cond: Condition
+    x: Tensor | None = None
+    pairs: tuple[Tensor, Tensor, Condition] | None = None
+
+
+@dataclass
+class Step:
+    """Where training stands. `rng(name)` is a stream of this step alone: equal after a resume and on any number of ranks."""
+
+    index: int
+    total: int
+    seed: int
+    device: torch.device
+    _streams: dict[str, Rng] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps already done, in [0, 1)."""
+        return self.index / self.total
+
+    def rng(self, name: str) -> Rng:
+        if name not in self._streams:
+            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            self._streams[name] = Rng(self.seed, "step", self.index, name, rank=rank, world=world, device=self.device)
+        return self._streams[name]
+
+    def mean_across_ranks(self, value: Tensor) -> Tensor:
+        """Mean of a detached tensor over all ranks."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+        return value
+
+
+class Task:
+    """What the harness hands a method: the teacher, networks, players and the metered derivative."""
+
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, network: dict[str, int], teacher: Any, teacher_weights: nn.Module | None,
+        seed: int, device: torch.device, meter: Meter,
+    ):  # fmt: skip
+        self.shape, self.classes, self.device, self.meter = shape, classes, device, meter
+        self.teacher = teacher  # has .velocity(x, t, cond); None when the method does not need one
+        self._network, self._teacher_weights, self._seed = network, teacher_weights, seed
+        self._roles: dict[nn.Module, str] = {}
+        self.players: dict[str, Player] = {}
+
+    def network(self, init: Literal["teacher", "random"], second_time: bool = False, guidance: bool = False) -> VelocityNetwork:
+        """A network of the benchmark's architecture; from the teacher, added inputs start without effect."""
+        torch.manual_seed(derive(self._seed, "network", len(self._roles)))
+        net = VelocityNetwork(self.shape, self.classes, **self._network, second_time=second_time, guidance=guidance)
+        if init == "teacher":
+            if self._teacher_weights is None:
+                raise ValueError("init='teacher' without needs(teacher=True)")
+            copy_weights(self._teacher_weights, net)
+        self._roles[net] = "network"
+        return net.to(self.device)
+
+    def player(self, name: str, config: PlayerConfig, *networks: nn.Module) -> Player:
+        """Register what one optimiser moves. The player named 'student' is the one saved and sampled."""
+        for i, net in enumerate(networks):
+            self._roles[net] = name if i == 0 else f"{name}.{i}"
+            self.meter.watch(net, self._roles[net])  # before the averages copy the network, so that these count too
+        self.players[name] = Player(name, networks, config, self.meter)
+        return self.players[name]
+
+    def jvp(
+        self, net: nn.Module, primals: tuple[Tensor, Tensor, Tensor], tangents: tuple[Tensor, Tensor, Tensor],
+        cond: Condition, graph: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """u = net(x, t, s) with its graph and du along `tangents` (of x, t, s), on the first m rows that these have.
+
+        One evaluation of the value and one of the tangent, both metered, float32; see distillbench.jvp.
+        """
+        self.meter.count(f"{self._roles[net]}.tangent", tangents[0].shape[0])
+        return value_and_tangent(lambda x, t, s: net(x, t, cond.labels, s=s), primals, tangents, graph)
+
+
+class Method:
+    """What one paper contributes: the networks it trains, their losses and updates, and how its student samples."""
+
+    class Config(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+    needs: ClassVar[Callable[[Any], Needs]]  # classmethod needs(cls, config) -> Needs
+
+    def __init__(self, task: Task, config: Any):
+        """Create the players with `task.network` and `task.player`."""
+        raise NotImplementedError
+
+    def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Update the players in the order the paper says; returns scalars to log."""
+        raise NotImplementedError
+
+    def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
+        """Images like `noise` [B, *shape] from standard normal noise, with exactly `nfe` network evaluations."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Anything that changes over training besides the players."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""

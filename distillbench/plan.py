@@ -1,0 +1,98 @@
+"""What a table needs: its arms and cells, which of them are fresh, and the stamps Snakemake orders by. Imports no torch.
+
+Records are never outputs of a workflow rule (Snakemake deletes outputs before a rerun). A rule's output is a stamp beside
+the cells; `sync` makes a stamp exist exactly when the records it stands for exist, so the records alone decide.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distillbench import config, registry
+from distillbench.cell import Cell, make_folder
+from distillbench.config import Table, canonical, digest, root
+
+Evaluated = Callable[[Cell], bool]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The seeds of one arm on one benchmark that share a process per stage, so that torch is imported once."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def benchmark(self) -> str:
+        return self.cells[0].benchmark.name
+
+    @property
+    def arm(self) -> str:
+        return self.cells[0].arm_name
+
+    @property
+    def keys(self) -> str:
+        """A hash of the cells' keys."""
+        return digest(canonical([c.key for c in self.cells]))[:12]
+
+    @property
+    def seeds(self) -> str:
+        return ",".join(str(c.seed) for c in self.cells)
+
+    def stamp(self, stage: str) -> str:
+        """results/runs/<benchmark>/<arm>/<keys>.<stage>, relative to the root."""
+        return f"results/runs/{self.benchmark}/{self.arm}/{self.keys}.{stage}"
+
+    def sync(self, stage: str, fresh: Callable[[Cell], bool], source: Callable[[Cell], Path]) -> bool:
+        """Make the stamp agree with the records (and carry their time); returns whether all are there."""
+        path, complete = root() / self.stamp(stage), all(fresh(c) for c in self.cells)
+        if complete:
+            make_folder(path.parent)
+            newest = max(source(c).stat().st_mtime for c in self.cells)
+            if not path.exists() or path.stat().st_mtime != newest:
+                path.touch()
+                os.utime(path, (newest, newest))
+        elif path.exists():
+            path.unlink()
+        return complete
+
+
+def is_trained(cell: Cell) -> bool:
+    """The record exists; nothing else decides."""
+    return cell.record.is_file()
+
+
+def arms(table: Table) -> list[registry.Arm]:
+    """The arms of a table: its methods in their default variant, then its variants."""
+    names = sorted(registry.discover()) if table.methods == "all" else table.methods
+    return [registry.arm(name) for name in [*names, *table.variants]]
+
+
+def jobs(table: Table) -> list[Job]:
+    """Every benchmark's teachers, a job each (students wait for them), and its arms, all seeds in a job."""
+    out = []
+    for b in map(config.benchmark, table.benchmarks):
+        out += [Job((Cell(b, None, seed),)) for seed in b.seeds]
+        out += [Job(tuple(Cell(b, arm, seed) for seed in b.seeds)) for arm in arms(table)]
+    return out
+
+
+def validate(todo: list[Job]) -> list[str]:
+    """Check the configuration of every arm that will run (imports torch); UserError on a mistake in a file.
+
+    A method folder that does not import is no user error: its row will say so. Returns one warning for each of these.
+    """
+    warnings = []
+    for j in todo:
+        arm = j.cells[0].arm
+        if arm is None:
+            continue
+        try:
+            method = registry.load(arm.folder)
+        except Exception as e:  # whatever a foreign module raises
+            warnings.append(f"{arm.folder.path / 'method.py'} does not import ({type(e).__name__}: {e}): its rows will say FAILED")
+            continue
+        registry.configuration(arm, j.cells[0].benchmark, method)
+    return warnings

@@ -1,0 +1,116 @@
+"""Discovery of method folders: `methods/*/` of the checkout and the `method_paths` of `distillbench.yaml`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from distillbench.config import Benchmark, MethodFile, Project, digest, explain, merged, read, root
+from distillbench.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from distillbench.method import Method
+
+RESERVED = ("teacher", "fixed")  # arms that are not methods
+
+
+@dataclass(frozen=True)
+class MethodFolder:
+    """A method as found on disk; nothing of it has been imported."""
+
+    name: str
+    path: Path
+    file: MethodFile
+
+    def code_hash(self) -> str:
+        """Of every Python file in the folder."""
+        files = sorted(self.path.rglob("*.py"))
+        return digest(b"".join(str(f.relative_to(self.path)).encode() + b"\0" + f.read_bytes() for f in files))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with a variant, as one row group of a table."""
+
+    folder: MethodFolder
+    variant: str | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name if self.variant is None else f"{self.folder.name}@{self.variant}"
+
+    def attribute(self, key: str) -> Any:
+        """'group', 'fidelity' or 'adaptation': the variant's own, or the method's."""
+        own = getattr(self.folder.file.variants[self.variant], key) if self.variant else None
+        return getattr(self.folder.file, key) if own is None else own
+
+    def settings(self, benchmark: Benchmark) -> dict[str, Any]:
+        """The method's raw configuration on a benchmark: general, family, name; then the same of the variant."""
+        out: dict[str, Any] = {}
+        for source in (self.folder.file, self.folder.file.variants[self.variant] if self.variant else None):
+            if source is not None:
+                for layer in (source.config, source.benchmarks.get(benchmark.family), source.benchmarks.get(benchmark.name)):
+                    out = merged(out, layer or {})
+        return out
+
+
+def discover() -> dict[str, MethodFolder]:
+    """Every method folder by name; two folders of one name are an error."""
+    project_file = root() / "distillbench.yaml"
+    candidates = sorted(p.parent for p in (root() / "methods").glob("*/method.py"))
+    for entry in read(project_file, Project).method_paths:
+        path = (root() / entry).resolve()
+        inside = [path] if (path / "method.py").is_file() else sorted(p.parent for p in path.glob("*/method.py"))
+        if not inside:
+            raise UserError(f"{project_file}: method_paths: no method.py in '{entry}' or in its folders")
+        candidates += inside
+    found: dict[str, MethodFolder] = {}
+    for path in candidates:
+        if path.name in found or path.name in RESERVED or "@" in path.name:
+            why = f"is also the name of {found[path.name].path}" if path.name in found else "is reserved"
+            raise UserError(f"{path}: the method name '{path.name}' {why}: rename the folder")
+        found[path.name] = MethodFolder(path.name, path, read(path / "config.yaml", MethodFile))
+    return found
+
+
+def arm(name: str) -> Arm:
+    """`method` or `method@variant`; UserError offers the nearest name."""
+    methods = discover()
+    method, _, variant = name.partition("@")
+    if method not in methods:
+        raise UserError(f"unknown method '{method}', {nearest(method, methods)}")
+    if variant and variant not in methods[method].file.variants:
+        variants = methods[method].file.variants
+        raise UserError(f"{methods[method].path / 'config.yaml'}: unknown variant '{variant}', {nearest(variant, variants)}")
+    return Arm(methods[method], variant or None)
+
+
+def load(folder: MethodFolder) -> type[Method]:
+    """The Method subclass of a folder; imports its code (and torch). Whatever that raises is raised."""
+    from distillbench.method import Method
+
+    name = f"distillbench_method_{folder.name}"
+    spec = importlib.util.spec_from_file_location(name, folder.path / "method.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    classes = [
+        c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == name
+    ]
+    if len(classes) != 1:
+        raise TypeError(f"{folder.path / 'method.py'}: expected one subclass of Method, found {len(classes)}")
+    return classes[0]
+
+
+def configuration(arm: Arm, benchmark: Benchmark, method: type[Method]) -> Any:
+    """The validated `Method.Config` of an arm on a benchmark; UserError names file, key and remedy."""
+    try:
+        return method.Config.model_validate(arm.settings(benchmark))
+    except ValidationError as e:
+        raise explain(e, method.Config, f"{arm.folder.path / 'config.yaml'} ({benchmark.name})") from None

@@ -1,0 +1,54 @@
+"""Samplers from noise at t=1 to data at t=0: Euler and Heun for velocities, jumps for flow maps.
+
+`velocity(x, t)` and `flow_map(x, t, s)` take x [B, ...] and times [B]; every sampler returns [B, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distillbench.paths import jump, over
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def grid(steps: int, like: Tensor) -> list[Tensor]:
+    """steps+1 uniform times from 1 to 0, each [B]."""
+    return [like.new_full((like.shape[0],), 1 - i / steps) for i in range(steps + 1)]
+
+
+def euler(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
+    """Euler's method on dx/dt = v; `steps` evaluations."""
+    x, times = noise, grid(steps, noise)
+    for t, s in zip(times, times[1:]):
+        x = x - over(t - s, x) * velocity(x, t)
+    return x
+
+
+def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
+    """Heun's second-order method; 2 x `steps` evaluations (the straight path has no singularity at t=0)."""
+    x, times = noise, grid(steps, noise)
+    for t, s in zip(times, times[1:]):
+        v = velocity(x, t)
+        x = x - over(t - s, x) * 0.5 * (v + velocity(x - over(t - s, x) * v, s))
+    return x
+
+
+def jumps(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
+    """x <- x - (t-s) u(x, t, s) along a uniform grid; `steps` evaluations (MeanFlow, arXiv 2505.13447, Eq. 12)."""
+    x, times = noise, grid(steps, noise)
+    for t, s in zip(times, times[1:]):
+        x = jump(x, average(x, t, s), t, s)
+    return x
+
+
+@torch.no_grad()
+def in_batches(sample: Callable[[Tensor, Tensor | None], Tensor], noise: Tensor, labels: Tensor | None, batch: int) -> Tensor:
+    """`sample(noise, labels)` over rows in batches of `batch`, concatenated."""
+    parts = []
+    for i in range(0, len(noise), batch):
+        parts.append(sample(noise[i : i + batch], None if labels is None else labels[i : i + batch]))
+    return torch.cat(parts)

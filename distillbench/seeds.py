@@ -1,0 +1,39 @@
+"""Random numbers derived from (seed, role, step), never from a global stream and never from a sum of integers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def derive(seed: int, *names: object) -> int:
+    """A 63-bit seed from a seed and the names of its use; distinct names give independent streams."""
+    text = "/".join(str(n) for n in (seed, *names))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Rng:
+    """One named stream. Rows are drawn for the global batch; rank r of W keeps rows r, r+W, ...,
+    so that 1 rank and W ranks together see the same batch."""
+
+    def __init__(self, seed: int, *names: object, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
+        # Always a CPU generator: the numbers do not depend on the device.
+        self._generator = torch.Generator().manual_seed(derive(seed, *names))
+        self._rank, self._world, self._device = rank, world, device
+
+    def _own(self, rows: Tensor) -> Tensor:
+        return rows[self._rank :: self._world].to(self._device)
+
+    def normal(self, n: int, *shape: int) -> Tensor:
+        """[n, *shape] standard normal, float32."""
+        return self._own(torch.randn(n * self._world, *shape, generator=self._generator))
+
+    def uniform(self, n: int) -> Tensor:
+        """[n] uniform in [0, 1), float32."""
+        return self._own(torch.rand(n * self._world, generator=self._generator))
+
+    def integers(self, n: int, high: int) -> Tensor:
+        """[n] integers in [0, high), int64."""
+        return self._own(torch.randint(high, (n * self._world,), generator=self._generator))

@@ -1,0 +1,64 @@
+"""One cell's samples -> the rows of its metrics.json. Sees samples and reference data, never a network of a method."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.extractors import load_extractor
+from eval.fixed_rows import fixed_rows
+from eval.metrics import Reference, evaluate_images
+from eval.mixtures import evaluate_mixture
+
+GALLERY = {4: 20, 2: 800}  # how many samples are kept for the picture: images [N, C, H, W], points [N, D]
+
+Samples = dict[int, Tensor]  # NFE -> samples in the order of the shared noise
+
+
+def image_metrics(
+    samples: Samples, extractor_name: str, reference: Tensor, train: Tensor, teacher_samples: Tensor | None
+) -> dict[str, Any]:
+    """Rows of image samples, all uint8 [N, C, H, W]; `teacher_samples`: the teacher's at many steps, on the same noise."""
+    extractor = load_extractor(extractor_name)
+    held_out = Reference.of(reference, extractor)
+    teacher = None if teacher_samples is None else extractor.features(teacher_samples)[0]
+    rows = []
+    for nfe, images in samples.items():
+        own = None if teacher_samples is images else teacher  # a teacher is not compared with itself
+        rows.append({"nfe": nfe, **evaluate_images(images, extractor, held_out, own, train)})
+    return {"rows": rows, "gallery": gallery(samples)}
+
+
+def image_fixed_rows(
+    extractor_name: str, train: Tensor, train_labels: Tensor, reference: Tensor, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """The rows that every table of the benchmark carries: noise floor and trivial generators."""
+    return fixed_rows(train, train_labels, reference, load_extractor(extractor_name), count, seed)
+
+
+def mixture_metrics(
+    samples: Samples, exact: Tensor, exact_again: Tensor, means: Tensor, sigma: float, weights: Tensor
+) -> dict[str, Any]:
+    """Rows of samples [N, *shape] of a mixture against two independent exact draws of the same size."""
+    rows = []
+    for nfe, x in samples.items():
+        flat = [a.flatten(1) for a in (x, exact, exact_again, means)]
+        rows.append({"nfe": nfe, **evaluate_mixture(*flat, sigma, weights)})
+    return {"rows": rows, "gallery": gallery(samples)}
+
+
+def gallery(samples: Samples) -> dict[str, Any]:
+    """The first samples, for the picture: shape and base64 of uint8 pixels or little-endian float16 coordinates."""
+    out: dict[str, Any] = {}
+    for nfe, x in samples.items():
+        few = x[: GALLERY.get(x.dim(), 20)]
+        few = few if few.dtype == torch.uint8 else few.half()
+        out[f"nfe{nfe}"] = {
+            "shape": list(few.shape),
+            "dtype": str(few.numpy().dtype),
+            "base64": base64.b64encode(few.numpy().tobytes()).decode(),
+        }
+    return out

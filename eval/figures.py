@@ -1,0 +1,68 @@
+"""The picture under a table: samples of teacher and students on the same noise, from published records."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from eval.records import Record
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def decode(entry: dict[str, Any]) -> np.ndarray:
+    """A gallery entry of metrics.json -> array of its shape."""
+    return np.frombuffer(base64.b64decode(entry["base64"]), entry["dtype"]).reshape(entry["shape"])
+
+
+def picture(records: list[Record]) -> bytes:
+    """PNG of the lowest seed: a strip of images, or a scatter of points, per teacher and student at every NFE."""
+    strips = []
+    seeds = {b: min(r.result["seed"] for r in records if r.result["benchmark"] == b) for b in {r.result["benchmark"] for r in records}}
+    order = {"teacher": 0, "from_scratch": 1, "distillation": 2}
+    for r in sorted(records, key=lambda r: (r.result["benchmark"], order[r.result["group"]], r.arm)):
+        if r.metrics is None or r.result["seed"] != seeds[r.result["benchmark"]]:
+            continue
+        nfes = sorted(r.result["nfe"], reverse=r.result["group"] == "teacher")
+        for nfe in nfes:
+            label = f"{r.result['benchmark']}: {r.arm}, {nfe} NFE" if len(seeds) > 1 else f"{r.arm}, {nfe} NFE"
+            strips.append((label, decode(r.metrics["gallery"][f"nfe{nfe}"])))
+    images = [(label, a) for label, a in strips if a.ndim == 4]
+    points = [(label, a) for label, a in strips if a.ndim == 2]
+    fig = _scatters(points) if len(points) >= len(images) else _strips(images)
+    out = io.BytesIO()
+    fig.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    plt.close(fig)
+    return out.getvalue()
+
+
+def _strips(strips: list[tuple[str, np.ndarray]]) -> plt.Figure:
+    fig, axes = plt.subplots(len(strips), 1, figsize=(10, 0.52 * len(strips) + 0.2), squeeze=False)
+    for ax, (label, images) in zip(axes[:, 0], strips):
+        padded = np.pad(images[:, 0].astype(float) / 255, ((0, 0), (0, 0), (1, 1)), constant_values=1)
+        ax.imshow(np.concatenate(list(padded), axis=1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        ax.set_yticks([padded.shape[1] / 2], [label], fontsize=9)
+        ax.set_xticks([])
+        ax.tick_params(length=0)
+        ax.set_frame_on(False)
+    fig.subplots_adjust(left=0.2, right=0.995, top=0.99, bottom=0.01, hspace=0.12)
+    return fig
+
+
+def _scatters(scatters: list[tuple[str, np.ndarray]]) -> plt.Figure:
+    columns = 4
+    lines = -(-len(scatters) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(10, 2.6 * lines), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (label, x) in zip(axes.flat, scatters):
+        ax.scatter(x[:, 0].astype(float), x[:, 1].astype(float), s=1.5, lw=0, color="black")
+        ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+        ax.set_title(label, fontsize=8)
+    fig.tight_layout()
+    return fig

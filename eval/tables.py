@@ -1,0 +1,294 @@
+"""results/<table>.md, .csv and .json as a pure function of published records: the same records give the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tabulate import tabulate
+
+from eval.records import Record
+
+IMAGES = ("fid", "fid_teacher", "kid", "is", "precision", "recall", "density", "coverage", "memorisation", "gap_closed")
+MIXTURES = ("sliced_w2", "sliced_w2_floor", "modes", "modes_total", "weight_tv", "outside", "outside_exact")
+# column heading, scale of the printed value, digits
+SHOWN: dict[str, tuple[str, float, int]] = {
+    "fid": ("FID ↓", 1, 3), "fid_teacher": ("FID to teacher ↓", 1, 3), "kid": ("KID×10³ ↓", 1e3, 2), "is": ("IS ↑", 1, 2),
+    "precision": ("prec. ↑", 1, 3), "recall": ("recall ↑", 1, 3), "density": ("density ↑", 1, 2),
+    "coverage": ("coverage ↑", 1, 3), "memorisation": ("memor.", 1, 3), "gap_closed": ("gap closed ↑", 1, 3),
+    "sliced_w2": ("sliced W2 ↓", 1, 3), "sliced_w2_floor": ("floor of W2", 1, 3), "modes": ("modes ↑", 1, 1),
+    "modes_total": ("of", 1, 0), "weight_tv": ("weight TV ↓", 1, 3), "outside": ("outside 3σ ↓", 1, 3),
+    "outside_exact": ("outside, exact", 1, 3),
+}  # fmt: skip
+GROUPS = {
+    "reference": "Reference rows",
+    "teacher": "Teacher",
+    "from_scratch": "Few-step flows from scratch (budget of teacher plus distillation)",
+    "distillation": "Distillation",
+}
+Row = dict[str, Any]
+
+
+def summarise(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; (None, None) without values, sd None for one."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None, None
+    digits = lambda v: float(f"{v:.6g}")  # noqa: E731
+    return digits(np.mean(known)), digits(np.std(known, ddof=1)) if len(known) > 1 else None
+
+
+def build_rows(records: list[Record]) -> list[Row]:
+    """One row per (benchmark, arm, NFE) over seeds, fixed rows first, in the order of GROUPS."""
+    rows: list[Row] = []
+    for benchmark in sorted({r.result["benchmark"] for r in records}):
+        own = [r for r in records if r.result["benchmark"] == benchmark]
+        teachers = [r for r in own if r.result["group"] == "teacher"]
+        anchors = {r.result["seed"]: _anchor(r) for r in teachers}
+        rows += _fixed(benchmark, teachers, anchors)
+        for group in list(GROUPS)[1:]:
+            arms = sorted({r.arm for r in own if r.result["group"] == group})
+            for arm in arms:
+                rows += _arm_rows([r for r in own if r.arm == arm], anchors)
+    return rows
+
+
+def _anchor(teacher: Record) -> tuple[float, float] | None:
+    """(FID of class means, FID of the teacher at many steps): the ends of `gap closed`, per seed."""
+    if teacher.metrics is None or not teacher.metrics.get("fixed"):
+        return None
+    means = next(row["fid"] for row in teacher.metrics["fixed"] if row["name"] == "class_means")
+    return means, max(teacher.metrics["rows"], key=lambda row: row["nfe"])["fid"]
+
+
+def _gap_closed(fid: float | None, anchor: tuple[float, float] | None) -> float | None:
+    return None if fid is None or anchor is None else (anchor[0] - fid) / (anchor[0] - anchor[1])
+
+
+def _metrics(found: list[tuple[Row, tuple[float, float] | None]]) -> Row:
+    """<metric>_mean and <metric>_sd over seeds of (metrics row, anchor)."""
+    out: Row = {}
+    names = MIXTURES if any("sliced_w2" in row for row, _ in found) else IMAGES
+    for name in names:
+        values = [_gap_closed(row.get("fid"), anchor) if name == "gap_closed" else row.get(name) for row, anchor in found]
+        out[f"{name}_mean"], out[f"{name}_sd"] = summarise(values)
+    return out
+
+
+def _fixed(benchmark: str, teachers: list[Record], anchors: dict[int, Any]) -> list[Row]:
+    """Floor and trivial generators, which the teacher cell of every seed carries."""
+    done = [r for r in teachers if r.metrics and r.metrics.get("fixed")]
+    out = []
+    for name in [row["name"] for row in done[0].metrics["fixed"]] if done else []:  # type: ignore[index]
+        found = [
+            (next(row for row in r.metrics["fixed"] if row["name"] == name), anchors[r.result["seed"]])  # type: ignore[index]
+            for r in done
+        ]
+        out.append(
+            {"benchmark": benchmark, "group": "reference", "method": name, "variant": None, "title": name.replace("_", " "),
+             "nfe": None, "headline": False, "seeds": len(done), "status": "done", "division": None, "fidelity": None,
+             "budget": None, "params": None, "reported": None} | _metrics(found)
+        )  # fmt: skip
+    return out
+
+
+def _arm_rows(records: list[Record], anchors: dict[int, Any]) -> list[Row]:
+    """The rows of one arm, one per NFE; a single row that says why where no seed finished."""
+    first, done = records[0].result, [r for r in records if r.metrics is not None]
+    base = {
+        "benchmark": first["benchmark"], "group": first["group"], "method": first["method"], "variant": first["variant"],
+        "title": first["title"] + (f" ({first['variant']})" if first["variant"] else ""),
+        "status": _status(records), "division": first["division"],
+        "fidelity": ", ".join(filter(None, [first["fidelity"], "adaptation" if first["adaptation"] else None])) or None,
+        "budget": summarise(r.result["cost"].get("flops") for r in records)[0], "reported": first.get("reported"),
+    }  # fmt: skip
+    if not done:
+        return [base | {"nfe": None, "headline": True, "seeds": 0, "params": None} | _metrics([({}, None)])]
+    out = []
+    for nfe in done[0].result["nfe"]:
+        found = [
+            (row, anchors.get(r.result["seed"])) for r in done for row in r.metrics["rows"] if row["nfe"] == nfe  # type: ignore[index]
+        ]
+        own = {"nfe": nfe, "headline": nfe == done[0].result["headline_nfe"], "seeds": len(found), "params": done[0].result["params"]}
+        out.append(base | own | _metrics(found))
+    return out
+
+
+def _status(records: list[Record]) -> str:
+    """'done', or how many seeds ended how, with the first reason."""
+    counts = Counter(r.result["status"] for r in records)
+    if set(counts) == {"done"}:
+        return "done"
+    failed = next(r.result for r in records if r.result["status"] != "done")
+    share = "" if counts[failed["status"]] == len(records) else f"{counts[failed['status']]} of {len(records)} "
+    return f"{share}{failed['status'].upper().replace('_', ' ')}: {failed['reason']}"
+
+
+def markdown(title: str, rows: list[Row], records: list[Record], reported: dict[str, Any] | None, picture: str) -> str:
+    """The whole page: one section per benchmark, its protocol, the picture, the papers' own rows."""
+    out = [f"# {title}", ""]
+    for benchmark in dict.fromkeys(r["benchmark"] for r in rows):
+        own = [r for r in rows if r["benchmark"] == benchmark]
+        out += [f"## {benchmark}: measured here", "", _section(own), "", *_notes(own, records, benchmark), ""]
+    out += [f"![Samples of teacher and students on the same noise]({picture})", ""]
+    if reported:
+        out += _reported_section(reported)
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _section(rows: list[Row]) -> str:
+    metrics = [m for m in SHOWN if any(r.get(f"{m}_mean") is not None for r in rows)]
+    body: list[list[str]] = []
+    for group, heading in GROUPS.items():
+        members = [r for r in rows if r["group"] == group]
+        if members:
+            body.append([f"**{heading}**"])
+        for r in members:
+            name = f"**{r['title']}**" if r["headline"] and group != "teacher" else r["title"]
+            values = [_cell(r, m) for m in metrics]
+            tail = [r["status"].replace("|", "\\|"), r["fidelity"] or "", r["division"] or "", _paper(r["reported"])]
+            body.append([name, _text(r["nfe"]), _millions(r["params"]), _tera(r["budget"]), *values, _text(r["seeds"]), *tail])
+    head = ["method", "NFE", "params", "TFLOP", *(SHOWN[m][0] for m in metrics), "n", "status", "fidelity", "division", "paper"]
+    width = len(head)
+    return tabulate([line + [""] * (width - len(line)) for line in body], head, "github", disable_numparse=True)
+
+
+def _cell(row: Row, metric: str) -> str:
+    mean, sd = row.get(f"{metric}_mean"), row.get(f"{metric}_sd")
+    _, scale, digits = SHOWN[metric]
+    if mean is None:
+        return "–"
+    return f"{mean * scale:.{digits}f}" + ("" if sd is None else f" ± {sd * scale:.{digits}f}")
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _millions(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e6:.2f}M"
+
+
+def _tera(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e12:.2f}"
+
+
+def _paper(reported: dict[str, Any] | None) -> str:
+    return "" if reported is None else f"{reported['metric'].upper()} {reported['value']} ({reported['setting']})"
+
+
+def _notes(rows: list[Row], records: list[Record], benchmark: str) -> list[str]:
+    """The protocol footnote."""
+    own = protocol(records)[benchmark]
+    budget = "–" if own["budget_flops"] is None else f"{own['budget_flops'] / 1e12:.2f} TFLOP"
+    lines = [
+        f"Mean ± sample sd over seeds {', '.join(map(str, own['seeds']))} (n of them finished); seed k of a method starts "
+        f"from teacher k and is compared with it. Budget {budget} per seed for every method in the closed division, metered: "
+        "teacher calls, critics and regression pairs included. Headline NFE in bold, declared before training. "
+        "‘paper’ is what the paper reports in its own setting, shown for orientation and not comparable.",
+    ]
+    if any(r.get("fid_mean") is not None for r in rows):
+        lines += [
+            "",
+            f"FID, KID, IS, precision and recall (k = 3), density and coverage (k = 5) in the features of {own['extractor']} "
+            f"({own['extractor_sha256'][:12]}): {own['samples']} samples against {own['reference']} held-out images; numbers compare only "
+            "under one extractor. ‘FID to teacher’ is to the teacher’s samples at many steps from the same noise. ‘memor.’ is the share "
+            "of samples nearer to a training image than that image is to any other training image; the floor row shows it for real "
+            "held-out images. Gap closed = (FID of class means − FID) / (FID of class means − FID of the teacher at many steps): a "
+            "convenience, not the ranking.",
+        ]
+    elif any(r.get("sliced_w2_mean") is not None for r in rows):
+        lines += [
+            "",
+            f"{own['samples']} samples against exact ones. Sliced W2 beside what a second exact draw scores; modes: components with at "
+            "least a tenth of their share; weight TV: total variation of the modes’ weights; outside: share of samples farther from every "
+            "mode than 3σ holds in two dimensions.",
+        ]
+    lines += ["", f"Protocol: evaluation {own['evaluation']}, data {own['data']}, code {own['ground']}, commit {own['commit']}."]
+    return lines
+
+
+def protocol(records: list[Record]) -> dict[str, Any]:
+    """Per benchmark what every row shares, and the hashes to find it again."""
+    out: dict[str, Any] = {}
+    for benchmark in sorted({r.result["benchmark"] for r in records}):
+        own = [r for r in records if r.result["benchmark"] == benchmark]
+        done = [r for r in own if r.metrics is not None]
+        first = done[0].metrics["evaluation"] if done else {}  # type: ignore[index]
+        commits = sorted({_commit(r.result["provenance"]) for r in own})
+        out[benchmark] = {
+            "seeds": sorted({r.result["seed"] for r in own}),
+            "budget_flops": max((r.result["cost"].get("limit_flops") or 0 for r in own if r.result["group"] == "distillation"), default=0) or None,
+            "samples": first.get("samples"),
+            "reference": first.get("reference"),
+            "reference_sha256": first.get("reference_sha256"),
+            "extractor": first.get("extractor"),
+            "extractor_sha256": first.get("extractor_sha256"),
+            "evaluation": ", ".join(sorted({r.metrics["evaluation"]["key"] for r in done})),  # type: ignore[index]
+            "data": ", ".join(sorted({r.result["provenance"]["hashes"]["data"] for r in own})),
+            "ground": ", ".join(sorted({r.result["provenance"]["hashes"]["ground"] for r in own})),
+            "commit": ", ".join(commits),
+            "cells": {f"{r.arm} seed {r.result['seed']}": r.result["key"] for r in own},
+        }  # fmt: skip
+    return out
+
+
+def _commit(provenance: dict[str, Any]) -> str:
+    commit = (provenance["commit"] or "none")[:12]
+    return f"{commit} with uncommitted changes" if provenance["dirty"] else commit
+
+
+def reported_rows(reported: dict[str, Any] | None) -> list[Row]:
+    """The papers' rows in the shape of ours, without a measured value."""
+    out: list[Row] = []
+    for section in (reported or {}).get("sections", []):
+        for r in section["rows"]:
+            out.append(
+                {"benchmark": section["benchmark"], "group": r["group"], "method": r["method"], "variant": None,
+                 "title": r["method"], "nfe": r["nfe"], "headline": False, "seeds": 0, "status": "reported, not run",
+                 "division": None, "fidelity": None, "budget": None, "params": None, "reported": r}
+                | {f"{m}_{k}": None for m in IMAGES for k in ("mean", "sd")}
+            )  # fmt: skip
+    return out
+
+
+def _reported_section(reported: dict[str, Any]) -> list[str]:
+    out = ["## Reported by the papers, not run here", "", reported["note"], ""]
+    for section in reported["sections"]:
+        body: list[list[str]] = []
+        for group, heading in reported["groups"].items():
+            members = [r for r in section["rows"] if r["group"] == group]
+            teacher = None
+            if members:
+                body.append([f"**{heading}**"])
+            for r in members:
+                if r.get("teacher") and r["teacher"] != teacher:
+                    teacher = r["teacher"]
+                    body.append([f"*teacher: {teacher} (FID {r['teacher_fid']:.2f})*"])
+                mark = "*" * bool(r.get("autoguidance"))
+                epochs = "–" if r["epochs"] is None else f"{r['epochs']}{'†' * bool(r.get('init_from_pretrained'))}"
+                body.append([r["method"].replace("*", "\\*") + mark.replace("*", "\\*"), epochs, f"{r['params_M']}M", r["nfe"], f"{r['fid']:.2f}"])
+        head = ["method", "epochs", "params", "NFE", "FID ↓ (reported)"]
+        lines = [line + [""] * (5 - len(line)) for line in body]
+        out += [f"### {section['title']}", "", tabulate(lines, head, "github", disable_numparse=True), ""]
+    return out
+
+
+def write(
+    name: str, title: str, records: list[Record], reported: dict[str, Any] | None, folder: Path, write_bytes: Callable[[Path, bytes], None]
+) -> None:
+    """The three twins of a table into `folder`."""
+    rows = build_rows(records)
+    every = rows + reported_rows(reported)
+    twins = {
+        "md": markdown(title, rows, records, reported, f"{name}.png").encode(),
+        "json": (json.dumps({"protocol": protocol(records), "rows": every}, indent=1, ensure_ascii=False) + "\n").encode(),
+        "csv": pd.DataFrame([{**r, "reported": json.dumps(r["reported"]) if r["reported"] else None} for r in every]).to_csv(index=False).encode(),
+    }  # fmt: skip
+    for suffix, data in twins.items():
+        write_bytes(folder / f"{name}.{suffix}", data)

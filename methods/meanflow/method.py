@@ -1,0 +1,77 @@
+"""MeanFlow (Geng et al., arXiv 2505.13447), from a teacher's velocity or from data. Average velocity u(x_t, t, s)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from distillbench import times
+from distillbench.method import Batch, Condition, Method, Needs, Step, Task
+from distillbench.paths import noised, over
+from distillbench.players import PlayerConfig
+from distillbench.samplers import jumps
+from distillbench.seeds import Rng
+
+
+def meanflow_target(v: Tensor, du: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """u_tgt = sg(v - (t-s) du/dt), Eq. 10-11. v, du: [B, ...]; t, s: [B]; detached, like v."""
+    return (v - over(t - s, v) * du).detach()
+
+
+def adaptive_loss(u: Tensor, target: Tensor, p: float, c: float) -> Tensor:
+    """Mean over the batch of L / sg(L + c)^p with L = sum of (u - target)^2 over a sample's elements, Eq. 22.
+
+    u, target: [B, ...]; p >= 0 (0: plain squared error), c > 0. The sum matters: a mean would change c by its size.
+    """
+    squared = (u - target).square().flatten(1).sum(1)
+    return (squared / (squared + c).detach().pow(p)).mean()
+
+
+class MeanFlow(Method):
+    class Config(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        velocity: Literal["teacher", "data"] = Field(description="v: the teacher's at x_t, or e - x (from scratch)")
+        batch: int = Field(gt=0)
+        time_mean: float = Field(description="of the logit-normal law of t and s")
+        time_std: float = Field(gt=0)
+        diagonal: float = Field(ge=0, lt=1, description="share of rows with s = t")
+        p: float = Field(ge=0, description="power of the adaptive weight")
+        c: float = Field(gt=0)
+        student: PlayerConfig
+
+    @classmethod
+    def needs(cls, config: Config) -> Needs:
+        teacher = config.velocity == "teacher"
+        return Needs(batch=config.batch, nfe=(1, 2, 4), headline_nfe=1, data=True, teacher=teacher)
+
+    def __init__(self, task: Task, config: Config):
+        self.task, self.config = task, config
+        self.net = task.network("teacher" if config.velocity == "teacher" else "random", second_time=True)
+        self.student = task.player("student", config.student, self.net)
+
+    def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Algorithm 1. The teacher's velocity replaces e - x both as target and as tangent (FreeFlow Eq. 5)."""
+        c, x, n = self.config, batch.x, batch.size
+        assert x is not None
+        t, s = times.sorted_pair(step.rng("t, s"), n, c.time_mean, c.time_std, c.diagonal)
+        e = step.rng("e").normal(*x.shape)
+        x_t = noised(x, e, t)
+        v = self.task.teacher.velocity(x_t, t, batch.cond) if c.velocity == "teacher" else e - x
+
+        # du/dt = (d_x u) v + d_t u along dx/dt = v: tangent (v, 1, 0), on the rows with s < t only, which come first.
+        m = times.off_diagonal(n, c.diagonal)
+        u, du = self.task.jvp(self.net, (x_t, t, s), (v[:m], t.new_ones(m), t.new_zeros(m)), batch.cond)
+        target = v.clone()
+        target[:m] = meanflow_target(v[:m], du, t[:m], s[:m])
+
+        loss = adaptive_loss(u, target, c.p, c.c)
+        self.student.update(loss)
+        gap = (u - target).detach().square().flatten(1).mean(1)
+        return {"loss": loss.detach(), "residual_s=t": gap[m:].mean() if m < n else gap.new_zeros(()), "residual_s<t": gap[:m].mean()}
+
+    def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
+        """Algorithm 2 at 1 NFE, Eq. 12 along a uniform grid above."""
+        net = self.student.averaged()
+        return jumps(lambda x, t, s: net(x, t, cond.labels, s=s), noise, nfe)

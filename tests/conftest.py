@@ -1,0 +1,92 @@
+"""A throw-away checkout with tiny benchmarks, in which the real command line and the real Snakemake run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+DIGITS = """
+name: tiny
+family: digits
+data: {kind: digits}
+network: {width: 32, depth: 1}
+teacher: {updates: 60, batch: 32, lr: 1.0e-3, heun_steps: 4}
+budget: {flops: 1.5e+9}
+sampling: {count: 1000}
+extractor: digits-gelu-64
+seeds: [0, 1]
+timeout_s: 60
+"""
+RING = """
+name: tiny-ring
+family: gaussians
+data: {kind: mixture, layout: ring, sigma: 0.15, weights: [1, 2, 3]}
+network: {width: 32, depth: 1}
+teacher: {updates: 60, batch: 32, lr: 1.0e-3, heun_steps: 4}
+budget: {flops: 1.5e+9}
+sampling: {count: 500}
+seeds: [0, 1]
+timeout_s: 60
+"""
+TABLE = "{{name: {name}, title: {name}, benchmarks: [{name}]}}\n"
+
+
+class Checkout:
+    """A folder that is a checkout to the command line; the packages are those under test."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        for name in ("Snakefile", "workflows/rules", "profiles", "methods"):
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(source, folder / name)
+        self.write("distillbench.yaml", "method_paths: []\n")
+        for name, text in (("tiny", DIGITS), ("tiny-ring", RING)):
+            self.write(f"workflows/benchmarks/{name}.yaml", text)
+            self.write(f"workflows/tables/{name}.yaml", TABLE.format(name=name))
+
+    def write(self, path: str, text: str) -> Path:
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        return target
+
+    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """`distillbench ...` or `snakemake ...` here."""
+        return subprocess.run(
+            list(command), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout
+        )
+
+    def snakemake(self, *targets: str, cores: int = 2) -> subprocess.CompletedProcess[str]:
+        return self.run("snakemake", "--cores", str(cores), *targets)
+
+    def metrics(self) -> dict[str, bytes]:
+        """The bytes of every metrics.json by path."""
+        runs = self.folder / "results/runs"
+        return {str(p.relative_to(runs)): p.read_bytes() for p in sorted(runs.rglob("metrics.json"))}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    (tmp_path / "checkout").mkdir()
+    made = Checkout(tmp_path / "checkout")
+    monkeypatch.chdir(made.folder)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

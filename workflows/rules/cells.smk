@@ -1,0 +1,35 @@
+# Students: a job trains and samples every seed of one arm; another evaluates the samples of an arm or a teacher.
+ruleorder: teacher > train
+
+
+rule train:
+    input:
+        ancient(teachers_of),
+    output:
+        touch("results/runs/{benchmark}/{arm}/{batch}.trained"),
+    params:
+        seeds=lambda w: job_of(w).seeds,
+    resources:
+        dispatch="local",
+    retries: 1
+    message:
+        "train {wildcards.arm} on {wildcards.benchmark}, seeds {params.seeds}"
+    shell:
+        "exec python -m distillbench.dispatch {resources.dispatch} train {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"
+
+
+rule evaluate:
+    input:
+        ancient("results/runs/{benchmark}/{arm}/{batch}.trained"),
+        ancient(teachers_of),
+    output:
+        touch("results/runs/{benchmark}/{arm}/{batch}.evaluated"),
+    params:
+        seeds=lambda w: job_of(w).seeds,
+    resources:
+        dispatch="local",
+    retries: 1
+    message:
+        "evaluate {wildcards.arm} on {wildcards.benchmark}, seeds {params.seeds}"
+    shell:
+        "exec python -m distillbench.dispatch {resources.dispatch} evaluate {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"

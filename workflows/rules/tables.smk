@@ -1,0 +1,18 @@
+# Tables: a pure function of the cells' records, published beside them.
+
+
+rule table:
+    input:
+        stamps=lambda w: [j.stamp("evaluated") for j in JOBS[w.table]],
+        file="workflows/tables/{table}.yaml",
+    output:
+        "results/{table}.md",
+        "results/{table}.csv",
+        "results/{table}.json",
+        "results/{table}.png",
+    wildcard_constraints:
+        table="|".join(TABLES),
+    message:
+        "results/{wildcards.table}.md"
+    shell:
+        "exec python -m distillbench.cli table {wildcards.table}"
