@@ -17,25 +17,25 @@ def evaluation_source(cell):
     return cell.metrics if cell.metrics.is_file() else cell.record
 
 
-# One line and exit code 2 for a mistake in a file, before any work starts.
+def prepare():
+    """Jobs of every table; stamps made to agree with the records; files checked before any work starts."""
+    tables = {table.name: table for table in files.tables()}
+    jobs = {name: plan.jobs(table) for name, table in tables.items()}
+    every = {(j.benchmark, j.arm, j.keys): j for js in jobs.values() for j in js}
+    todo = [j for j in every.values() if not j.sync("trained", plan.is_trained, lambda c: c.record)]
+    done = {key for key, j in every.items() if j.sync("evaluated", evaluated, evaluation_source)}
+    for name, js in jobs.items():
+        plan.note_cells(tables[name], js, all((j.benchmark, j.arm, j.keys) in done for j in js))
+    for warning in plan.validate(todo) if todo else []:
+        print(f"distillbench: {warning}", file=sys.stderr)
+    return jobs, every
+
+
 try:
-    TABLES = {table.name: table for table in files.tables()}
-    JOBS = {name: plan.jobs(table) for name, table in TABLES.items()}
-except UserError as error:
+    JOBS, EVERY = prepare()
+except UserError as error:  # one line and exit code 2
     print(f"distillbench: {error}", file=sys.stderr)
     sys.exit(2)
-
-EVERY = {(j.benchmark, j.arm, j.keys): j for jobs in JOBS.values() for j in jobs}
-TODO = [j for j in EVERY.values() if not j.sync("trained", plan.is_trained, lambda c: c.record)]
-for j in EVERY.values():
-    j.sync("evaluated", evaluated, evaluation_source)
-if TODO:
-    try:
-        for warning in plan.validate(TODO):
-            print(f"distillbench: {warning}", file=sys.stderr)
-    except UserError as error:
-        print(f"distillbench: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def job_of(wildcards):

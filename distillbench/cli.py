@@ -109,8 +109,7 @@ def evaluate(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> Non
         if result is not None and result["status"] != "done":
             print(f"{cell.label}: {result['status']}, nothing to evaluate", file=sys.stderr)
         elif not is_evaluated(cell.metrics, cell.benchmark.extractor):
-            with cell.locked():
-                write_json(cell.metrics, metrics_of(cell))
+            write_json(cell.metrics, metrics_of(cell))
             print(f"{cell.label}: evaluated", file=sys.stderr)
 
 

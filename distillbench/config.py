@@ -165,7 +165,7 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
     """The first problem of a validation as one line: file, key, remedy."""
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key is also a missing one
     path = [p for p in first["loc"]]
     key = ".".join(str(p) for p in path)
     if first["type"] == "extra_forbidden":

@@ -7,12 +7,13 @@ the cells; `sync` makes a stamp exist exactly when the records it stands for exi
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from distillbench import config, registry
-from distillbench.cell import Cell, make_folder
+from distillbench.cell import Cell, make_folder, write_atomically
 from distillbench.config import Table, canonical, digest, root
 
 Evaluated = Callable[[Cell], bool]
@@ -57,6 +58,17 @@ class Job:
         elif path.exists():
             path.unlink()
         return complete
+
+
+def note_cells(table: Table, wanted: list[Job], complete: bool) -> None:
+    """results/runs/<table>.cells lists the table's stamps; renewed while cells are missing, so that Snakemake sees work.
+
+    Without it a table newer than its remaining inputs would count as up to date when a cell's record is deleted.
+    """
+    path, text = root() / f"results/runs/{table.name}.cells", "".join(f"{j.stamp('evaluated')}\n" for j in wanted)
+    if not complete or not path.is_file() or not path.read_text().startswith(text):
+        make_folder(path.parent)
+        write_atomically(path, f"{text}{time.time_ns()}\n".encode())  # new content, or Snakemake ignores the new time
 
 
 def is_trained(cell: Cell) -> bool:

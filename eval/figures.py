@@ -42,10 +42,10 @@ def picture(records: list[Record]) -> bytes:
 
 
 def _strips(strips: list[tuple[str, np.ndarray]]) -> plt.Figure:
-    fig, axes = plt.subplots(len(strips), 1, figsize=(10, 0.52 * len(strips) + 0.2), squeeze=False)
+    fig, axes = plt.subplots(len(strips), 1, figsize=(10, 0.46 * len(strips) + 0.1), squeeze=False)
     for ax, (label, images) in zip(axes[:, 0], strips):
-        padded = np.pad(images[:, 0].astype(float) / 255, ((0, 0), (0, 0), (1, 1)), constant_values=1)
-        ax.imshow(np.concatenate(list(padded), axis=1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        padded = np.pad(images[:, 0].astype(float) / 255, ((0, 0), (0, 0), (1, 1)))  # background between images
+        ax.imshow(np.concatenate(list(padded), axis=1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         ax.set_yticks([padded.shape[1] / 2], [label], fontsize=9)
         ax.set_xticks([])
         ax.tick_params(length=0)

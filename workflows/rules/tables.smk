@@ -4,6 +4,7 @@
 rule table:
     input:
         stamps=lambda w: [j.stamp("evaluated") for j in JOBS[w.table]],
+        cells="results/runs/{table}.cells",
         file="workflows/tables/{table}.yaml",
     output:
         "results/{table}.md",
@@ -11,7 +12,7 @@ rule table:
         "results/{table}.json",
         "results/{table}.png",
     wildcard_constraints:
-        table="|".join(TABLES),
+        table="|".join(JOBS),
     message:
         "results/{wildcards.table}.md"
     shell:

@@ -1,0 +1,225 @@
+"""Keys, freshness, resume, failures and bad input, through the real command line on tiny cells."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import time
+
+import pytest
+
+from distillbench import config, registry
+from distillbench.cell import NUMERICAL, Cell
+from tests.conftest import BIN, Checkout
+
+
+def cell(benchmark: str = "tiny-ring", arm: str | None = "meanflow", seed: int = 0) -> Cell:
+    return Cell(config.benchmark(benchmark), None if arm is None else registry.arm(arm), seed)
+
+
+def edit(path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_key_follows_everything_that_determines_the_result(checkout: Checkout):
+    before = cell().key
+    assert cell().key == before
+    assert cell(seed=1).key != before
+    assert cell(arm="meanflow@scratch").key != before
+    for path, old, new in (
+        ("methods/meanflow/method.py", "Algorithm 1", "Algorithm One"),
+        ("methods/meanflow/config.yaml", "time_std: 2.0", "time_std: 2.1"),
+        ("workflows/benchmarks/tiny-ring.yaml", "updates: 60", "updates: 61"),
+        ("workflows/benchmarks/tiny-ring.yaml", "flops: 1.5e+9", "flops: 1.6e+9"),
+        ("workflows/benchmarks/tiny-ring.yaml", "[1, 2, 3]", "[1, 2, 4]"),
+    ):
+        edit(checkout.folder / path, old, new)
+        assert cell().key != before, path
+        edit(checkout.folder / path, new, old)
+        assert cell().key == before, "reverting an edit finds the old cell again"
+    edit(checkout.folder / "methods/meanflow/config.yaml", "title: MeanFlow", "title: Mean flow")
+    edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "timeout_s: 60", "timeout_s: 61")
+    assert cell().key == before, "a title or a time limit determines no result"
+
+
+def test_every_module_that_computes_is_in_the_key():
+    from distillbench import cell as module
+
+    others = {"__init__", "cell", "checkpoint", "cli", "config", "dispatch", "errors", "plan", "progress", "registry"}
+    files = {p.stem for p in module.Path(module.__file__).parent.glob("*.py")}
+    assert files == set(NUMERICAL) | others
+
+
+def test_a_fresh_cell_is_not_trained_again(checkout: Checkout):
+    assert checkout.run("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0").returncode == 0
+    stamp = cell().record.stat().st_mtime_ns
+    again = checkout.run("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0")
+    assert again.returncode == 0 and again.stderr == ""
+    assert cell().record.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("arm", ["meanflow", "dmd"])
+def test_killed_and_resumed_equals_uninterrupted(checkout: Checkout, arm: str):
+    """kill -9 in the middle of training; the same command continues from a checkpoint to the same bytes."""
+    edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "flops: 1.5e+9", "flops: 1.5e+10")
+    command = ("distillbench", "train", "tiny-ring", arm, "--seeds", "0")
+    done = checkout.run(*command)
+    assert done.returncode == 0, done.stderr
+    names = ("student.safetensors", "samples.safetensors", "train.jsonl")
+    folder = cell(arm=arm).folder
+    expected = [(folder / n).read_bytes() for n in names]
+    shutil.rmtree(folder)
+
+    process = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment, stderr=subprocess.DEVNULL)
+    while not (folder / "checkpoint.safetensors").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists()
+    assert checkout.run(*command).returncode == 0
+    assert [(folder / n).read_bytes() for n in names] == expected
+    # The comparison can fail: another seed gives other bytes.
+    assert checkout.run(*command[:-1], "1").returncode == 0
+    assert (cell(arm=arm, seed=1).folder / names[0]).read_bytes() != expected[0]
+
+
+BROKEN = {
+    "noimport": ("import torch\n", "import torch\nimport a_module_nobody_has\n", "failed", "a_module_nobody_has"),
+    "raises": ("        c, n, labels =", "        assert step.index != 7, 'step seven'\n        c, n, labels =", "failed", "step seven"),
+    "nan": ('return logged | {"critic": fake.detach()}', 'return {"critic": fake.detach() / 0}', "diverged", "critic is inf"),
+    "shape": (
+        "return self.generate(self.student.averaged(), noise, cond.labels)",
+        "return self.generate(self.student.averaged(), noise, cond.labels)[:, :1]", "failed", "expected",
+    ),
+    "greedy": (
+        "return self.generate(self.student.averaged(), noise, cond.labels)",
+        "return self.generate(self.student.averaged(), self.generate(self.student.averaged(), noise, cond.labels), cond.labels)",
+        "failed", "2 network evaluations at nfe=1",
+    ),
+    "hangs": ("        c, n, labels =", "        import time\n        time.sleep(1000)\n        c, n, labels =", "timeout", "more than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_a_broken_method_costs_its_own_row(checkout: Checkout, name: str):
+    old, new, status, reason = BROKEN[name]
+    shutil.copytree(checkout.folder / "methods/dmd", checkout.folder / f"methods/{name}")
+    edit(checkout.folder / f"methods/{name}/method.py", old, new)
+    if name == "hangs":
+        edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "timeout_s: 60", "timeout_s: 4")
+    done = checkout.run("distillbench", "train", "tiny-ring", name, "--seeds", "0")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    record = json.loads(cell(arm=name).record.read_text())
+    assert record["status"] == status and reason in record["reason"]
+
+
+BAD = [
+    (["train", "tinny", "dmd"], "unknown benchmark 'tinny', did you mean 'tiny'?"),
+    (["train", "tiny", "dmb"], "unknown method 'dmb', did you mean 'dmd'?"),
+    (["train", "tiny", "dmd@no-regresion"], "unknown variant 'no-regresion', did you mean 'no-regression'?"),
+    (["train", "tiny", "dmd", "--seeds", "0;1"], "--seeds: '0;1' is not a comma-separated list"),
+    (["plan", "tabl"], "unknown table 'tabl'"),
+    (["sample", "tiny", "dmd", "--output", "x.jpg"], "must end in .png or .safetensors"),
+    (["evaluate", "tiny", "dmd"], "is not trained: run `distillbench train tiny dmd --seeds 0`"),
+]
+
+
+@pytest.mark.parametrize("arguments,message", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_a_mistyped_command_is_one_line_and_exit_code_2(checkout: Checkout, arguments: list[str], message: str):
+    done = checkout.run("distillbench", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (checkout.folder / "results").exists(), "nothing was started"
+
+
+FILES = [
+    ("workflows/benchmarks/tiny.yaml", "budget:", "budjet:", "unknown key 'budjet', did you mean 'budget'?"),
+    ("workflows/benchmarks/tiny.yaml", "width: 32", "widht: 32", "unknown key 'network.widht', did you mean 'width'?"),
+    ("workflows/benchmarks/tiny.yaml", "name: tiny", "name: [", "not valid YAML"),
+    ("workflows/tables/tiny.yaml", "benchmarks: [tiny]", "benchmarks: [tyny]", "unknown benchmark 'tyny', did you mean 'tiny'?"),
+    ("workflows/tables/tiny.yaml", "title: tiny", "title: tiny, methods: [dnd]", "unknown method 'dnd', did you mean 'dmd'?"),
+    ("methods/dmd/config.yaml", "pair_batch: 64", "pair_bach: 64", "unknown key 'pair_bach', did you mean 'pair_batch'?"),
+    ("methods/dmd/config.yaml", "lr: 1.0e-3", "lr: -1.0e-3", "student.lr"),
+    ("methods/dmd/config.yaml", "fidelity: paper text", "fidelity: perfect", "fidelity"),
+    ("distillbench.yaml", "method_paths: []", "method_paths: [nowhere]", "no method.py in 'nowhere'"),
+    ("distillbench.yaml", "method_paths: []", "methods: []", "unknown key 'methods', did you mean 'method_paths'?"),
+]
+
+
+@pytest.mark.parametrize("path,old,new,message", FILES, ids=[f"{p}: {n}" for p, _, n, _ in FILES])
+def test_a_mistake_in_a_file_is_one_line_before_any_work(checkout: Checkout, path: str, old: str, new: str, message: str):
+    edit(checkout.folder / path, old, new)
+    done = checkout.run("distillbench", "plan", "tiny")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_workflow_refuses_a_mistake_before_any_work(checkout: Checkout):
+    edit(checkout.folder / "methods/dmd/config.yaml", "pair_batch: 64", "pair_bach: 64")
+    done = checkout.snakemake("results/tiny.md")
+    assert done.returncode == 2 and "did you mean 'pair_batch'?" in done.stderr and "Traceback" not in done.stderr
+    assert not (checkout.folder / "results/runs").exists()
+
+
+def test_a_foreign_or_truncated_checkpoint_is_named(checkout: Checkout):
+    assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
+    checkpoint = cell(arm="dmd").folder / "checkpoint.safetensors"
+    whole = checkpoint.read_bytes()
+    other = (cell(arm=None).folder / "checkpoint.safetensors").read_bytes()
+    for data, message in ((whole[: len(whole) // 2], "not a readable safetensors file"), (other, "checkpoint of another cell")):
+        cell(arm="dmd").record.unlink()
+        checkpoint.write_bytes(data)
+        done = checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0")
+        assert done.returncode == 2 and message in done.stderr and "delete it" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        checkpoint.unlink()
+        assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
+
+
+def test_a_results_folder_that_takes_no_more_is_named(checkout: Checkout):
+    """A folder that is a file stands for every error of the file system, since tests may run as root."""
+    (checkout.folder / "results").mkdir()
+    (checkout.folder / "results/runs").write_text("in the way")
+    done = checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0")
+    assert done.returncode == 2 and "cannot write there" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_results_folder_is_named(checkout: Checkout):
+    results = checkout.folder / "results"
+    results.mkdir()
+    results.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    done = checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0")
+    results.chmod(stat.S_IRWXU)
+    assert done.returncode == 2 and "cannot write there" in done.stderr
+
+
+def test_a_full_disk_loses_nothing(checkout: Checkout):
+    """A file size limit stands for a full disk: the write fails, no half file stays, the same command then finishes."""
+    limited = f"trap '' XFSZ; ulimit -f 8; exec {BIN}/distillbench train tiny-ring dmd --seeds 0"
+    done = subprocess.run(["bash", "-c", limited], cwd=checkout.folder, env=checkout.environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list((checkout.folder / "results").rglob(".*.safetensors*"))
+    assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
+
+
+def test_interrupt_says_how_to_continue(checkout: Checkout):
+    edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "updates: 60", "updates: 100000")
+    process = subprocess.Popen(
+        ["distillbench", "train", "tiny-ring", "teacher", "--seeds", "0"],
+        cwd=checkout.folder, env=checkout.environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (cell(arm=None).folder / "config.yaml").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command continues" in errors and "Traceback" not in errors

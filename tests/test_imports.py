@@ -1,0 +1,82 @@
+"""The walls: who may import whom. Read from the source, so that nothing hides behind a lazy import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"distillbench", "eval", "methods", "workflows"}
+TORCH_FREE = ("distillbench.plan", "distillbench.dispatch", "distillbench.cell", "distillbench.registry", "eval.records")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file names in an import, at any depth; relative imports count as the file's own folder."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+            if node.level == 0:
+                found |= {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def violations(root: Path) -> list[str]:
+    """Every import that crosses a wall of docs/architecture.md."""
+    out = []
+    for path in [p for top in ("methods", "distillbench", "eval") for p in sorted((root / top).rglob("*.py"))]:
+        place = path.relative_to(root)
+        for name in sorted(imports(path)):
+            top = name.partition(".")[0]
+            bad = False
+            if place.parts[0] == "methods":
+                bad = name.startswith(".") or (top in OURS and top != "distillbench") or name.startswith(("distillbench.cli", "distillbench.plan"))
+            elif place.parts[0] == "distillbench":
+                bad = top == "methods" or (top == "eval" and place.name != "cli.py")
+            elif place.parts[0] == "eval":
+                bad = top in OURS - {"eval"}
+            if bad:
+                out.append(f"{place} imports {name}")
+    return out
+
+
+def test_nobody_crosses_a_wall():
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "path,line",
+    [
+        ("methods/a/method.py", "from eval.metrics import kid"),
+        ("methods/a/method.py", "from methods.b.method import loss"),
+        ("methods/a/method.py", "from .helper import loss"),
+        ("methods/a/method.py", "def f():\n    import eval.tables"),
+        ("distillbench/train.py", "from eval import metrics"),
+        ("distillbench/train.py", "import methods.dmd.method"),
+        ("eval/metrics.py", "from distillbench import paths"),
+        ("eval/metrics.py", "def f():\n    from distillbench.cell import Cell"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, path: str, line: str):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(line + "\n")
+    assert len(violations(tmp_path)) >= 1
+
+
+def test_distillbench_knows_no_method_by_name():
+    names = [p.parent.name for p in (ROOT / "methods").glob("*/method.py")]
+    for path in (ROOT / "distillbench").glob("*.py"):
+        strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        assert not [s for s in strings if s in names], path
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_what_the_workflow_reads_imports_no_torch(module: str):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,113 @@
+"""Tables are a pure function of the published records."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distillbench import config
+from eval import records, tables
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = sorted(p.name for p in (ROOT / "results/records").glob("*"))
+
+
+def check(table: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "distillbench.cli", "table", table, "--check"], cwd=folder, capture_output=True, text=True)
+
+
+def copy_of_the_published(folder: Path) -> None:
+    shutil.copytree(ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(ROOT / "workflows", folder / "workflows")
+    shutil.copyfile(ROOT / "distillbench.yaml", folder / "distillbench.yaml")
+
+
+@pytest.mark.parametrize("table", PUBLISHED)
+def test_published_tables_are_what_their_records_say(table: str):
+    done = check(table)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["md", "csv", "json"])
+def test_an_edited_digit_is_noticed(tmp_path: Path, suffix: str):
+    copy_of_the_published(tmp_path)
+    assert check("table2", tmp_path).returncode == 0
+    file = tmp_path / f"results/table2.{suffix}"
+    text = file.read_text()
+    i = text.index("0.", len(text) // 4) + 2
+    file.write_text(text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :])
+    done = check("table2", tmp_path)
+    assert done.returncode == 1 and f"table2.{suffix}" in done.stdout
+
+
+def test_an_edited_record_is_noticed(tmp_path: Path):
+    copy_of_the_published(tmp_path)
+    file = next((tmp_path / "results/records/table2").rglob("metrics.json"))
+    found = json.loads(file.read_text())
+    found["rows"][0]["fid"] += 0.5
+    file.write_text(json.dumps(found))
+    assert check("table2", tmp_path).returncode == 1
+
+
+def record(arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed: float | None = None) -> records.Record:
+    result = {
+        "benchmark": "b", "method": arm, "variant": None, "seed": seed, "key": f"{arm}{seed}", "group": group, "title": arm, "fidelity": None,
+        "adaptation": False, "division": "closed", "status": "done" if fids else "failed", "reason": None if fids else "KeyError: 'x'",
+        "nfe": list(fids or {}), "headline_nfe": min(fids or {0: 0}), "params": 10, "cost": {"flops": 5.0, "limit_flops": 6.0},
+        "provenance": {"commit": "c" * 40, "dirty": False, "hashes": {"data": "d", "ground": "g"}},
+    }  # fmt: skip
+    if fids is None:
+        return records.Record(result, None)
+    metrics = {"evaluation": {"key": "e", "samples": 9}, "rows": [{"nfe": n, "fid": f, "recall": 0.5} for n, f in fids.items()]}
+    if fixed is not None:
+        metrics["fixed"] = [{"name": "class_means", "fid": fixed}]
+    return records.Record(result, metrics)
+
+
+def test_rows_against_hand_computed_values():
+    given = [
+        *(record("teacher", s, "teacher", {1: 9.0, 8: 1.0 + s}, fixed=11.0 + s) for s in range(3)),
+        *(record("a", s, "distillation", {1: 2.0 + 2 * s}) for s in range(3)),
+        record("c", 0, "distillation", {1: 2.0}), record("c", 1, "distillation", None), record("c", 2, "distillation", None),
+        *(record("x", s, "distillation", None) for s in range(3)),
+    ]  # fmt: skip
+    found = {(r["method"], r["nfe"]): r for r in tables.build_rows(given)}
+    a = found["a", 1]
+    assert a["fid_mean"] == 4 and a["fid_sd"] == 2 and a["seeds"] == 3
+    gaps = [(11 + s - (2 + 2 * s)) / 10 for s in range(3)]  # seed k against teacher k
+    assert a["gap_closed_mean"] == pytest.approx(statistics.mean(gaps)) and a["gap_closed_sd"] == pytest.approx(statistics.stdev(gaps))
+    c = found["c", 1]
+    assert c["seeds"] == 1 and c["fid_sd"] is None and c["status"] == "2 of 3 FAILED: KeyError: 'x'"
+    x = found["x", None]
+    assert x["status"] == "FAILED: KeyError: 'x'" and x["fid_mean"] is None and x["seeds"] == 0
+    assert [r["method"] for r in tables.build_rows(given)][:3] == ["class_means", "teacher", "teacher"]
+
+
+def test_row_keys_are_those_of_the_format():
+    rows = json.loads((ROOT / "results/table2.json").read_text())["rows"]
+    base = {"benchmark", "group", "method", "variant", "nfe", "headline", "seeds", "status", "division", "fidelity", "budget", "reported"}
+    both = {f"{m}_{k}" for m in tables.IMAGES for k in ("mean", "sd")}
+    for row in rows:
+        assert base | both <= set(row)
+    measured = [r for r in rows if r["status"] == "done"]
+    assert measured and all(math.isfinite(r["fid_mean"]) for r in measured)
+
+
+def test_reported_rows_carry_the_papers_numbers_and_none_of_ours():
+    reported = yaml.safe_load((ROOT / "workflows/tables/reported/imagenet.yaml").read_text())
+    rows = tables.reported_rows(reported)
+    assert len(rows) == 40 and all(r["fid_mean"] is None and r["seeds"] == 0 for r in rows)
+    assert [r["reported"]["fid"] for r in rows if r["method"] == "MeanFlow-XL/2"] == [3.43, 2.20]
+
+
+def test_schemas_for_editors_are_current():
+    for path, model in config.SCHEMAS.items():
+        assert json.loads((ROOT / path).read_text()) == model.model_json_schema(), "run `distillbench schema`"

@@ -1,0 +1,75 @@
+"""Laws of t and (t, s), and the streams they are drawn from: specs/meanflow.md 3.3 and test 9, specs/conventions.md."""
+
+import pytest
+import torch
+
+from distillbench import times
+from distillbench.seeds import Rng, derive
+
+N = 200_000
+
+
+@pytest.mark.parametrize(("diagonal", "expected"), [(0.75, 32), (0.25, 96), (0.0, 128), (0.5, 64)])
+def test_the_diagonal_rows_are_a_fixed_count_and_come_last(diagonal, expected):  # 3.3: JMF's count is deterministic
+    for seed in range(3):
+        t, s = times.sorted_pair(Rng(seed, "t, s"), 128, -0.4, 1.0, diagonal)
+        m = times.off_diagonal(128, diagonal)
+        assert m == expected
+        assert (t[:m] > s[:m]).all() and torch.equal(t[m:], s[m:])
+
+
+def test_pairs_are_sorted_and_inside_the_unit_interval():
+    t, s = times.sorted_pair(Rng(0, "t, s"), N, -2.0, 2.0, 0.25)
+    assert (t >= s).all() and s.min() > 0 and t.max() < 1
+
+
+@pytest.mark.parametrize(("mean", "std", "largest", "single"), [(-0.4, 1.0, 0.535, 0.418), (-2.0, 2.0, 0.353, 0.225)])
+def test_diagonal_rows_keep_the_larger_of_two_draws(mean, std, largest, single):  # 3.3 'consequence', test 9
+    t, s = times.sorted_pair(Rng(0, "t, s"), N, mean, std, 0.5)
+    m = times.off_diagonal(N, 0.5)
+    assert abs(t[m:].mean() - largest) < 3e-3
+    assert abs(times.logit_normal(Rng(0, "t"), N, mean, std).mean() - single) < 3e-3
+    assert largest - single > 0.1  # planted: a single draw on the diagonal would be this far off
+
+
+def test_mean_gap():  # test 9: .233 for LN(-.4, 1), .258 for LN(-2, 2)
+    for mean, std, gap in ((-0.4, 1.0, 0.233), (-2.0, 2.0, 0.258)):
+        t, s = times.sorted_pair(Rng(0, "t, s"), N, mean, std, 0.25)
+        m = times.off_diagonal(N, 0.25)
+        assert abs((t - s)[:m].mean() - gap) < 2e-3
+        assert abs((t - s).mean() - gap) > 2e-2  # planted: the mean over all rows, diagonal included
+
+
+def test_logit_normal_quantiles():  # conventions.md 'Noise-level distributions'
+    for mean, std, median, below, share in ((-1.2, 1.2, 0.231, 0.5, 0.84), (1.0, 1.0, 0.731, 0.5, 0.16)):
+        t = times.logit_normal(Rng(0, "t"), N, mean, std)
+        assert abs(t.median() - median) < 4e-3 and abs((t < below).float().mean() - share) < 5e-3
+
+
+def test_uniform_range():  # dmd.md: t ~ U(0.02, 0.98) for the generator, the full range for the critic
+    t = times.uniform(Rng(0, "t"), N, 0.02, 0.98)
+    assert 0.02 <= t.min() < 0.0205 and 0.9795 < t.max() <= 0.98 and abs(t.mean() - 0.5) < 3e-3
+    t = times.uniform(Rng(0, "t"), N)
+    assert 0 <= t.min() < 5e-4 and 0.9995 < t.max() < 1
+
+
+def draws(rng: Rng, n: int) -> list[torch.Tensor]:
+    return [rng.normal(n, 2, 3), rng.uniform(n), rng.integers(n, 100), *times.sorted_pair(rng, n, -0.4, 1.0, 0.25)]
+
+
+def test_two_ranks_interleave_to_the_batch_of_one():  # design.md: drawn per global sample index
+    whole = draws(Rng(0, "x"), 16)
+    halves = [draws(Rng(0, "x", rank=r, world=2), 8) for r in (0, 1)]
+    for one, *two in zip(whole, *halves):
+        assert torch.equal(torch.stack(two, 1).flatten(0, 1), one)
+    assert not torch.equal(torch.cat([halves[0][0], halves[1][0]]), whole[0])  # planted: blocks instead of strides
+    assert not torch.equal(halves[0][0], halves[1][0])  # planted: every rank draws the same rows
+
+
+def test_streams_differ_by_seed_name_and_step():  # design.md: never a sum of integers
+    uses = [(seed, *names) for seed in (0, 1, 2) for names in (("step", 0, "t"), ("step", 1, "t"), ("step", 1, "e"), ("noise",))]
+    assert len({derive(*use) for use in uses}) == len(uses)
+    assert derive(0, "step", 1, "t") != derive(1, "step", 0, "t")  # seed + step would make these equal
+    assert derive(1, 10) != derive(11, 0) and derive(1, "10") != derive(11, "0")
+    assert not torch.equal(Rng(0, "step", 1, "t").normal(8), Rng(1, "step", 0, "t").normal(8))
+    assert torch.equal(Rng(0, "step", 1, "t").normal(8), Rng(0, "step", 1, "t").normal(8))
