@@ -22,6 +22,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> No
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata; UserError when the file is truncated or of another format."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though its cell has a record: delete {path.parent} and rerun the same command")
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118

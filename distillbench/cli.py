@@ -138,9 +138,7 @@ def metrics_of(cell: Cell) -> dict[str, Any]:
         teacher = samples if cell.arm is None else samples_of(cell.teacher)
         found = evaluation.image_metrics(samples, b.extractor, reference, train, teacher[max(teacher)])
         if cell.arm is None:
-            found["fixed"] = evaluation.image_fixed_rows(
-                b.extractor, train, data.train_labels, reference, b.sampling.count, cell.seed
-            )
+            found["fixed"] = evaluation.image_fixed_rows(b.extractor, train, data.train_labels, reference, b.sampling.count, cell.seed)
     else:
         rng = Rng(cell.seed, "exact samples")
         exact, again = (data.draw(rng, b.sampling.count)[0] for _ in range(2))
@@ -248,7 +246,9 @@ def table_(
     tables.write(name, table.title, found, reported, results, write)
     write(results / f"{name}.png", figures.picture(found))
     if check:
-        print(f"results/{name}: " + (f"differ from their records: {', '.join(differing)}" if differing else "as rendered from their records"))
+        print(
+            f"results/{name}: " + (f"differ from their records: {', '.join(differing)}" if differing else "as rendered from their records")
+        )
         raise typer.Exit(1 if differing else 0)
     print(f"results/{name}.md written", file=sys.stderr)
 

@@ -134,6 +134,36 @@ class MethodFile(Strict):
     variants: dict[str, Variant] = {}
 
 
+class Reported(Strict):
+    """A number a paper reports, in its own setting."""
+
+    where: str = Field(description="table or figure")
+    setting: str = Field(description="data set, model, NFE: whatever it takes to read the number")
+    metric: str
+    value: float
+    headline: bool = Field(False, description="shown beside our rows")
+
+
+class Claim(Strict):
+    """A claim of a paper that arms of this suite can test: the first arm has the better metric than the second."""
+
+    id: str
+    where: str
+    claim: str
+    benchmark: str
+    arms: tuple[str, str] = Field(description="method@variant said to be better, then the one said to be worse")
+    metric: str
+    direction: Literal["lower", "higher"]
+    margin: float = Field(0.02, ge=0, description="smallest relative difference that supports the claim")
+
+
+class ClaimsFile(Strict):
+    """`methods/<name>/claims.yaml`."""
+
+    reported: list[Reported] = []
+    claims: list[Claim] = []
+
+
 class Table(Strict):
     """`workflows/tables/<name>.yaml`."""
 
@@ -241,5 +271,6 @@ def tables() -> list[Table]:
 SCHEMAS: dict[str, type[BaseModel]] = {
     "workflows/benchmarks/schema.json": Benchmark,
     "workflows/tables/schema.json": Table,
-    "methods/schema.json": MethodFile,
+    "methods/config.schema.json": MethodFile,
+    "methods/claims.schema.json": ClaimsFile,
 }

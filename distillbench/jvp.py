@@ -40,7 +40,7 @@ class Dual:
         first = next(d for d in _duals(args))
         m, graph = first.tangent.shape[0], first.graph
         # What the rules see of a value: the rows that have a tangent, cut off the graph unless it is asked for.
-        head = lambda d: d.value[:m] if graph else d.value[:m].detach()  # noqa: E731
+        head = lambda d: d.value[:m] if graph else d.value[:m].detach()
         with contextlib.nullcontext() if graph else torch.no_grad():
             tangent = rule(head, *args, **kwargs)
         if isinstance(value, tuple | list):

@@ -31,7 +31,7 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     # the same times alpha: DMD Eq. 7 with Eq. 8 taken literally
     "dmd_equation_8": lambda t, v_real, x, e: (1 - t) / residual(v_real, x, e),
     # unit weight on the velocity difference
-    "velocity": lambda t, v_real, x, e: (1 + 0 * t),
+    "velocity": lambda t, v_real, x, e: 1 + 0 * t,
 }
 
 

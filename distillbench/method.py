@@ -7,13 +7,12 @@ updates and its sampler.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from distillbench.jvp import value_and_tangent
@@ -51,9 +50,6 @@ class Condition:
 
     labels: Tensor | None
     guidance: float = 1.0
-
-    def rows(self, rows: slice) -> Condition:
-        return Condition(None if self.labels is None else self.labels[rows], self.guidance)
 
 
 @dataclass(frozen=True)
@@ -143,10 +139,12 @@ class Task:
 class Method:
     """What one paper contributes: the networks it trains, their losses and updates, and how its student samples."""
 
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+    Config: ClassVar[type[BaseModel]]  # the settings it takes; extra="forbid", so that a typo is found
 
-    needs: ClassVar[Callable[[Any], Needs]]  # classmethod needs(cls, config) -> Needs
+    @classmethod
+    def needs(cls, config: Any) -> Needs:
+        """What it asks for under these settings."""
+        raise NotImplementedError
 
     def __init__(self, task: Task, config: Any):
         """Create the players with `task.network` and `task.player`."""

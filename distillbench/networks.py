@@ -16,6 +16,8 @@ LOWEST, HIGHEST, FREQUENCIES = 1.0, 12.0, 16  # radians per unit of time
 class Embedding(nn.Module):
     """[B] numbers -> [B, width]: sines and cosines of low frequency, then two linear layers."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, zero: bool = False):
         super().__init__()
         self.register_buffer("frequencies", torch.linspace(LOWEST, HIGHEST, FREQUENCIES), persistent=False)
@@ -74,7 +76,9 @@ class VelocityNetwork(nn.Module):
         c = self.time(t)
         if self.label is not None:
             c = c + self.label(labels)
-        if self.gap is not None:  # the gap is computed here, inside the differentiated function: d(t-s)/dt = 1
+        if self.gap is not None:
+            assert s is not None, "a network with a second time needs s"
+            # The gap is computed here, inside the differentiated function: d(t-s)/dt = 1.
             c = c + self.gap(t - s)
         if self.guidance is not None:
             c = c + self.guidance(guidance)

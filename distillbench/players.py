@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class Player:
             for key, half_life in config.half_lives.items()
         }
 
-    def _average(self, half_life: float):  # noqa: ANN202
+    def _average(self, half_life: float) -> Callable[..., None]:
         def move(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
             decay = 0.5 ** (1 / max(half_life * self.total_updates, 1e-9))
             done = int(count)
@@ -59,7 +59,7 @@ class Player:
 
     def averaged(self, name: str = EVALUATION) -> nn.Module:
         """The first network with the weights of the moving average `name`, or its own where there is no such average."""
-        return self.averages[name].module[0] if name in self.averages else self.networks[0]
+        return self.averages[name].get_submodule("module.0") if name in self.averages else self.networks[0]
 
     def learning_rate(self) -> float:
         """Rate of the coming update from the player's own progress."""

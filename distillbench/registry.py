@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from distillbench.config import Benchmark, MethodFile, Project, digest, explain, merged, read, root
+from distillbench.config import Benchmark, ClaimsFile, MethodFile, Project, digest, explain, merged, read, root
 from distillbench.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class MethodFolder:
     name: str
     path: Path
     file: MethodFile
+    claims: ClaimsFile
 
     def code_hash(self) -> str:
         """Of every Python file in the folder."""
@@ -74,7 +75,9 @@ def discover() -> dict[str, MethodFolder]:
         if path.name in found or path.name in RESERVED or "@" in path.name:
             why = f"is also the name of {found[path.name].path}" if path.name in found else "is reserved"
             raise UserError(f"{path}: the method name '{path.name}' {why}: rename the folder")
-        found[path.name] = MethodFolder(path.name, path, read(path / "config.yaml", MethodFile))
+        claims = path / "claims.yaml"
+        papers = read(claims, ClaimsFile) if claims.is_file() else ClaimsFile()
+        found[path.name] = MethodFolder(path.name, path, read(path / "config.yaml", MethodFile), papers)
     return found
 
 
@@ -100,9 +103,7 @@ def load(folder: MethodFolder) -> type[Method]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    classes = [
-        c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == name
-    ]
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == name]
     if len(classes) != 1:
         raise TypeError(f"{folder.path / 'method.py'}: expected one subclass of Method, found {len(classes)}")
     return classes[0]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def grid(steps: int, like: Tensor) -> list[Tensor]:
 def euler(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     """Euler's method on dx/dt = v; `steps` evaluations."""
     x, times = noise, grid(steps, noise)
-    for t, s in zip(times, times[1:]):
+    for t, s in pairwise(times):
         x = x - over(t - s, x) * velocity(x, t)
     return x
 
@@ -31,7 +32,7 @@ def euler(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
 def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     """Heun's second-order method; 2 x `steps` evaluations (the straight path has no singularity at t=0)."""
     x, times = noise, grid(steps, noise)
-    for t, s in zip(times, times[1:]):
+    for t, s in pairwise(times):
         v = velocity(x, t)
         x = x - over(t - s, x) * 0.5 * (v + velocity(x - over(t - s, x) * v, s))
     return x
@@ -40,7 +41,7 @@ def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
 def jumps(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
     """x <- x - (t-s) u(x, t, s) along a uniform grid; `steps` evaluations (MeanFlow, arXiv 2505.13447, Eq. 12)."""
     x, times = noise, grid(steps, noise)
-    for t, s in zip(times, times[1:]):
+    for t, s in pairwise(times):
         x = jump(x, average(x, t, s), t, s)
     return x
 

@@ -23,6 +23,10 @@ class MixtureVelocity(nn.Module):
     Nothing is divided by t: t=0 and t=1 are ordinary points.
     """
 
+    means: Tensor
+    log_weights: Tensor
+    component_class: Tensor
+
     def __init__(self, mixture: Mixture):
         super().__init__()
         self.sigma, self.classes = mixture.sigma, mixture.classes

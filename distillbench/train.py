@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,12 +76,17 @@ def build(cell: Cell) -> Run:
     needs = cls.needs(config)
     meter = Meter()
     exact = MixtureVelocity(data).to(device) if isinstance(data, data_sets.Mixture) else None
-    weights, teacher = None, None
+    weights: VelocityNetwork | None = None
+    teacher: Teacher | None = None
     if needs.teacher:
+        if (found := cell.teacher.result()) is None or found["status"] != "done":
+            raise UserError(
+                f"{cell.teacher.label} {'is not trained' if found is None else 'ended as ' + found['status']}: see its config.yaml"
+            )
         weights = VelocityNetwork(data.shape, data.classes, **b.network.model_dump()).to(device)
         weights.load_state_dict(read_tensors(cell.teacher.folder / "teacher.safetensors", device)[0])
-    if exact is not None or weights is not None:
-        teacher = Teacher(exact or weights, data.classes)
+    if (network := exact or weights) is not None:
+        teacher = Teacher(network, data.classes)
         meter.watch(teacher.network, "teacher")
     task = Task(data.shape, data.classes, b.network.model_dump(), teacher, weights, cell.seed, device, meter)
     torch.manual_seed(derive(cell.seed, "build"))
@@ -147,19 +154,19 @@ def price(cell: Cell, progress: Progress) -> tuple[dict[str, Any], dict[str, Ten
         if cycles < 1:
             raise OverBudget(f"one cycle costs {cycle_flops:.3g} FLOPs after {setup_flops:.3g} of set-up, budget {limit:.3g}")
         steps = cycles * run.needs.cycle
-    cycles = steps / run.needs.cycle
+    share = steps / run.needs.cycle  # a teacher's updates need not be whole cycles
     return {
         "steps": steps,
         "limit_flops": limit,
-        "flops": int(setup_flops + cycles * cycle_flops),
+        "flops": int(setup_flops + share * cycle_flops),
         "setup_flops": setup_flops,
         "calls_per_cycle": dict(sorted(run.meter.calls.items())),
         "rows": {
-            role: int(setup_rows.get(role, 0) + cycles * run.meter.rows.get(role, 0))
+            role: int(setup_rows.get(role, 0) + share * run.meter.rows.get(role, 0))
             for role in sorted({*setup_rows, *run.meter.rows})
             if not role.endswith(".backward")
         },
-        "updates": {name: int(player.updates * cycles) for name, player in run.task.players.items()},
+        "updates": {name: int(player.updates * share) for name, player in run.task.players.items()},
         "images": int(steps * run.needs.batch),
     }, pairs  # fmt: skip
 
@@ -268,6 +275,7 @@ def run_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
         record |= {"status": "oom", "reason": one_line(e)}
     except Exception as e:  # a method may raise anything; that costs its own row and nothing else
         record |= {"status": "failed", "reason": one_line(e)}
+        write_atomically(cell.folder / "traceback.txt", traceback.format_exc().encode())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cost = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": round(peak_memory_mb(device))}
     record["cost"] = (plan or {}) | cost
@@ -293,6 +301,7 @@ def describe(cell: Cell) -> dict[str, Any]:
         "fidelity": arm.attribute("fidelity") if arm else None,
         "adaptation": arm.attribute("adaptation") if arm else False,
         "division": "closed",
+        "reported": next((r.model_dump() for r in arm.folder.claims.reported if r.headline), None) if arm else None,
         "params": None,
         "nfe": [],
         "headline_nfe": None,
@@ -300,8 +309,10 @@ def describe(cell: Cell) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
+    """Type, message and the innermost line of code, for a table's row."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]
+    return f"{type(error).__name__}: {text}"[:200] + f" ({Path(last.filename).name}:{last.lineno})"
 
 
 @contextmanager
@@ -318,4 +329,3 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-

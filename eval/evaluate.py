@@ -39,14 +39,12 @@ def image_fixed_rows(
     return fixed_rows(train, train_labels, reference, load_extractor(extractor_name), count, seed)
 
 
-def mixture_metrics(
-    samples: Samples, exact: Tensor, exact_again: Tensor, means: Tensor, sigma: float, weights: Tensor
-) -> dict[str, Any]:
+def mixture_metrics(samples: Samples, exact: Tensor, exact_again: Tensor, means: Tensor, sigma: float, weights: Tensor) -> dict[str, Any]:
     """Rows of samples [N, *shape] of a mixture against two independent exact draws of the same size."""
     rows = []
     for nfe, x in samples.items():
-        flat = [a.flatten(1) for a in (x, exact, exact_again, means)]
-        rows.append({"nfe": nfe, **evaluate_mixture(*flat, sigma, weights)})
+        flat, one, two, centres = (a.flatten(1) for a in (x, exact, exact_again, means))
+        rows.append({"nfe": nfe, **evaluate_mixture(flat, one, two, centres, sigma, weights)})
     return {"rows": rows, "gallery": gallery(samples)}
 
 

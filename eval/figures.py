@@ -12,7 +12,7 @@ import numpy as np
 from eval.records import Record
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def decode(entry: dict[str, Any]) -> np.ndarray:

@@ -70,9 +70,7 @@ def fixed_rows(
     return rows
 
 
-def _per_class(
-    train_images: Tensor, train_labels: Tensor, n: int, draw: Callable[[np.ndarray, int], np.ndarray]
-) -> Tensor:
+def _per_class(train_images: Tensor, train_labels: Tensor, n: int, draw: Callable[[np.ndarray, int], np.ndarray]) -> Tensor:
     """uint8 [n,C,H,W], image i of class i % classes; draw(x, m) makes m images from x, those of one class.
 
     Everything flat and float64 inside. Balanced, as the students' samples are: imbalance costs half a floor.

@@ -83,9 +83,7 @@ def kid(gen: Tensor, ref: Tensor, subsets: int = 20, seed: int = 0) -> float:
     """
     _check(gen, ref, at_least=2)
     size = min(len(gen), len(ref))
-    found = kid_features_to_metric(
-        gen.double(), ref.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
-    )
+    found = kid_features_to_metric(gen.double(), ref.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
     return found[KEY_METRIC_KID_MEAN]
 
 
@@ -101,9 +99,7 @@ def inception_score(logits: Tensor) -> float:
     return isc_features_to_metric(log_p, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
 
 
-def precision_recall_density_coverage(
-    gen: Tensor, ref: Tensor, k_pr: int = 3, k_dc: int = 5
-) -> dict[str, float]:
+def precision_recall_density_coverage(gen: Tensor, ref: Tensor, k_pr: int = 3, k_dc: int = 5) -> dict[str, float]:
     """Precision, recall (Kynkaanniemi et al. 2019, eq. 1-2), density, coverage (Naeem et al. 2020, sec. 3).
 
     gen [N,D], ref [M,D] -> precision, recall, coverage in [0, 1], density in [0, inf). Same distribution:
@@ -155,7 +151,7 @@ def memorisation(gen_pixels: Tensor, train_pixels: Tensor, rows: int = 2048) -> 
     copied = 0
     for part in gen.split(rows):
         distance, nearest = _squared_distances(part, train).min(dim=1)
-        copied += (distance <= own[nearest]).sum().item()
+        copied += int((distance <= own[nearest]).sum())
     return copied / len(gen)
 
 

@@ -42,6 +42,16 @@ class Record:
     metrics: dict[str, Any] | None
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Metrics per NFE; empty where the cell failed."""
+        return self.metrics["rows"] if self.metrics else []
+
+    @property
+    def fixed(self) -> list[dict[str, Any]]:
+        """Metrics of the fixed rows, which the teacher of image benchmarks carries."""
+        return self.metrics.get("fixed", []) if self.metrics else []
+
+    @property
     def arm(self) -> str:
         return self.result["method"] + (f"@{self.result['variant']}" if self.result["variant"] else "")
 

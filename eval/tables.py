@@ -39,7 +39,7 @@ def summarise(values: Iterable[float | None]) -> tuple[float | None, float | Non
     known = [v for v in values if v is not None]
     if not known:
         return None, None
-    digits = lambda v: float(f"{v:.6g}")  # noqa: E731
+    digits = lambda v: float(f"{v:.6g}")
     return digits(np.mean(known)), digits(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
@@ -60,10 +60,8 @@ def build_rows(records: list[Record]) -> list[Row]:
 
 def _anchor(teacher: Record) -> tuple[float, float] | None:
     """(FID of class means, FID of the teacher at many steps): the ends of `gap closed`, per seed."""
-    if teacher.metrics is None or not teacher.metrics.get("fixed"):
-        return None
-    means = next(row["fid"] for row in teacher.metrics["fixed"] if row["name"] == "class_means")
-    return means, max(teacher.metrics["rows"], key=lambda row: row["nfe"])["fid"]
+    means = [row["fid"] for row in teacher.fixed if row["name"] == "class_means"]
+    return (means[0], max(teacher.rows, key=lambda row: row["nfe"])["fid"]) if means else None
 
 
 def _gap_closed(fid: float | None, anchor: tuple[float, float] | None) -> float | None:
@@ -82,16 +80,12 @@ def _metrics(found: list[tuple[Row, tuple[float, float] | None]]) -> Row:
 
 def _fixed(benchmark: str, teachers: list[Record], anchors: dict[int, Any]) -> list[Row]:
     """Floor and trivial generators, which the teacher cell of every seed carries."""
-    done = [r for r in teachers if r.metrics and r.metrics.get("fixed")]
     out = []
-    for name in [row["name"] for row in done[0].metrics["fixed"]] if done else []:  # type: ignore[index]
-        found = [
-            (next(row for row in r.metrics["fixed"] if row["name"] == name), anchors[r.result["seed"]])  # type: ignore[index]
-            for r in done
-        ]
+    for name in dict.fromkeys(row["name"] for r in teachers for row in r.fixed):
+        found = [(row, anchors[r.result["seed"]]) for r in teachers for row in r.fixed if row["name"] == name]
         out.append(
             {"benchmark": benchmark, "group": "reference", "method": name, "variant": None, "title": name.replace("_", " "),
-             "nfe": None, "headline": False, "seeds": len(done), "status": "done", "division": None, "fidelity": None,
+             "nfe": None, "headline": False, "seeds": len(found), "status": "done", "division": None, "fidelity": None,
              "budget": None, "params": None, "reported": None} | _metrics(found)
         )  # fmt: skip
     return out
@@ -111,9 +105,7 @@ def _arm_rows(records: list[Record], anchors: dict[int, Any]) -> list[Row]:
         return [base | {"nfe": None, "headline": True, "seeds": 0, "params": None} | _metrics([({}, None)])]
     out = []
     for nfe in done[0].result["nfe"]:
-        found = [
-            (row, anchors.get(r.result["seed"])) for r in done for row in r.metrics["rows"] if row["nfe"] == nfe  # type: ignore[index]
-        ]
+        found = [(row, anchors.get(r.result["seed"])) for r in done for row in r.rows if row["nfe"] == nfe]
         own = {"nfe": nfe, "headline": nfe == done[0].result["headline_nfe"], "seeds": len(found), "params": done[0].result["params"]}
         out.append(base | own | _metrics(found))
     return out
@@ -218,18 +210,19 @@ def protocol(records: list[Record]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for benchmark in sorted({r.result["benchmark"] for r in records}):
         own = [r for r in records if r.result["benchmark"] == benchmark]
-        done = [r for r in own if r.metrics is not None]
-        first = done[0].metrics["evaluation"] if done else {}  # type: ignore[index]
+        evaluations = [r.metrics["evaluation"] for r in own if r.metrics is not None]
+        first = evaluations[0] if evaluations else {}
+        limits = [r.result["cost"].get("limit_flops") for r in own if r.result["group"] == "distillation"]
         commits = sorted({_commit(r.result["provenance"]) for r in own})
         out[benchmark] = {
             "seeds": sorted({r.result["seed"] for r in own}),
-            "budget_flops": max((r.result["cost"].get("limit_flops") or 0 for r in own if r.result["group"] == "distillation"), default=0) or None,
+            "budget_flops": max(filter(None, limits), default=None),
             "samples": first.get("samples"),
             "reference": first.get("reference"),
             "reference_sha256": first.get("reference_sha256"),
             "extractor": first.get("extractor"),
             "extractor_sha256": first.get("extractor_sha256"),
-            "evaluation": ", ".join(sorted({r.metrics["evaluation"]["key"] for r in done})),  # type: ignore[index]
+            "evaluation": ", ".join(sorted({e["key"] for e in evaluations})),
             "data": ", ".join(sorted({r.result["provenance"]["hashes"]["data"] for r in own})),
             "ground": ", ".join(sorted({r.result["provenance"]["hashes"]["ground"] for r in own})),
             "commit": ", ".join(commits),
@@ -272,7 +265,9 @@ def _reported_section(reported: dict[str, Any]) -> list[str]:
                     body.append([f"*teacher: {teacher} (FID {r['teacher_fid']:.2f})*"])
                 mark = "*" * bool(r.get("autoguidance"))
                 epochs = "–" if r["epochs"] is None else f"{r['epochs']}{'†' * bool(r.get('init_from_pretrained'))}"
-                body.append([r["method"].replace("*", "\\*") + mark.replace("*", "\\*"), epochs, f"{r['params_M']}M", r["nfe"], f"{r['fid']:.2f}"])
+                body.append(
+                    [r["method"].replace("*", "\\*") + mark.replace("*", "\\*"), epochs, f"{r['params_M']}M", r["nfe"], f"{r['fid']:.2f}"]
+                )
         head = ["method", "epochs", "params", "NFE", "FID ↓ (reported)"]
         lines = [line + [""] * (5 - len(line)) for line in body]
         out += [f"### {section['title']}", "", tabulate(lines, head, "github", disable_numparse=True), ""]
@@ -288,7 +283,7 @@ def write(
     twins = {
         "md": markdown(title, rows, records, reported, f"{name}.png").encode(),
         "json": (json.dumps({"protocol": protocol(records), "rows": every}, indent=1, ensure_ascii=False) + "\n").encode(),
-        "csv": pd.DataFrame([{**r, "reported": json.dumps(r["reported"]) if r["reported"] else None} for r in every]).to_csv(index=False).encode(),
-    }  # fmt: skip
+        "csv": pd.DataFrame([r | {"reported": r["reported"] and json.dumps(r["reported"])} for r in every]).to_csv(index=False).encode(),
+    }
     for suffix, data in twins.items():
         write_bytes(folder / f"{name}.{suffix}", data)

@@ -65,7 +65,7 @@ def train(images_u8: Tensor, labels: Tensor, epochs: int = EPOCHS) -> DigitsClas
             optimizer.step()
             schedule.step()
     network.eval().requires_grad_(False)
-    network.feature_scale.fill_(1 / network(x)[0].square().mean().sqrt())
+    network.get_buffer("feature_scale").fill_(1 / network(x)[0].square().mean().sqrt())
     return network
 
 

@@ -65,9 +65,7 @@ class Checkout:
 
     def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`distillbench ...` or `snakemake ...` here."""
-        return subprocess.run(
-            list(command), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout
-        )
+        return subprocess.run(list(command), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout)
 
     def snakemake(self, *targets: str, cores: int = 2) -> subprocess.CompletedProcess[str]:
         return self.run("snakemake", "--cores", str(cores), *targets)

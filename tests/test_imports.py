@@ -36,7 +36,7 @@ def violations(root: Path) -> list[str]:
             top = name.partition(".")[0]
             bad = False
             if place.parts[0] == "methods":
-                bad = name.startswith(".") or (top in OURS and top != "distillbench") or name.startswith(("distillbench.cli", "distillbench.plan"))
+                bad = name.startswith(("distillbench.cli", "distillbench.plan", ".")) or top in OURS - {"distillbench"}
             elif place.parts[0] == "distillbench":
                 bad = top == "methods" or (top == "eval" and place.name != "cli.py")
             elif place.parts[0] == "eval":

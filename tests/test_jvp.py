@@ -159,11 +159,21 @@ def test_an_operation_without_a_rule_is_named(name, f):  # cost file test 7: nev
         value_and_tangent(f, (x,), (x,), False)
 
 
-@pytest.mark.parametrize("f", [lambda x: x / 2, lambda x: -x, lambda x: x**2, lambda x: x.exp(), lambda x: x.detach(), lambda x: x[:, :2]])
-def test_an_operator_or_method_without_a_rule_is_named(f):  # value_and_tangent's docstring
+OPERATORS = {
+    "x / 2": lambda x: x / 2,
+    "-x": lambda x: -x,
+    "x ** 2": lambda x: x**2,
+    "x.exp()": lambda x: x.exp(),
+    "x.detach()": lambda x: x.detach(),
+    "x[:, :2]": lambda x: x[:, :2],
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_or_method_without_a_rule_is_named(name):  # value_and_tangent's docstring
     x = torch.randn(3, 4)
     with pytest.raises(NotImplementedError, match="derivative rule"):
-        value_and_tangent(f, (x,), (x,), False)
+        value_and_tangent(OPERATORS[name], (x,), (x,), False)
 
 
 def test_affine_layer_norm_is_refused():
@@ -178,14 +188,14 @@ def test_autocast_is_refused():  # cost file section 5: the derivative in float3
         value_and_tangent(labelled(network()), primals, tangents, False)
 
 
-def meanflow_gradient(net: VelocityNetwork, value: Tensor, du: Tensor, t: Tensor, s: Tensor, v: Tensor, detach: bool = True) -> list[Tensor]:
+def meanflow_gradient(net, value: Tensor, du: Tensor, t: Tensor, s: Tensor, v: Tensor, detach: bool = True) -> list[Tensor]:
     m = len(du)
     target = torch.cat([v[:m] - (t - s)[:m, None, None, None] * du, v[m:]])
     loss = (value - (target.detach() if detach else target)).square().sum() / len(v)
     return torch.autograd.grad(loss, list(net.parameters()))
 
 
-def official(net: VelocityNetwork, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], labels: Tensor = LABELS) -> tuple[Tensor, Tensor]:
+def official(net, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], labels: Tensor = LABELS) -> tuple[Tensor, Tensor]:
     """torch.func.jvp on all rows with the reverse graph, as py-meanflow does."""
     return jvp(lambda x, t, s: net(x, t, labels, s=s), primals, tangents)
 

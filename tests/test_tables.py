@@ -57,7 +57,7 @@ def test_an_edited_record_is_noticed(tmp_path: Path):
     assert check("table2", tmp_path).returncode == 1
 
 
-def record(arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed: float | None = None) -> records.Record:
+def record(arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed=None) -> records.Record:
     result = {
         "benchmark": "b", "method": arm, "variant": None, "seed": seed, "key": f"{arm}{seed}", "group": group, "title": arm, "fidelity": None,
         "adaptation": False, "division": "closed", "status": "done" if fids else "failed", "reason": None if fids else "KeyError: 'x'",

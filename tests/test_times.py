@@ -25,7 +25,7 @@ def test_pairs_are_sorted_and_inside_the_unit_interval():
 
 @pytest.mark.parametrize(("mean", "std", "largest", "single"), [(-0.4, 1.0, 0.535, 0.418), (-2.0, 2.0, 0.353, 0.225)])
 def test_diagonal_rows_keep_the_larger_of_two_draws(mean, std, largest, single):  # 3.3 'consequence', test 9
-    t, s = times.sorted_pair(Rng(0, "t, s"), N, mean, std, 0.5)
+    t, _ = times.sorted_pair(Rng(0, "t, s"), N, mean, std, 0.5)
     m = times.off_diagonal(N, 0.5)
     assert abs(t[m:].mean() - largest) < 3e-3
     assert abs(times.logit_normal(Rng(0, "t"), N, mean, std).mean() - single) < 3e-3

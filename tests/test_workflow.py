@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_a_method_from_outside_and_four_broken_ones(checkout: Checkout):
     for name in four:
         row = found[name, None]
         assert row["status"].startswith(BROKEN[name][2].upper()) and BROKEN[name][3] in row["status"]
-        assert row["seeds"] == 0 and row["sliced_w2_mean"] is None if "sliced_w2_mean" in row else True
+        assert row["seeds"] == 0
     for nfe in (1, 2, 4):
         assert found["myflow", nfe]["sliced_w2_mean"] == found["meanflow", nfe]["sliced_w2_mean"], "the name draws no random number"
     page = (checkout.folder / "results/tiny-ring.md").read_text()
@@ -97,7 +98,7 @@ def test_kill_9_at_a_random_moment_changes_no_metric(checkout: Checkout, target:
     moment = random.Random(f"{target} {attempt}").uniform(3, 25)
     time.sleep(moment)
     assert process.poll() is None, "it ended before the kill"
-    workers = [p for p in descendants(process.pid) if "distillbench.cli" in open(f"/proc/{p}/cmdline").read()]
+    workers = [p for p in descendants(process.pid) if b"distillbench.cli" in Path(f"/proc/{p}/cmdline").read_bytes()]
     if target == "worker" and workers:
         os.kill(workers[0], signal.SIGKILL)
         process.wait(timeout=300)

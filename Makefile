@@ -1,0 +1,31 @@
+# `make table2` and `make test` are all a newcomer needs; both install what they need into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: table2 gaussians test test-slow lint clean
+
+table2: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all results/table2.md
+
+gaussians: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all results/gaussians.md
+
+test: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-slow: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.slow
+
+lint: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("distillbench needs Python 3.11 or newer; try: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
+	@echo "installing into .venv (once; several minutes, mostly torch)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv .snakemake results/runs

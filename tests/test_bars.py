@@ -1,0 +1,49 @@
+"""The published tables keep the bars every method is held to, at its declared headline NFE."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def rows(table: str) -> list[dict]:
+    return json.loads((RESULTS / f"{table}.json").read_text())["rows"]
+
+
+def broken_on_digits(found: list[dict]) -> list[str]:
+    """Which bars are missed: FID and recall against the teacher at many steps, the class Gaussian, the teacher's floor."""
+    fixed = {r["method"]: r for r in found if r["group"] == "reference"}
+    teacher = max((r for r in found if r["group"] == "teacher"), key=lambda r: r["nfe"])
+    out = [] if teacher["fid_mean"] <= 3 * fixed["floor"]["fid_mean"] else ["teacher above 3 x the floor"]
+    trivial = fixed["class_gaussian"]
+    for r in (r for r in found if r["group"] == "distillation" and r["headline"] and r["seeds"]):
+        checks = {
+            "FID above 2.2 x the teacher's": r["fid_mean"] <= 2.2 * teacher["fid_mean"],
+            "recall below 0.8 x the teacher's": r["recall_mean"] >= 0.8 * teacher["recall_mean"],
+            "class Gaussian has the lower FID": r["fid_mean"] < trivial["fid_mean"],
+            "class Gaussian has the lower KID": r["kid_mean"] < trivial["kid_mean"],
+            "class Gaussian has the higher coverage": r["coverage_mean"] > trivial["coverage_mean"],
+        }
+        out += [f"{r['method']}: {name}" for name, kept in checks.items() if not kept]
+    return out
+
+
+def test_digits():
+    found = [r for r in rows("table2") if r["benchmark"] == "digits"]
+    assert sum(r["group"] == "distillation" and r["headline"] for r in found) >= 2
+    assert broken_on_digits(found) == []
+    worse = [r | {"fid_mean": 3 * r["fid_mean"]} if r["method"] == "dmd" else r for r in found]
+    assert "dmd: FID above 2.2 x the teacher's" in broken_on_digits(worse)
+
+
+@pytest.mark.parametrize("benchmark,bars", [("gaussians-ring", (8, 0.03, 0.06, 0.18)), ("gaussians-grid", (25, 0.07, 0.08, 0.55))])
+def test_mixtures(benchmark: str, bars: tuple[int, float, float, float]):
+    found = [r for r in rows("gaussians") if r["benchmark"] == benchmark and r["group"] == "distillation" and r["nfe"] == 1]
+    assert len(found) >= 2
+    for r in found:
+        assert r["seeds"] == 3 and r["modes_mean"] == bars[0], r["method"]
+        assert r["weight_tv_mean"] <= bars[1] and r["sliced_w2_mean"] <= bars[2] and r["outside_mean"] <= bars[3], r["method"]
