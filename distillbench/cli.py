@@ -80,11 +80,14 @@ def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
     for cell in cells:
         for one in (cell,) if cell.arm is None else (cell.teacher, cell):
             with one.locked():
-                if one.result() is not None:
-                    continue
-                record = run_cell(one, reporter(one.label))
-            text = record["status"] if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
-            print(f"{one.label}: {text} in {record['cost']['seconds']:g} s", file=sys.stderr)
+                record, ran = one.result(), False
+                if record is None:
+                    record, ran = run_cell(one, reporter(one.label)), True
+            if ran:
+                text = record["status"] if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
+                print(f"{one.label}: {text} in {record['cost']['seconds']:g} s", file=sys.stderr)
+            if record["status"] != "done" and one is not cell:
+                raise UserError(f"{one.label} ended as {record['status']} ({record['reason']}): its students have nothing to start from")
 
 
 def samples_of(cell: Cell) -> dict[int, Tensor]:

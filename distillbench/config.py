@@ -110,6 +110,12 @@ class Benchmark(Strict):
     guidance: float = Field(1.0, description="guidance weight of teacher and students")
     timeout_s: float = Field(3600, gt=0, description="a cell that trains longer is recorded as `timeout`")
 
+    @model_validator(mode="after")
+    def _guidance_has_classes(self) -> Benchmark:
+        if self.guidance != 1 and isinstance(self.data, MixtureData) and self.data.layout != "image":
+            raise ValueError(f"guidance {self.guidance:g} needs data with classes; remove the key")
+        return self
+
 
 class Variant(Strict):
     """A named change to a method's settings."""

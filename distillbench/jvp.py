@@ -36,16 +36,19 @@ class Dual:
         rule = RULES.get(name)
         if rule is None:
             raise NotImplementedError(f"distillbench.jvp has no derivative rule for '{name}'; add one to RULES")
-        value = func(*_map(lambda a: a.value, args), **kwargs)
         first = next(d for d in _duals(args))
         m, graph = first.tangent.shape[0], first.graph
         # What the rules see of a value: the rows that have a tangent, cut off the graph unless it is asked for.
         head = lambda d: d.value[:m] if graph else d.value[:m].detach()
         with contextlib.nullcontext() if graph else torch.no_grad():
-            tangent = rule(head, *args, **kwargs)
+            tangent = rule(head, *args, **kwargs)  # before the value: the operation may be in place
+        value = func(*_map(lambda a: a.value, args), **kwargs)
         if isinstance(value, tuple | list):
             return tuple(cls(v, d, graph) for v, d in zip(value, tangent))
-        return cls(value, tangent, graph)
+        return cls(value, tangent.expand(len(tangent), *value.shape[1:]), graph)  # a wider constant widens the tangent too
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(f"distillbench.jvp has no derivative rule for '{name}'; add one to RULES")
 
     def __add__(self, other: Any) -> Dual:
         return Dual.__torch_function__(torch.add, (), (self, other))
@@ -111,16 +114,23 @@ def _silu(head: Callable, x: Dual, inplace: bool = False) -> Tensor:
 def _layer_norm(head: Callable, x: Dual, shape: Any, weight: None = None, bias: None = None, eps: float = 1e-5) -> Tensor:
     if weight is not None:
         raise NotImplementedError("distillbench.jvp: layer_norm with an affine part; put scale and shift outside")
-    value, d = head(x), x.tangent
-    var, mean = torch.var_mean(value, dim=-1, keepdim=True, correction=0)
+    value, d, dims = head(x), x.tangent, tuple(range(-len(shape), 0))
+    var, mean = torch.var_mean(value, dim=dims, keepdim=True, correction=0)
     scale = torch.rsqrt(var + eps)
     y = (value - mean) * scale
-    return scale * (d - d.mean(-1, keepdim=True) - y * (y * d).mean(-1, keepdim=True))
+    return scale * (d - d.mean(dims, keepdim=True) - y * (y * d).mean(dims, keepdim=True))
 
 
 def _reshape(head: Callable, x: Dual, shape: tuple[int, ...]) -> Tensor:
     return x.tangent.reshape(x.tangent.shape[0], *shape[1:])  # the first dimension is the batch
 
+
+def _without_rule(name: str) -> Callable:
+    return lambda self, *_: self.__getattr__(name)
+
+
+for _name in ("neg", "truediv", "rtruediv", "pow", "matmul", "getitem"):
+    setattr(Dual, f"__{_name}__", _without_rule(_name))
 
 RULES: dict[str, Callable] = {
     "add": lambda head, a, b: _tangent(a) + _tangent(b),

@@ -18,7 +18,7 @@ def residual(v_real: Tensor, x: Tensor, e: Tensor) -> Tensor:
     return (v_real - (e - x)).abs().mean(dim=tuple(range(1, x.dim())), keepdim=True)
 
 
-# Factor of (v_real - v_fake) in dL/dx. Left the name, right the general form it equals for x_t = alpha x + sigma e.
+# Factor of (v_real - v_fake) in dL/dx; above each the general form it equals for x_t = alpha x + sigma e.
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     # alpha (s_fake - s_real): the exact gradient of KL(q_t || p_t)
     "reverse_kl": lambda t, v_real, x, e: (1 - t) ** 2 / t,
@@ -27,9 +27,9 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     # sigma^2 (eps_real - eps_fake): "sigma^3/alpha" in DMD Table 2
     "sigma3_alpha": lambda t, v_real, x, e: t**2 * (1 - t),
     # (x0_fake - x0_real) / mean |x - x0_real|: DMD Algorithm 2; the two factors t cancel, so nothing is 0/0 at small t
-    "dmd": lambda t, v_real, x, e: 1 / residual(v_real, x, e),
+    "residual": lambda t, v_real, x, e: 1 / residual(v_real, x, e),
     # the same times alpha: DMD Eq. 7 with Eq. 8 taken literally
-    "dmd_equation_8": lambda t, v_real, x, e: (1 - t) / residual(v_real, x, e),
+    "alpha_residual": lambda t, v_real, x, e: (1 - t) / residual(v_real, x, e),
     # unit weight on the velocity difference
     "velocity": lambda t, v_real, x, e: 1 + 0 * t,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,9 +22,13 @@ class Meter:
         self.flops = 0
         self._open = False
 
-    def watch(self, network: nn.Module, role: str) -> None:
-        """Count every forward of `network` under `role` from now on."""
-        network.register_forward_hook(lambda _module, args, _out: self.count(role, args[0].shape[0]))
+    def watch(self, network: nn.Module, role: Callable[[], str]) -> None:
+        """Count every forward of `network`, and of later copies of it, under `role()`."""
+
+        def hook(_module: nn.Module, args: tuple, kwargs: dict, _out: object) -> None:
+            self.count(role(), (args or tuple(kwargs.values()))[0].shape[0])
+
+        network.register_forward_hook(hook, with_kwargs=True)
 
     def count(self, role: str, rows: int) -> None:
         """Add one evaluation of `rows` samples."""

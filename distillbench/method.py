@@ -114,13 +114,13 @@ class Task:
                 raise ValueError("init='teacher' without needs(teacher=True)")
             copy_weights(self._teacher_weights, net)
         self._roles[net] = "network"
+        self.meter.watch(net, lambda: self._roles[net])
         return net.to(self.device)
 
     def player(self, name: str, config: PlayerConfig, *networks: nn.Module) -> Player:
         """Register what one optimiser moves. The player named 'student' is the one saved and sampled."""
         for i, net in enumerate(networks):
             self._roles[net] = name if i == 0 else f"{name}.{i}"
-            self.meter.watch(net, self._roles[net])  # before the averages copy the network, so that these count too
         self.players[name] = Player(name, networks, config, self.meter)
         return self.players[name]
 

@@ -51,9 +51,8 @@ class Player:
     def _average(self, half_life: float) -> Callable[..., None]:
         def move(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
             decay = 0.5 ** (1 / max(half_life * self.total_updates, 1e-9))
-            done = int(count)
-            # A short memory at first, so that a brief run's average is not dominated by its start.
-            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
+            # The plain mean until it spans the average's memory, so that the start does not linger.
+            torch._foreach_lerp_(averaged, current, max(1 - decay, 1 / (int(count) + 1)))
 
         return move
 
@@ -108,5 +107,5 @@ class Player:
             average.load_state_dict(under(f"averages.{key}."))
         for i, p in enumerate(self.parameters):
             if moments := under(f"optimizer.{i}."):
-                self.optimizer.state[p] = moments
+                self.optimizer.state[p] = {k: v.clone() for k, v in moments.items()}
         self.updates = int(state["updates"])

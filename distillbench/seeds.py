@@ -10,8 +10,7 @@ from torch import Tensor
 
 def derive(seed: int, *names: object) -> int:
     """A 63-bit seed from a seed and the names of its use; distinct names give independent streams."""
-    text = "/".join(str(n) for n in (seed, *names))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Rng:

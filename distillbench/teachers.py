@@ -63,17 +63,28 @@ class Teacher:
         return guided(self.network(x, t, torch.full_like(cond.labels, self._classes)), v, cond.guidance)
 
 
+class TeacherConfig(TeacherSpec):
+    """The teacher's settings with the guidance it is sampled with."""
+
+    guidance: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one guided velocity."""
+        return 1 if self.guidance == 1 else 2
+
+
 class TeacherTraining(Method):
     """Flow matching E |v(x_t, t, c) - target|^2, target e - x; on mixtures the exact velocity, to initialise students."""
 
-    Config = TeacherSpec
+    Config = TeacherConfig
 
     @classmethod
-    def needs(cls, config: TeacherSpec) -> Needs:
-        many = 2 * config.heun_steps
-        return Needs(batch=config.batch, nfe=(1, 2, 4, many), headline_nfe=many, data=True, teacher=False)
+    def needs(cls, config: TeacherConfig) -> Needs:
+        each, many = config.evaluations, 2 * config.heun_steps * config.evaluations
+        return Needs(batch=config.batch, nfe=(each, 2 * each, 4 * each, many), headline_nfe=many, data=True, teacher=False)
 
-    def __init__(self, task: Task, config: TeacherSpec):
+    def __init__(self, task: Task, config: TeacherConfig):
         self.config, self.classes, self.exact = config, task.classes, task.teacher
         shared = config.model_dump(include={"lr", "betas", "warmup", "final_lr"})
         average = PlayerConfig(**shared, half_lives={EVALUATION: config.half_life})
@@ -95,7 +106,8 @@ class TeacherTraining(Method):
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
         """Heun at the many steps, Euler below; the exact velocity where there is one."""
         teacher = self.exact or Teacher(self.teacher.averaged(), self.classes)
-        solver, steps = (heun, nfe // 2) if nfe == 2 * self.config.heun_steps else (euler, nfe)
+        steps = nfe // self.config.evaluations
+        solver, steps = (heun, steps // 2) if steps == 2 * self.config.heun_steps else (euler, steps)
         return solver(lambda x, t: teacher.velocity(x, t, cond), noise, steps)
 
 

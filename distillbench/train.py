@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor
 
@@ -20,13 +21,12 @@ from distillbench import data as data_sets
 from distillbench import registry
 from distillbench.cell import Cell, provenance, write_atomically, write_json
 from distillbench.checkpoint import load_progress, read_tensors, save_progress, write_tensors
-from distillbench.config import TeacherSpec
 from distillbench.errors import UserError, nearest
 from distillbench.meter import Meter, peak_memory_mb
 from distillbench.method import Batch, Condition, Method, Needs, Step, Task
 from distillbench.networks import VelocityNetwork
 from distillbench.seeds import Rng, derive
-from distillbench.teachers import MixtureVelocity, Teacher, TeacherTraining, make_pairs
+from distillbench.teachers import MixtureVelocity, Teacher, TeacherConfig, TeacherTraining, make_pairs
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 CHECKPOINTS = 20  # per run
@@ -69,7 +69,7 @@ def build(cell: Cell) -> Run:
     data = data_sets.load(b.data)
     if cell.arm is None:
         cls: type[Method] = TeacherTraining
-        config: Any = TeacherSpec.model_validate(b.teacher)
+        config: Any = TeacherConfig(**b.teacher.model_dump(), guidance=b.guidance)
     else:
         cls = registry.load(cell.arm.folder)
         config = registry.configuration(cell.arm, b, cls)
@@ -79,24 +79,30 @@ def build(cell: Cell) -> Run:
     weights: VelocityNetwork | None = None
     teacher: Teacher | None = None
     if needs.teacher:
-        if (found := cell.teacher.result()) is None or found["status"] != "done":
-            raise UserError(
-                f"{cell.teacher.label} {'is not trained' if found is None else 'ended as ' + found['status']}: see its config.yaml"
-            )
         weights = VelocityNetwork(data.shape, data.classes, **b.network.model_dump()).to(device)
         weights.load_state_dict(read_tensors(cell.teacher.folder / "teacher.safetensors", device)[0])
-    if (network := exact or weights) is not None:
+    # Withheld unless needed; the teacher's own training is told the exact velocity where there is one.
+    network = (exact or weights) if needs.teacher or cell.arm is None else None
+    if network is not None:
         teacher = Teacher(network, data.classes)
-        meter.watch(teacher.network, "teacher")
+        meter.watch(network, lambda: "teacher")
     task = Task(data.shape, data.classes, b.network.model_dump(), teacher, weights, cell.seed, device, meter)
     torch.manual_seed(derive(cell.seed, "build"))
     method = cls(task, config)
     return Run(cell, data, method, needs, task, meter, device)
 
 
+def own_rows(batch: int) -> int:
+    """This rank's share of a global batch."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if batch % world:
+        raise ValueError(f"a batch of {batch} does not divide among {world} ranks")
+    return batch // world
+
+
 def batch_of(run: Run, step: Step) -> Batch:
     """The batch of a step: only what the method's needs name."""
-    n, guidance, data = run.needs.batch, run.cell.benchmark.guidance, run.data
+    n, guidance, data = own_rows(run.needs.batch), run.cell.benchmark.guidance, run.data
     x = pairs = None
     if run.needs.data:
         x, labels = data.draw(step.rng("data"), n)
@@ -105,7 +111,7 @@ def batch_of(run: Run, step: Step) -> Batch:
         labels = step.rng("labels").integers(n, data.classes) if data.classes else None
     if run.pairs is not None:
         assert run.needs.pairs is not None
-        index = step.rng("pairs").integers(run.needs.pairs.batch, len(run.pairs["z"]))
+        index = step.rng("pairs").integers(own_rows(run.needs.pairs.batch), len(run.pairs["z"]))
         own = run.pairs["labels"][index] if "labels" in run.pairs else None
         pairs = run.pairs["z"][index], run.pairs["y"][index], Condition(own, guidance)
     return Batch(n, Condition(labels, guidance), x, pairs)
@@ -216,14 +222,14 @@ def sample(run: Run, nfe: int, count: int, progress: Progress, name: str = "eval
     for i in range(0, count, b.sampling.batch):
         part = noise[i : i + b.sampling.batch].to(run.device)
         labels = (torch.arange(i, i + len(part), device=run.device) % classes) if classes else None
-        run.meter.calls.clear()
+        run.meter.rows.clear()
         with run.meter.counting():
             x = run.method.sample(part, Condition(labels, b.guidance), nfe, rng)
-        used = sum(run.meter.calls.values())
+        used = sum(run.meter.rows.values()) / len(part)  # a doubled batch is two evaluations
         if not isinstance(x, Tensor) or x.shape != part.shape:
             raise ValueError(f"sample returned {getattr(x, 'shape', type(x))}, expected {tuple(part.shape)}")
         if used != nfe:
-            raise ValueError(f"sample made {used} network evaluations at nfe={nfe}")
+            raise ValueError(f"sample made {used:g} network evaluations at nfe={nfe}")
         if not torch.isfinite(x).all():
             raise Diverged(f"samples at nfe={nfe} are not finite")
         parts.append(data_sets.to_bytes(x).cpu() if isinstance(run.data, data_sets.Images) else x.cpu())

@@ -28,7 +28,7 @@ def made(**changes) -> tuple:
         nn.init.normal_(p, std=0.2)
     task = Task(SHAPE, 3, {"width": 16, "depth": 2}, Teacher(teacher, 3), teacher, 0, torch.device("cpu"), Meter())
     settings = {
-        "batch": N, "weighting": "dmd", "time_low": 0.02, "time_high": 0.98, "regression": 0.25, "pairs": 32, "pair_heun_steps": 4,
+        "batch": N, "weighting": "residual", "time_low": 0.02, "time_high": 0.98, "regression": 0.25, "pairs": 32, "pair_heun_steps": 4,
         "pair_batch": PAIRS, "student": {"lr": 1e-2}, "critic": {"lr": 1e-2},
     }  # fmt: skip
     critic_differs = changes.pop("critic_differs", True)

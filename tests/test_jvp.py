@@ -77,6 +77,14 @@ def test_a_network_fed_a_fixed_gap_fails():  # meanflow.md test 4: h = t - s is 
     assert torch.allclose(fixed[0], net(x, t, LABELS, s=s)) and relative(fixed[1], expected) > 0.05
 
 
+def test_the_second_time_enters_as_the_gap():  # meanflow.md section 2 and test 4: the embedded number is t - s, raw in [0, 1]
+    net, (x, t, s, _), seen = network(), inputs(), []
+    net.gap.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    net.time.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    net(x, t, LABELS, s=s)
+    assert torch.equal(seen[0], t) and torch.equal(seen[1], t - s)
+
+
 @pytest.mark.parametrize("m", [1, 5, B])
 def test_only_the_first_rows_have_a_tangent(m):  # cost file test 10
     f = labelled(network().double())

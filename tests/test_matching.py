@@ -17,8 +17,8 @@ GENERAL = {
     "reverse_kl": lambda a, x, r, f: a * (f["s"] - r["s"]),
     "sigma_alpha": lambda a, x, r, f: r["eps"] - f["eps"],
     "sigma3_alpha": lambda a, x, r, f: (1 - a) ** 2 * (r["eps"] - f["eps"]),
-    "dmd": lambda a, x, r, f: (f["x0"] - r["x0"]) / mean_abs(x - r["x0"]),
-    "dmd_equation_8": lambda a, x, r, f: a * (f["x0"] - r["x0"]) / mean_abs(x - r["x0"]),
+    "residual": lambda a, x, r, f: (f["x0"] - r["x0"]) / mean_abs(x - r["x0"]),
+    "alpha_residual": lambda a, x, r, f: a * (f["x0"] - r["x0"]) / mean_abs(x - r["x0"]),
     "velocity": lambda a, x, r, f: (f["x0"] - r["x0"]) / (1 - a),
 }
 
@@ -51,19 +51,19 @@ def test_flow_form_equals_general_form(weighting):
 
 @pytest.mark.parametrize("t", [1e-4, 1 - 1e-4])
 def test_times_cancel_in_the_code_form(t):  # conventions.md test 3; dmd.md test 4: Eq. 8 differs by exactly (1 - t)
-    flow, general = sides("dmd", t)
+    flow, general = sides("residual", t)
     assert same(flow, general)
     torch.manual_seed(0)
-    code = sides("dmd", t)[0]
+    code = sides("residual", t)[0]
     torch.manual_seed(0)
-    assert same(sides("dmd_equation_8", t)[0], (1 - t) * code)
+    assert same(sides("alpha_residual", t)[0], (1 - t) * code)
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_the_code_form_needs_no_special_case_at_the_ends(t):
     x, e, v_r, v_f = torch.randn(4, 8, 7)
     time = torch.full((8,), t)
-    assert matching_gradient(v_r, v_f, x, e, time, "dmd").isfinite().all()
+    assert matching_gradient(v_r, v_f, x, e, time, "residual").isfinite().all()
     x_t = noised(x, e, time)
     naive = (denoiser(x_t, v_f, time) - denoiser(x_t, v_r, time)) / mean_abs(x - denoiser(x_t, v_r, time))
     assert t > 0 or not naive.isfinite().all()  # planted: the ratio of denoisers is 0/0 at t = 0
@@ -72,11 +72,11 @@ def test_the_code_form_needs_no_special_case_at_the_ends(t):
 def test_the_normaliser_is_one_number_per_sample_and_divides():  # dmd.md test 5
     x, e, residual, difference = torch.randn(4, 8, 2, 4, 4)
     t = torch.rand(8)
-    once = matching_gradient(e - x + residual, e - x + residual - difference, x, e, t, "dmd")
-    twice = matching_gradient(e - x + 2 * residual, e - x + 2 * residual - difference, x, e, t, "dmd")
+    once = matching_gradient(e - x + residual, e - x + residual - difference, x, e, t, "residual")
+    twice = matching_gradient(e - x + 2 * residual, e - x + 2 * residual - difference, x, e, t, "residual")
     torch.testing.assert_close(once, 2 * twice, rtol=1e-4, atol=1e-5)  # multiplying would give 0.5
     torch.testing.assert_close(once * residual.abs().mean((1, 2, 3), keepdim=True), difference, rtol=1e-4, atol=1e-5)
-    one_row = matching_gradient((e - x + residual)[:1], (e - x + residual - difference)[:1], x[:1], e[:1], t[:1], "dmd")
+    one_row = matching_gradient((e - x + residual)[:1], (e - x + residual - difference)[:1], x[:1], e[:1], t[:1], "residual")
     torch.testing.assert_close(one_row, once[:1])  # not a mean over the batch
 
 

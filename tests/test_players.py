@@ -121,7 +121,7 @@ def test_average_of_a_ramp(half_life):  # the average of a ramp lags by decay / 
         made.update(net.p.sum())
     decay = 0.5 ** (1 / (half_life * total))
     assert (made.averaged().p - net.p).item() == pytest.approx(decay / (1 - decay), rel=2e-3)
-    assert float(net.p) == pytest.approx(-total, rel=1e-6)
+    assert net.p.item() == pytest.approx(-total, rel=1e-6)
 
 
 def test_the_first_average_is_the_network_itself():

@@ -109,7 +109,7 @@ def test_the_ode_carries_noise_to_the_mixture():
 
 def metered(classes: int = 2) -> tuple[Teacher, Meter]:
     meter, teacher = Meter(), Teacher(MixtureVelocity(mixture()), classes)
-    meter.watch(teacher.network, "teacher")
+    meter.watch(teacher.network, lambda: "teacher")
     return teacher, meter
 
 

@@ -30,7 +30,7 @@ class DMD(Method):
     class Config(BaseModel):
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
-        weighting: Literal["dmd", "dmd_equation_8", "sigma_alpha", "sigma3_alpha", "velocity"]
+        weighting: Literal["residual", "alpha_residual", "sigma_alpha", "sigma3_alpha", "velocity"]
         time_low: float = Field(ge=0, lt=1, description="t ~ U(low, high) in the distribution-matching loss")
         time_high: float = Field(gt=0, le=1)
         regression: float = Field(ge=0, description="lambda_reg; 0 trains without pairs")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from distillbench import times
@@ -40,6 +40,12 @@ class MeanFlow(Method):
         p: float = Field(ge=0, description="power of the adaptive weight")
         c: float = Field(gt=0)
         student: PlayerConfig
+
+        @model_validator(mode="after")
+        def some_row_is_off_the_diagonal(self) -> Self:
+            if times.off_diagonal(self.batch, self.diagonal) == 0:
+                raise ValueError(f"diagonal {self.diagonal:g} leaves no row of {self.batch} with s < t")
+            return self
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
