@@ -187,7 +187,8 @@ def status(table: TableName = "table2") -> None:
     """How far every cell of a table is."""
     from eval.records import is_evaluated
 
-    view = RichTable("cell", "status", "evaluated", "seconds", "folder", box=None)
+    view = RichTable("cell", "status", "evaluated", "seconds", box=None)
+    view.add_column("folder", overflow="fold")
     for job in plan.jobs(config.table(table)):
         for cell in job.cells:
             result = cell.result()

@@ -60,7 +60,8 @@ def test_an_edited_record_is_noticed(tmp_path: Path):
 def record(arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed=None) -> records.Record:
     result = {
         "benchmark": "b", "method": arm, "variant": None, "seed": seed, "key": f"{arm}{seed}", "group": group, "title": arm,
-        "fidelity": None, "adaptation": False, "division": "closed", "status": "done" if fids else "failed", "reason": None if fids else "KeyError: 'x'",
+        "fidelity": None, "adaptation": False, "division": "closed",
+        "status": "done" if fids else "failed", "reason": None if fids else "KeyError: 'x'",
         "nfe": list(fids or {}), "headline_nfe": min(fids or {0: 0}), "params": 10, "cost": {"flops": 5.0, "limit_flops": 6.0},
         "provenance": {"commit": "c" * 40, "dirty": False, "hashes": {"data": "d", "ground": "g"}},
     }  # fmt: skip
