@@ -28,4 +28,4 @@ lint: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .snakemake results/runs
+	rm -rf .venv .snakemake

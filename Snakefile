@@ -3,6 +3,7 @@ import sys
 
 from distillbench import config as files
 from distillbench import plan
+from distillbench.cli import check_extractors
 from distillbench.errors import UserError
 from eval.records import is_evaluated
 
@@ -18,9 +19,12 @@ def evaluation_source(cell):
 
 
 def prepare():
-    """Jobs of every table; stamps made to agree with the records; files checked before any work starts."""
-    tables = {table.name: table for table in files.tables()}
+    """Jobs of the tables asked for; stamps made to agree with the records; files checked before any work starts."""
+    names = sorted(p.stem for p in (files.root() / "workflows/tables").glob("*.yaml"))
+    named = [n for n in names if any(f"results/{n}." in argument for argument in sys.argv)]
+    tables = {name: files.table(name) for name in named or names}
     jobs = {name: plan.jobs(table) for name, table in tables.items()}
+    check_extractors([j.cells[0].benchmark for js in jobs.values() for j in js])
     every = {(j.benchmark, j.arm, j.keys): j for js in jobs.values() for j in js}
     todo = [j for j in every.values() if not j.sync("trained", plan.is_trained, lambda c: c.record)]
     done = {key for key, j in every.items() if j.sync("evaluated", evaluated, evaluation_source)}
@@ -42,10 +46,10 @@ def job_of(wildcards):
     return EVERY[wildcards.benchmark, wildcards.arm, wildcards.batch]
 
 
-def teachers_of(wildcards, stage="trained"):
+def teachers_of(wildcards):
     """The stamps of the teachers that an arm's cells start from and are compared with."""
     keys = [c.teacher.key for c in job_of(wildcards).cells]
-    return [j.stamp(stage) for j in EVERY.values() if j.arm == "teacher" and j.cells[0].key in keys]
+    return [j.stamp("trained") for j in EVERY.values() if j.arm == "teacher" and j.cells[0].key in keys]
 
 
 wildcard_constraints:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,13 +99,29 @@ class Cell:
         """The record, or None while the cell is not fresh."""
         return json.loads(self.record.read_text()) if self.record.is_file() else None
 
+    def labels(self) -> dict[str, Any]:
+        """What a table says about the cell's arm besides its numbers."""
+        teacher: dict[str, Any] = {"title": "Teacher", "fidelity": None, "adaptation": False, "reported": []}
+        return teacher if self.arm is None else self.arm.labels()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time works on a cell; a second one waits and then finds the record."""
-        make_folder(self.folder)
-        with open(self.folder / "lock", "w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+        with lock(self.folder / "lock"):
             yield
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the file `path` for this process alone; says so when it has to wait."""
+    make_folder(path.parent)
+    with open(path, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process to release {path}", file=sys.stderr, flush=True)
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def make_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from distillbench import config, plan, progress, registry
-from distillbench.cell import Cell, write_atomically, write_json
+from distillbench.cell import Cell, lock, write_atomically, write_json
 from distillbench.dispatch import ONE_THREAD
 from distillbench.errors import UserError
 from distillbench.progress import reporter
@@ -46,9 +46,22 @@ TableName = Annotated[str, typer.Argument(help="name of a file in workflows/tabl
 Seeds = Annotated[str | None, typer.Option(help="comma-separated, e.g. 0,1,2; all seeds of the benchmark if left out")]
 
 
+def check_extractors(benchmarks: list[config.Benchmark]) -> None:
+    """UserError on a benchmark whose extractor eval does not have."""
+    from eval.records import known_extractor
+
+    for b in benchmarks:
+        try:
+            if b.extractor is not None:
+                known_extractor(b.extractor)
+        except ValueError as e:
+            raise UserError(f"workflows/benchmarks/{b.name}.yaml: key 'extractor': {e}") from None
+
+
 def cells_of(benchmark: str, arm: str, seeds: str | None) -> list[Cell]:
     """The cells that the arguments of a command name; UserError on a mistake."""
     b = config.benchmark(benchmark)
+    check_extractors([b])
     found = None if arm == "teacher" else registry.arm(arm)
     try:
         chosen = b.seeds if seeds is None else [int(s) for s in seeds.split(",")]
@@ -81,6 +94,8 @@ def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
         for one in (cell,) if cell.arm is None else (cell.teacher, cell):
             with one.locked():
                 record, ran = one.result(), False
+                if record is not None and record["status"] != "done":
+                    print(f"{one.label}: {record['status']} before; to try again delete {one.folder}", file=sys.stderr)
                 if record is None:
                     record, ran = run_cell(one, reporter(one.label)), True
             if ran:
@@ -90,16 +105,17 @@ def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
                 raise UserError(f"{one.label} ended as {record['status']} ({record['reason']}): its students have nothing to start from")
 
 
-def samples_of(cell: Cell) -> dict[int, Tensor]:
-    """The stored samples of a finished cell by NFE, in the order its method declares."""
+def samples_of(cell: Cell) -> tuple[dict[int, Tensor], Tensor | None]:
+    """The stored samples of a finished cell by NFE, in the order its method declares, and a teacher's reference set."""
     from distillbench.checkpoint import read_tensors
+    from distillbench.train import REFERENCE
 
     result = cell.result()
     if result is None or result["status"] != "done":
         why = "is not trained" if result is None else f"ended as {result['status']}"
         raise UserError(f"{cell.label} {why}: run `distillbench train {cell.benchmark.name} {cell.arm_name} --seeds {cell.seed}`")
     stored, _ = read_tensors(cell.folder / "samples.safetensors")
-    return {n: stored[f"nfe{n}"] for n in result["nfe"]}
+    return {n: stored[f"nfe{n}"] for n in result["nfe"]}, stored.get(REFERENCE)
 
 
 @app.command()
@@ -119,6 +135,7 @@ def evaluate(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> Non
 def metrics_of(cell: Cell) -> dict[str, Any]:
     """The content of metrics.json: numbers that repeat byte for byte, so neither times nor paths."""
     import hashlib
+    from importlib.metadata import version
 
     import torch
 
@@ -129,8 +146,9 @@ def metrics_of(cell: Cell) -> dict[str, Any]:
     from eval.records import evaluation_key
 
     torch.set_num_threads(1)
-    b, samples, data = cell.benchmark, samples_of(cell), data_sets.load(cell.benchmark.data)
-    about: dict[str, Any] = {"key": evaluation_key(b.extractor), "samples": b.sampling.count}
+    b, data = cell.benchmark, data_sets.load(cell.benchmark.data)
+    samples, _ = samples_of(cell)
+    about: dict[str, Any] = {"key": evaluation_key(b.extractor), "samples": b.sampling.count, "torch_fidelity": version("torch-fidelity")}
     report = reporter(cell.label)
     report("evaluating", 0, 1)
     if isinstance(data, data_sets.Images):
@@ -138,8 +156,9 @@ def metrics_of(cell: Cell) -> dict[str, Any]:
         train, reference = data_sets.to_bytes(data.train), data_sets.to_bytes(data.reference)
         about |= {"extractor": b.extractor, "extractor_sha256": load_extractor(b.extractor).sha256, "reference": len(reference)}
         about["reference_sha256"] = hashlib.sha256(reference.numpy().tobytes()).hexdigest()
-        teacher = samples if cell.arm is None else samples_of(cell.teacher)
-        found = evaluation.image_metrics(samples, b.extractor, reference, train, teacher[max(teacher)])
+        _, teacher = samples_of(cell.teacher)
+        assert teacher is not None
+        found = evaluation.image_metrics(samples, b.extractor, reference, train, teacher)
         if cell.arm is None:
             found["fixed"] = evaluation.image_fixed_rows(b.extractor, train, data.train_labels, reference, b.sampling.count, cell.seed)
     else:
@@ -169,7 +188,8 @@ def sample(
     (cell,) = cells_of(benchmark, arm, str(seed))
     samples_of(cell)  # says so if it is not there
     run = restore(cell)
-    x = draw(run, run.needs.headline_nfe if nfe is None else nfe, count, reporter(cell.label), name="sample")
+    nfe = run.needs.headline_nfe if nfe is None else nfe
+    x = draw(run, nfe, count, reporter(cell.label), name="sample")
     if output.suffix == ".safetensors":
         write_tensors(output, {"samples": x}, cell=cell.key, nfe=nfe)
     else:
@@ -205,7 +225,9 @@ def status(table: TableName = "table2") -> None:
 @app.command("plan")
 def plan_(table: TableName = "table2") -> None:
     """What a table still needs, and a check of every file it will read."""
-    todo = [j for j in plan.jobs(config.table(table)) if not all(plan.is_trained(c) for c in j.cells)]
+    jobs = plan.jobs(config.table(table))
+    check_extractors([j.cells[0].benchmark for j in jobs])
+    todo = [j for j in jobs if not all(plan.is_trained(c) for c in j.cells)]
     for warning in plan.validate(todo):
         print(f"distillbench: {warning}", file=sys.stderr)
     if not todo:
@@ -234,7 +256,8 @@ def table_(
         missing = next((c for c in cells if c.result() is None), None)
         if missing:
             raise UserError(f"{missing.label} is not trained: run `snakemake --cores all results/{name}.md`")
-        same, total = records.publish(folder, [c.folder for c in cells])
+        with lock(results / "runs" / f"{name}.lock"):
+            same, total = records.publish(folder, [(c.folder, c.labels()) for c in cells])
         print(f"{name}: {same} of {total} cells have exactly the metrics published before", file=sys.stderr)
     reported = yaml.safe_load((config.root() / table.reported).read_text()) if table.reported else None
     found, differing = records.read(folder), []

@@ -105,13 +105,15 @@ class Benchmark(Strict):
     teacher: TeacherSpec
     budget: Budget
     sampling: Sampling
-    extractor: str | None = Field(None, description="feature extractor of the evaluation; none for mixtures")
+    extractor: str | None = Field(None, description="feature extractor of the evaluation: a name for images, none for mixtures")
     seeds: list[int] = Field(min_length=1)
     guidance: float = Field(1.0, description="guidance weight of teacher and students")
     timeout_s: float = Field(3600, gt=0, description="a cell that trains longer is recorded as `timeout`")
 
     @model_validator(mode="after")
-    def _guidance_has_classes(self) -> Benchmark:
+    def _fits(self) -> Benchmark:
+        if (self.extractor is None) != isinstance(self.data, MixtureData):
+            raise ValueError("images need an extractor, mixtures have none")
         if self.guidance != 1 and isinstance(self.data, MixtureData) and self.data.layout != "image":
             raise ValueError(f"guidance {self.guidance:g} needs data with classes; remove the key")
         return self
@@ -147,7 +149,8 @@ class Reported(Strict):
     setting: str = Field(description="data set, model, NFE: whatever it takes to read the number")
     metric: str
     value: float
-    headline: bool = Field(False, description="shown beside our rows")
+    arm: str | None = Field(None, description="method@variant beside whose row at this NFE it is shown")
+    nfe: int | None = None
 
 
 class Claim(Strict):
@@ -266,12 +269,9 @@ def table(name: str) -> Table:
     found = read(path, Table)
     if found.name != name:
         raise UserError(f"{path}: key 'name' is '{found.name}', expected '{name}'")
+    if found.reported and not (root() / found.reported).is_file():
+        raise UserError(f"{path}: key 'reported': {found.reported} does not exist")
     return found
-
-
-def tables() -> list[Table]:
-    """Every table of the checkout."""
-    return [table(p.stem) for p in sorted((root() / "workflows/tables").glob("*.yaml"))]
 
 
 SCHEMAS: dict[str, type[BaseModel]] = {

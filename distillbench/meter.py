@@ -22,11 +22,13 @@ class Meter:
         self.flops = 0
         self._open = False
 
-    def watch(self, network: nn.Module, role: Callable[[], str]) -> None:
-        """Count every forward of `network`, and of later copies of it, under `role()`."""
+    def watch(self, network: nn.Module, role: Callable[[], str], row_flops: int = 0) -> None:
+        """Count every forward of `network`, and of later copies of it, under `role()`; `row_flops` are charged on top."""
 
         def hook(_module: nn.Module, args: tuple, kwargs: dict, _out: object) -> None:
-            self.count(role(), (args or tuple(kwargs.values()))[0].shape[0])
+            rows = (args or tuple(kwargs.values()))[0].shape[0]
+            self.count(role(), rows)
+            self.flops += row_flops * rows if self._open else 0
 
         network.register_forward_hook(hook, with_kwargs=True)
 

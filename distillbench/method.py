@@ -43,6 +43,12 @@ class Needs:
     pairs: Pairs | None = None
     cycle: int = 1  # train steps after which the pattern of updates repeats
 
+    def __post_init__(self) -> None:
+        if list(self.nfe) != sorted(set(self.nfe)) or not self.nfe or self.nfe[0] < 1 or self.headline_nfe not in self.nfe:
+            raise ValueError(f"needs: nfe {self.nfe} must be increasing counts with headline_nfe {self.headline_nfe} among them")
+        if self.batch < 1 or self.cycle < 1:
+            raise ValueError(f"needs: batch {self.batch} and cycle {self.cycle} must be positive")
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -96,14 +96,17 @@ def validate(todo: list[Job]) -> list[str]:
 
     A method folder that does not import is no user error: its row will say so. Returns one warning for each of these.
     """
+    from distillbench.train import TimedOut, time_limit
+
     warnings = []
     for j in todo:
         arm = j.cells[0].arm
         if arm is None:
             continue
         try:
-            method = registry.load(arm.folder)
-        except Exception as e:  # whatever a foreign module raises
+            with time_limit(60):
+                method = registry.load(arm.folder)
+        except (Exception, SystemExit, TimedOut) as e:  # whatever a foreign module does
             warnings.append(f"{arm.folder.path / 'method.py'} does not import ({type(e).__name__}: {e}): its rows will say FAILED")
             continue
         registry.configuration(arm, j.cells[0].benchmark, method)

@@ -16,7 +16,8 @@ from distillbench.errors import UserError, nearest
 if TYPE_CHECKING:
     from distillbench.method import Method
 
-RESERVED = ("teacher", "fixed")  # arms that are not methods
+TEXTS = ("README.md", "claims.yaml", "config.yaml")
+RESERVED = ("teacher",)  # an arm that is not a method
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class MethodFolder:
     claims: ClaimsFile
 
     def code_hash(self) -> str:
-        """Of every Python file in the folder."""
-        files = sorted(self.path.rglob("*.py"))
-        return digest(b"".join(str(f.relative_to(self.path)).encode() + b"\0" + f.read_bytes() for f in files))
+        """Of every file in the folder but the settings, which a cell's recipe holds resolved, and the texts."""
+        files = [f.relative_to(self.path) for f in sorted(self.path.rglob("*")) if f.is_file()]
+        files = [f for f in files if f.name not in TEXTS and "__pycache__" not in f.parts]
+        return digest(b"".join(str(f).encode() + b"\0" + (self.path / f).read_bytes() for f in files))
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class Arm:
         """'group', 'fidelity' or 'adaptation': the variant's own, or the method's."""
         own = getattr(self.folder.file.variants[self.variant], key) if self.variant else None
         return getattr(self.folder.file, key) if own is None else own
+
+    def labels(self) -> dict[str, Any]:
+        """What a table says about the arm besides its numbers, from the files as they are now."""
+        return {
+            "title": self.folder.file.title,
+            "fidelity": self.attribute("fidelity"),
+            "adaptation": self.attribute("adaptation"),
+            "reported": [r.model_dump() for r in self.folder.claims.reported if r.arm == self.name],
+        }
 
     def settings(self, benchmark: Benchmark) -> dict[str, Any]:
         """The method's raw configuration on a benchmark: general, family, name; then the same of the variant."""

@@ -30,6 +30,7 @@ from distillbench.teachers import MixtureVelocity, Teacher, TeacherConfig, Teach
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 CHECKPOINTS = 20  # per run
+REFERENCE = "reference"  # the teacher's own set of samples, from a noise stream of its own
 
 
 class Diverged(Exception):
@@ -62,8 +63,9 @@ def weights_file(cell: Cell) -> str:
     return "teacher.safetensors" if cell.arm is None else "student.safetensors"
 
 
-def build(cell: Cell) -> Run:
+def build(cell: Cell, meter: Meter | None = None) -> Run:
     """Data, teacher, task and method of a cell, freshly initialised."""
+    meter = meter or Meter()
     b = cell.benchmark
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data_sets.load(b.data)
@@ -74,7 +76,6 @@ def build(cell: Cell) -> Run:
         cls = registry.load(cell.arm.folder)
         config = registry.configuration(cell.arm, b, cls)
     needs = cls.needs(config)
-    meter = Meter()
     exact = MixtureVelocity(data).to(device) if isinstance(data, data_sets.Mixture) else None
     weights: VelocityNetwork | None = None
     teacher: Teacher | None = None
@@ -85,11 +86,21 @@ def build(cell: Cell) -> Run:
     network = (exact or weights) if needs.teacher or cell.arm is None else None
     if network is not None:
         teacher = Teacher(network, data.classes)
-        meter.watch(network, lambda: "teacher")
+        # A closed form costs nothing, but stands for a network: it is charged as one.
+        stands_for = VelocityNetwork(data.shape, data.classes, **b.network.model_dump())
+        meter.watch(network, lambda: "teacher", row_flops(stands_for) if exact is not None else 0)
     task = Task(data.shape, data.classes, b.network.model_dump(), teacher, weights, cell.seed, device, meter)
     torch.manual_seed(derive(cell.seed, "build"))
     method = cls(task, config)
     return Run(cell, data, method, needs, task, meter, device)
+
+
+def row_flops(network: VelocityNetwork) -> int:
+    """FLOPs of one evaluation of one row."""
+    meter, one = Meter(), torch.zeros(1)
+    with meter.measured(), torch.no_grad():
+        network(torch.zeros(1, *network.shape), one, one.long() if network.classes else None)
+    return meter.flops
 
 
 def own_rows(batch: int) -> int:
@@ -130,8 +141,9 @@ def one_step(run: Run, index: int, total: int) -> dict[str, Tensor]:
 
 def price(cell: Cell, progress: Progress) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """Meter set-up and one cycle on a throw-away copy; returns the plan (steps the budget buys) and the pairs."""
-    run = build(cell)
-    pairs = None
+    meter, pairs = Meter(), None
+    with meter.measured():  # whatever a method computes in its constructor counts
+        run = build(cell, meter)
     if (wanted := run.needs.pairs) is not None:
         progress("regression pairs", 0, wanted.count)
         with run.meter.measured():
@@ -147,6 +159,8 @@ def price(cell: Cell, progress: Progress) -> tuple[dict[str, Any], dict[str, Ten
         for i in range(run.needs.cycle):
             one_step(run, i, run.needs.cycle)
     cycle_flops = run.meter.flops - setup_flops
+    if cycle_flops == 0:
+        raise ValueError("train_step computed nothing that the meter counts")
     limit: float | None = None
     if cell.arm is None:
         steps = cell.benchmark.teacher.updates
@@ -262,7 +276,10 @@ def run_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
             train(run, plan, progress)
             network = saved_player(run).averaged()
             write_tensors(cell.folder / weights_file(cell), network.state_dict(), key=cell.key)
-            samples = {f"nfe{n}": sample(run, n, cell.benchmark.sampling.count, progress) for n in run.needs.nfe}
+            count = cell.benchmark.sampling.count
+            samples = {f"nfe{n}": sample(run, n, count, progress) for n in run.needs.nfe}
+            if cell.arm is None:  # what `FID to teacher` compares with: independent of the noise that students get
+                samples[REFERENCE] = sample(run, run.needs.headline_nfe, count, progress, name=REFERENCE)
             write_tensors(cell.folder / "samples.safetensors", samples, key=cell.key)
             record |= {
                 "nfe": list(run.needs.nfe),
@@ -279,7 +296,7 @@ def run_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
         record |= {"status": "diverged", "reason": str(e)}
     except (torch.OutOfMemoryError, MemoryError) as e:
         record |= {"status": "oom", "reason": one_line(e)}
-    except Exception as e:  # a method may raise anything; that costs its own row and nothing else
+    except (Exception, SystemExit) as e:  # a method may raise anything; that costs its own row and nothing else
         record |= {"status": "failed", "reason": one_line(e)}
         write_atomically(cell.folder / "traceback.txt", traceback.format_exc().encode())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -291,7 +308,7 @@ def run_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
 
 
 def describe(cell: Cell) -> dict[str, Any]:
-    """What is known of a cell before it runs."""
+    """What is known of a cell before it runs; labels such as its fidelity are not facts of the run (`Arm.labels`)."""
     arm = cell.arm
     return {
         "format": 1,
@@ -302,12 +319,8 @@ def describe(cell: Cell) -> dict[str, Any]:
         "key": cell.key,
         "status": "done",
         "reason": None,
-        "title": arm.folder.file.title if arm else "Teacher",
         "group": arm.attribute("group") if arm else "teacher",
-        "fidelity": arm.attribute("fidelity") if arm else None,
-        "adaptation": arm.attribute("adaptation") if arm else False,
-        "division": "closed",
-        "reported": next((r.model_dump() for r in arm.folder.claims.reported if r.headline), None) if arm else None,
+        "division": "closed",  # the harness enforces teacher, data, budget and evaluator; nothing can be open yet
         "params": None,
         "nfe": [],
         "headline_nfe": None,

@@ -4,7 +4,6 @@ Scores compare only under one extractor, so its `sha256` belongs in every cache 
 another classifier seed shifts the digits baselines by about 20 %.
 """
 
-import difflib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-WEIGHTS = {"digits-gelu-64": Path(__file__).with_name("digits_extractor.safetensors")}
+from eval.records import EXTRACTORS, known_extractor
+
+WEIGHTS = {name: Path(__file__).with_name(file) for name, file in EXTRACTORS.items()}
 
 
 class DigitsClassifier(nn.Module):
@@ -70,9 +71,7 @@ def scaled(images_u8: Tensor) -> Tensor:
 
 def load_extractor(name: str) -> Extractor:
     """The extractor called `name`; raises ValueError with the nearest name where there is none."""
-    if name not in WEIGHTS:
-        near = difflib.get_close_matches(name, WEIGHTS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown extractor {name!r}; did you mean {near!r}?")
+    known_extractor(name)
     content = WEIGHTS[name].read_bytes()  # hashed and loaded from the same bytes
     return Extractor(name, hashlib.sha256(content).hexdigest(), network_of(safetensors.torch.load(content)))
 

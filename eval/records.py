@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,19 +16,26 @@ from typing import Any
 NUMERICAL = ("evaluate.py", "extractors.py", "fixed_rows.py", "metrics.py", "mixtures.py")
 
 
+# Extractors by name, and the file of their weights beside the script that trained them.
+EXTRACTORS = {"digits-gelu-64": "digits_extractor.safetensors"}
+
+
+def known_extractor(name: str) -> None:
+    """ValueError with the nearest name where there is no such extractor."""
+    if name not in EXTRACTORS:
+        near = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown extractor {name!r}; did you mean {near!r}?")
+
+
 @lru_cache
 def evaluation_key(extractor: str | None) -> str:
     """Hash of the evaluation's code and of the extractor's weights."""
     here = Path(__file__).parent
     files = [here / name for name in NUMERICAL]
     if extractor is not None:
-        files.append(here / weights_name(extractor))
+        known_extractor(extractor)
+        files.append(here / EXTRACTORS[extractor])
     return hashlib.sha256(b"".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()[:12]
-
-
-def weights_name(extractor: str) -> str:
-    """File of an extractor's weights beside the script that trained it: 'digits-gelu-64' -> 'digits_extractor...'."""
-    return f"{extractor.split('-')[0]}_extractor.safetensors"
 
 
 def is_evaluated(metrics: Path, extractor: str | None) -> bool:
@@ -56,24 +65,29 @@ class Record:
         return self.result["method"] + (f"@{self.result['variant']}" if self.result["variant"] else "")
 
 
-def publish(folder: Path, cells: list[Path]) -> tuple[int, int]:
-    """Replace the records of a table by those in the cells' folders; returns (metrics as published before, metrics)."""
+def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]]) -> tuple[int, int]:
+    """Replace the records of a table by those of (cell's folder, labels of its arm).
+
+    Labels are merged into the published result, so that a corrected label needs no new run. Returns how many cells have
+    exactly the metrics published before, and how many have metrics.
+    """
     before = {(r.result["benchmark"], r.arm, r.result["seed"]): r.metrics for r in read(folder)}
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh, old = (folder.with_name(f".{folder.name}.{what}.{os.getpid()}") for what in ("new", "old"))
     same = total = 0
-    for cell in cells:
-        result = json.loads((cell / "result.json").read_text())
+    for cell, labels in cells:
+        result = json.loads((cell / "result.json").read_text()) | labels
         arm = Record(result, None).arm
         target = fresh / result["benchmark"] / arm / f"seed{result['seed']}"
         target.mkdir(parents=True)
-        shutil.copyfile(cell / "result.json", target / "result.json")
+        (target / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         if result["status"] == "done":
             shutil.copyfile(cell / "metrics.json", target / "metrics.json")
             total += 1
             same += before.get((result["benchmark"], arm, result["seed"])) == json.loads((cell / "metrics.json").read_text())
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return same, total
 
 

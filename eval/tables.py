@@ -99,7 +99,7 @@ def _arm_rows(records: list[Record], anchors: dict[int, Any]) -> list[Row]:
         "title": first["title"] + (f" ({first['variant']})" if first["variant"] else ""),
         "status": _status(records), "division": first["division"],
         "fidelity": ", ".join(filter(None, [first["fidelity"], "adaptation" if first["adaptation"] else None])) or None,
-        "budget": summarise(r.result["cost"].get("flops") for r in records)[0], "reported": first.get("reported"),
+        "budget": summarise(r.result["cost"].get("flops") for r in records)[0], "reported": None,
     }  # fmt: skip
     if not done:
         return [base | {"nfe": None, "headline": True, "seeds": 0, "params": None} | _metrics([({}, None)])]
@@ -107,6 +107,9 @@ def _arm_rows(records: list[Record], anchors: dict[int, Any]) -> list[Row]:
     for nfe in done[0].result["nfe"]:
         found = [(row, anchors.get(r.result["seed"])) for r in done for row in r.rows if row["nfe"] == nfe]
         own = {"nfe": nfe, "headline": nfe == done[0].result["headline_nfe"], "seeds": len(found), "params": done[0].result["params"]}
+        own["reported"] = next((p for p in first["reported"] if p["nfe"] == nfe), None)
+        if first["group"] == "teacher" and "sliced_w2" in found[0][0]:  # the closed form is sampled, not the network
+            own |= {"params": None, "budget": None}
         out.append(base | own | _metrics(found))
     return out
 
@@ -144,6 +147,8 @@ def _section(rows: list[Row]) -> str:
             name = f"**{r['title']}**" if r["headline"] and group != "teacher" else r["title"]
             values = [_cell(r, m) for m in metrics]
             tail = [r["status"].replace("|", "\\|"), r["fidelity"] or "", r["division"] or "", _paper(r["reported"])]
+            if group == "reference" and not r["fid_sd"]:  # nothing random in it: one measurement
+                r = r | {"seeds": None}
             body.append([name, _text(r["nfe"]), _millions(r["params"]), _tera(r["budget"]), *values, _text(r["seeds"]), *tail])
     head = ["method", "NFE", "params", "TFLOP", *(SHOWN[m][0] for m in metrics), "n", "status", "fidelity", "division", "paper"]
     width = len(head)
@@ -155,7 +160,7 @@ def _cell(row: Row, metric: str) -> str:
     _, scale, digits = SHOWN[metric]
     if mean is None:
         return "–"
-    return f"{mean * scale:.{digits}f}" + ("" if sd is None else f" ± {sd * scale:.{digits}f}")
+    return f"{mean * scale:.{digits}f}" + (f" ± {sd * scale:.{digits}f}" if sd else "")
 
 
 def _text(value: Any) -> str:
@@ -171,7 +176,7 @@ def _tera(value: float | None) -> str:
 
 
 def _paper(reported: dict[str, Any] | None) -> str:
-    return "" if reported is None else f"{reported['metric'].upper()} {reported['value']} ({reported['setting']})"
+    return "" if reported is None else f"{reported['metric'].upper()} {reported['value']:.2f}"
 
 
 def _notes(rows: list[Row], records: list[Record], benchmark: str) -> list[str]:
@@ -181,15 +186,23 @@ def _notes(rows: list[Row], records: list[Record], benchmark: str) -> list[str]:
     lines = [
         f"Mean ± sample sd over seeds {', '.join(map(str, own['seeds']))} (n of them finished); seed k of a method starts "
         f"from teacher k and is compared with it. Budget {budget} per seed for every method in the closed division, metered: "
-        "teacher calls, critics and regression pairs included. Headline NFE in bold, declared before training. "
-        "‘paper’ is what the paper reports in its own setting, shown for orientation and not comparable.",
+        "teacher calls, critics and regression pairs included; what the teacher itself cost stands in its own rows. Headline NFE in "
+        "bold, declared before training.",
     ]
+    papers = [
+        f"{r['title']}, {r['nfe']} NFE: {_paper(r['reported'])} on {r['reported']['setting']} ({r['reported']['where']})"
+        for r in rows if r["reported"]
+    ]  # fmt: skip
+    if papers:
+        lines += ["", f"Column ‘paper’, in the paper's own setting and not comparable: {'; '.join(papers)}."]
     if any(r.get("fid_mean") is not None for r in rows):
         lines += [
             "",
             f"FID, KID, IS, precision and recall (k = 3), density and coverage (k = 5) in the features of {own['extractor']} "
-            f"({own['extractor_sha256'][:12]}): {own['samples']} samples against {own['reference']} held-out images; numbers compare only "
-            "under one extractor. ‘FID to teacher’ is to the teacher’s samples at many steps from the same noise. ‘memor.’ is the share "
+            f"({own['extractor_sha256'][:12]}): {own['samples']} samples (the floor: the training half as it is) against "
+            f"{own['reference']} held-out images; precision to coverage on pieces of {own['reference']} samples, averaged. Numbers compare "
+            "only under one extractor. ‘FID to teacher’ is to as many samples of its teacher at many steps from other noise: the "
+            "teacher’s own row shows what a perfect student scores. ‘memor.’ is the share "
             "of samples nearer to a training image than that image is to any other training image; the floor row shows it for real "
             "held-out images. Gap closed = (FID of class means − FID) / (FID of class means − FID of the teacher at many steps): a "
             "convenience, not the ranking.",
@@ -198,8 +211,9 @@ def _notes(rows: list[Row], records: list[Record], benchmark: str) -> list[str]:
         lines += [
             "",
             f"{own['samples']} samples against exact ones. Sliced W2 beside what a second exact draw scores; modes: components with at "
-            "least a tenth of their share; weight TV: total variation of the modes’ weights; outside: share of samples farther from every "
-            "mode than 3σ holds in two dimensions.",
+            "least a tenth of their share; weight TV: total variation of the modes’ weights, about 0.01 for exact samples; outside: share "
+            "of samples farther from every mode than 3σ holds in two dimensions. The teacher is the closed form; its calls are charged as "
+            "those of the network that initialises students.",
         ]
     lines += ["", f"Protocol: evaluation {own['evaluation']}, data {own['data']}, code {own['ground']}, commit {own['commit']}."]
     return lines

@@ -32,7 +32,7 @@ family: gaussians
 data: {kind: mixture, layout: ring, sigma: 0.15, weights: [1, 2, 3]}
 network: {width: 32, depth: 1}
 teacher: {updates: 60, batch: 32, lr: 1.0e-3, heun_steps: 4}
-budget: {flops: 1.5e+9}
+budget: {flops: 7.0e+9}
 sampling: {count: 500}
 seeds: [0, 1]
 timeout_s: 60

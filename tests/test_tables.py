@@ -30,6 +30,10 @@ def copy_of_the_published(folder: Path) -> None:
     shutil.copyfile(ROOT / "distillbench.yaml", folder / "distillbench.yaml")
 
 
+def test_both_tables_are_published():
+    assert PUBLISHED == ["gaussians", "table2"]
+
+
 @pytest.mark.parametrize("table", PUBLISHED)
 def test_published_tables_are_what_their_records_say(table: str):
     done = check(table)
@@ -48,6 +52,13 @@ def test_an_edited_digit_is_noticed(tmp_path: Path, suffix: str):
     assert done.returncode == 1 and f"table2.{suffix}" in done.stdout
 
 
+def test_an_edited_picture_is_noticed(tmp_path: Path):
+    copy_of_the_published(tmp_path)
+    with open(tmp_path / "results/table2.png", "ab") as f:
+        f.write(b"x")
+    assert "table2.png" in check("table2", tmp_path).stdout
+
+
 def test_an_edited_record_is_noticed(tmp_path: Path):
     copy_of_the_published(tmp_path)
     file = next((tmp_path / "results/records/table2").rglob("metrics.json"))
@@ -59,7 +70,7 @@ def test_an_edited_record_is_noticed(tmp_path: Path):
 
 def record(arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed=None) -> records.Record:
     result = {
-        "benchmark": "b", "method": arm, "variant": None, "seed": seed, "key": f"{arm}{seed}", "group": group, "title": arm,
+        "benchmark": "b", "method": arm, "variant": None, "seed": seed, "key": f"{arm}{seed}", "group": group, "title": arm, "reported": [],
         "fidelity": None, "adaptation": False, "division": "closed",
         "status": "done" if fids else "failed", "reason": None if fids else "KeyError: 'x'",
         "nfe": list(fids or {}), "headline_nfe": min(fids or {0: 0}), "params": 10, "cost": {"flops": 5.0, "limit_flops": 6.0},

@@ -33,7 +33,8 @@ def test_a_table_of_images_end_to_end(checkout: Checkout):
         assert row["fid_mean"] > 0 and 0 <= row["recall_mean"] <= 1 and row["fid_sd"] is not None
     assert found["class_means", None]["gap_closed_mean"] == 0
     assert found["teacher", 8]["gap_closed_mean"] == pytest.approx(1)
-    assert found["teacher", 8]["fid_teacher_mean"] is None
+    # The teacher against itself from other noise: what a perfect student scores, below every student.
+    assert 0 < found["teacher", 8]["fid_teacher_mean"] < min(found["teacher", 1]["fid_teacher_mean"], found["dmd", 1]["fid_teacher_mean"])
     assert found["meanflow", 1]["headline"] and not found["meanflow", 2]["headline"]
     # The budget is metered, not declared: both methods spent it to within one cycle.
     for method in ("dmd", "meanflow"):
@@ -85,7 +86,7 @@ def descendants(pid: int) -> list[int]:
 @pytest.mark.parametrize("attempt", range(3))
 def test_kill_9_at_a_random_moment_changes_no_metric(checkout: Checkout, target: str, attempt: int):
     """Kill, then the same command: it continues and every metrics.json equals the uninterrupted one."""
-    edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "flops: 1.5e+9", "flops: 1.5e+10")
+    edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "flops: 7.0e+9", "flops: 1.5e+10")
     assert checkout.snakemake("results/tiny-ring.md").returncode == 0
     expected = checkout.metrics()
     assert len(expected) == 6
@@ -97,9 +98,12 @@ def test_kill_9_at_a_random_moment_changes_no_metric(checkout: Checkout, target:
     )
     moment = random.Random(f"{target} {attempt}").uniform(3, 25)
     time.sleep(moment)
+    workers: list[int] = []
+    while target == "worker" and not workers:
+        assert process.poll() is None, "it ended before the kill"
+        workers = [p for p in descendants(process.pid) if b"distillbench.cli" in Path(f"/proc/{p}/cmdline").read_bytes()]
     assert process.poll() is None, "it ended before the kill"
-    workers = [p for p in descendants(process.pid) if b"distillbench.cli" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    if target == "worker" and workers:
+    if target == "worker":
         os.kill(workers[0], signal.SIGKILL)
         process.wait(timeout=300)
     elif target == "group":

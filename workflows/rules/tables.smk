@@ -7,10 +7,11 @@ rule table:
         cells="results/runs/{table}.cells",
         file="workflows/tables/{table}.yaml",
     output:
-        "results/{table}.md",
-        "results/{table}.csv",
-        "results/{table}.json",
-        "results/{table}.png",
+        # update: Snakemake would delete the published table before rendering, and after an interrupt
+        update("results/{table}.md"),
+        update("results/{table}.csv"),
+        update("results/{table}.json"),
+        update("results/{table}.png"),
     wildcard_constraints:
         table="|".join(JOBS),
     message:
