@@ -10,7 +10,7 @@ from distillbench import data as data_sets
 from distillbench.cell import Cell
 from distillbench.checkpoint import write_tensors
 from distillbench.meter import Meter
-from distillbench.method import Step
+from distillbench.method import Condition, Step
 from distillbench.networks import VelocityNetwork
 from distillbench.seeds import Rng
 from distillbench.teachers import make_pairs
