@@ -242,7 +242,10 @@ def plan_(table: TableName = "table2") -> None:
 @app.command("table")
 def table_(
     name: TableName,
-    check: Annotated[bool, typer.Option("--check", help="compare with the files there instead of writing; exit 1 if they differ")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="compare the files there with the published records; exit 1 if they differ")
+    ] = False,
+    render: Annotated[bool, typer.Option("--render", help="render from the published records; look at no cell")] = False,
 ) -> None:
     """Publish the records of a table's cells to results/records and render the table from them."""
     import yaml
@@ -251,7 +254,7 @@ def table_(
 
     table, results = config.table(name), config.root() / "results"
     folder = results / "records" / name
-    if not check:
+    if not (check or render):
         cells = [c for j in plan.jobs(table) for c in j.cells]
         missing = next((c for c in cells if c.result() is None), None)
         if missing:

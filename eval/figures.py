@@ -13,6 +13,9 @@ from eval.records import Record
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import SubFigure
+
+COLUMNS = 4  # of scatter plots
 
 
 def decode(entry: dict[str, Any]) -> np.ndarray:
@@ -34,35 +37,36 @@ def picture(records: list[Record]) -> bytes:
             strips.append((label, decode(r.metrics["gallery"][f"nfe{nfe}"])))
     images = [(label, a) for label, a in strips if a.ndim == 4]
     points = [(label, a) for label, a in strips if a.ndim == 2]
-    fig = _scatters(points) if len(points) >= len(images) else _strips(images)
+    heights = [2.6 * -(-len(points) // COLUMNS), 0.46 * len(images) + 0.1 * bool(images)]
+    fig = plt.figure(figsize=(10, sum(heights)))
+    parts = [(draw, own, h) for draw, own, h in zip((_scatters, _strips), (points, images), heights) if own]
+    for part, (draw, own, _) in zip(fig.subfigures(len(parts), 1, squeeze=False, height_ratios=[h for *_, h in parts])[:, 0], parts):
+        draw(part, own)
     out = io.BytesIO()
     fig.savefig(out, format="png", dpi=110, metadata={"Software": None})
     plt.close(fig)
     return out.getvalue()
 
 
-def _strips(strips: list[tuple[str, np.ndarray]]) -> plt.Figure:
-    fig, axes = plt.subplots(len(strips), 1, figsize=(10, 0.46 * len(strips) + 0.1), squeeze=False)
+def _strips(fig: SubFigure, strips: list[tuple[str, np.ndarray]]) -> None:
+    axes = fig.subplots(len(strips), 1, squeeze=False)
     for ax, (label, images) in zip(axes[:, 0], strips):
-        padded = np.pad(images[:, 0].astype(float) / 255, ((0, 0), (0, 0), (1, 1)))  # background between images
+        grey = images[:, 0].astype(float) / 255 if images.dtype == np.uint8 else images[:, 0].astype(float) / 3 + 0.5
+        padded = np.pad(grey, ((0, 0), (0, 0), (1, 1)))  # background between images
         ax.imshow(np.concatenate(list(padded), axis=1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         ax.set_yticks([padded.shape[1] / 2], [label], fontsize=9)
         ax.set_xticks([])
         ax.tick_params(length=0)
         ax.set_frame_on(False)
-    fig.subplots_adjust(left=0.2, right=0.995, top=0.99, bottom=0.01, hspace=0.12)
-    return fig
+    fig.subplots_adjust(left=0.28, right=0.995, top=0.99, bottom=0.01, hspace=0.12)
 
 
-def _scatters(scatters: list[tuple[str, np.ndarray]]) -> plt.Figure:
-    columns = 4
-    lines = -(-len(scatters) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(10, 2.6 * lines), squeeze=False)
+def _scatters(fig: SubFigure, scatters: list[tuple[str, np.ndarray]]) -> None:
+    axes = fig.subplots(-(-len(scatters) // COLUMNS), COLUMNS, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, (label, x) in zip(axes.flat, scatters):
         ax.scatter(x[:, 0].astype(float), x[:, 1].astype(float), s=1.5, lw=0, color="black")
         ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
         ax.set_title(label, fontsize=8)
-    fig.tight_layout()
-    return fig
+    fig.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.01, wspace=0.05, hspace=0.2)
