@@ -14,10 +14,6 @@ def evaluated(cell):
     return result is not None and (result["status"] != "done" or is_evaluated(cell.metrics, cell.benchmark.extractor))
 
 
-def evaluation_source(cell):
-    return cell.metrics if cell.metrics.is_file() else cell.record
-
-
 def prepare():
     """Jobs of the tables asked for; stamps made to agree with the records; files checked before any work starts."""
     names = sorted(p.stem for p in (files.root() / "workflows/tables").glob("*.yaml"))
@@ -26,8 +22,8 @@ def prepare():
     jobs = {name: plan.jobs(table) for name, table in tables.items()}
     check_extractors([j.cells[0].benchmark for js in jobs.values() for j in js])
     every = {(j.benchmark, j.arm, j.keys): j for js in jobs.values() for j in js}
-    todo = [j for j in every.values() if not j.sync("trained", plan.is_trained, lambda c: c.record)]
-    done = {key for key, j in every.items() if j.sync("evaluated", evaluated, evaluation_source)}
+    todo = [j for j in every.values() if not j.sync("trained", plan.is_trained)]
+    done = {key for key, j in every.items() if j.sync("evaluated", evaluated)}
     for name, js in jobs.items():
         plan.note_cells(tables[name], js, all((j.benchmark, j.arm, j.keys) in done for j in js))
     for warning in plan.validate(todo) if todo else []:

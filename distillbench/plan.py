@@ -6,7 +6,6 @@ the cells; `sync` makes a stamp exist exactly when the records it stands for exi
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,17 +45,14 @@ class Job:
         """results/runs/<benchmark>/<arm>/<keys>.<stage>, relative to the root."""
         return f"results/runs/{self.benchmark}/{self.arm}/{self.keys}.{stage}"
 
-    def sync(self, stage: str, fresh: Callable[[Cell], bool], source: Callable[[Cell], Path]) -> bool:
-        """Make the stamp agree with the records (and carry their time); returns whether all are there."""
+    def sync(self, stage: str, fresh: Callable[[Cell], bool]) -> bool:
+        """Make the stamp agree with the records; returns whether all of them are there."""
         path, complete = root() / self.stamp(stage), all(fresh(c) for c in self.cells)
-        if complete:
+        if complete and not path.exists():
             make_folder(path.parent)
-            newest = max(source(c).stat().st_mtime for c in self.cells)
-            if not path.exists() or path.stat().st_mtime != newest:
-                path.touch()
-                os.utime(path, (newest, newest))
-        elif path.exists():
-            path.unlink()
+            path.touch()
+        elif not complete:
+            path.unlink(missing_ok=True)
         return complete
 
 
