@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from distillbench import config, registry
 from distillbench.cell import Cell, make_folder, write_atomically

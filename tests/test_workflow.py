@@ -81,6 +81,22 @@ def descendants(pid: int) -> list[int]:
     return children + [d for c in children for d in descendants(c)]
 
 
+def test_a_workflow_killed_with_its_teacher_still_makes_the_table(checkout: Checkout):
+    """Snakemake forces jobs that a kill left incomplete, and must not forget what hangs on them."""
+    process = subprocess.Popen(
+        ["snakemake", "--cores", "2", "results/tiny-ring.md"],
+        cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list((checkout.folder / "results/runs").glob("tiny-ring/teacher/*/lock")):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    done = checkout.snakemake("results/tiny-ring.md")
+    assert done.returncode == 0, done.stderr
+    assert len(checkout.metrics()) == 6 and (checkout.folder / "results/tiny-ring.md").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["worker", "snakemake", "group"])
 @pytest.mark.parametrize("attempt", range(3))
