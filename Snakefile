@@ -24,10 +24,10 @@ def prepare():
     every = {(j.benchmark, j.arm, j.keys): j for js in jobs.values() for j in js}
     todo = [j for j in every.values() if not j.sync("trained", plan.is_trained)]
     done = {key for key, j in every.items() if j.sync("evaluated", evaluated)}
-    for name, js in jobs.items():
-        plan.note_cells(tables[name], js, all((j.benchmark, j.arm, j.keys) in done for j in js))
     for warning in plan.validate(todo) if todo else []:
         print(f"distillbench: {warning}", file=sys.stderr)
+    for name, js in jobs.items():
+        plan.note_cells(tables[name], js, all((j.benchmark, j.arm, j.keys) in done for j in js))
     return jobs, every
 
 

@@ -39,6 +39,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 out = Console(highlight=False)
+INTERRUPTED = 130
 
 BenchmarkName = Annotated[str, typer.Argument(help="name of a file in workflows/benchmarks, e.g. digits")]
 ArmName = Annotated[str, typer.Argument(help="method, method@variant, or 'teacher'")]
@@ -299,9 +300,10 @@ def main() -> None:
     except UserError as e:
         print(f"distillbench: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ndistillbench: interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as e:
+        if e.code == INTERRUPTED:  # typer's answer to Ctrl-C
+            print("\ndistillbench: interrupted; the same command continues", file=sys.stderr)
+        raise
     finally:
         progress.stop()
 
