@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -74,6 +75,18 @@ class Checkout:
         """The bytes of every metrics.json by path."""
         runs = self.folder / "results/runs"
         return {str(p.relative_to(runs)): p.read_bytes() for p in sorted(runs.rglob("metrics.json"))}
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list:
+    """(arguments, value) of every call of the module's function `name`."""
+    calls, original = [], getattr(module, name)
+
+    def wrapped(*args):
+        calls.append((args, original(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(module, name, wrapped)
+    return calls
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from distillbench.meter import Meter
 from distillbench.method import Batch, Condition, Step, Task
 from distillbench.networks import VelocityNetwork
 from distillbench.teachers import Teacher
+from tests.conftest import captured
 
 FOLDER = Path(__file__).parents[1] / "methods/dmd"
 DMD = registry.load(SimpleNamespace(name="dmd", path=FOLDER))
@@ -50,18 +51,6 @@ def step() -> Step:
     return Step(0, 10, 0, torch.device("cpu"))
 
 
-def captured(monkeypatch, name: str) -> list:
-    """(arguments, value) of every call of the module's function `name`."""
-    calls, original = [], getattr(method, name)
-
-    def wrapped(*args):
-        calls.append((args, original(*args)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(method, name, wrapped)
-    return calls
-
-
 def weights(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
@@ -80,7 +69,7 @@ def test_the_generator_is_the_denoised_image_at_the_end():  # (i): G(z) = z - v(
 @pytest.mark.parametrize("w", [1.0, 3.0])
 def test_gradient_of_the_matching_term(monkeypatch, w):  # Algorithm 2; tests 1, 4, 5, 7
     m, task = made(regression=0.0)
-    calls, net, fake = captured(monkeypatch, "pseudo_loss"), weights(m.net), weights(m.fake)
+    calls, net, fake = captured(monkeypatch, method, "pseudo_loss"), weights(m.net), weights(m.fake)
     gradients, original = [], m.student.update
 
     def update(loss: Tensor) -> None:
@@ -182,7 +171,7 @@ def test_guidance_reaches_the_teacher_and_not_the_critic():  # (c), test 7
 
 def test_regression_has_its_own_batch_and_weight(monkeypatch):  # (b) 3: L_reg on pairs, L_KL on fresh samples
     m, _ = made(regression=0.25)
-    matching, regression, losses = captured(monkeypatch, "pseudo_loss"), captured(monkeypatch, "regression_loss"), []
+    matching, regression, losses = captured(monkeypatch, method, "pseudo_loss"), captured(monkeypatch, method, "regression_loss"), []
     original = m.student.update
     m.student.update = lambda loss: losses.append(loss.item()) or original(loss)
     data = batch()
@@ -202,7 +191,7 @@ def test_regression_has_its_own_batch_and_weight(monkeypatch):  # (b) 3: L_reg o
 
 def test_without_regression_there_are_no_pairs(monkeypatch):
     m, _ = made(regression=0.0)
-    calls = captured(monkeypatch, "regression_loss")
+    calls = captured(monkeypatch, method, "regression_loss")
     assert DMD.needs(m.config).pairs is None and not DMD.needs(m.config).data
     m.train_step(batch(pairs=False), step())
     assert not calls

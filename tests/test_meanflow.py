@@ -15,6 +15,7 @@ from distillbench.method import Batch, Condition, Step, Task
 from distillbench.networks import VelocityNetwork
 from distillbench.samplers import jumps
 from distillbench.teachers import Teacher
+from tests.conftest import captured
 
 FOLDER = Path(__file__).parents[1] / "methods/meanflow"
 MeanFlow = registry.load(SimpleNamespace(name="meanflow", path=FOLDER))
@@ -178,18 +179,6 @@ def batch() -> Batch:
     return Batch(16, Condition(torch.arange(16) % 3), torch.randn(16, 2))
 
 
-def captured(monkeypatch, name: str) -> list:
-    """(arguments, value) of every call of the module's function `name`."""
-    calls, original = [], getattr(method, name)
-
-    def wrapped(*args):
-        calls.append((args, original(*args)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(method, name, wrapped)
-    return calls
-
-
 def step() -> Step:
     return Step(0, 10, 0, torch.device("cpu"))
 
@@ -213,7 +202,7 @@ def test_diagonal_rows_regress_the_velocity_itself(monkeypatch, velocity):  # te
     nn.init.normal_(m.net.gap.last.weight, std=0.2)
     for p in m.net.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
-    data, calls = batch(), captured(monkeypatch, "adaptive_loss")
+    data, calls = batch(), captured(monkeypatch, method, "adaptive_loss")
     reference = VelocityNetwork((2,), 3, 16, 2, second_time=True)
     reference.load_state_dict(m.net.state_dict())  # as it was before the update
     m.train_step(data, step())
@@ -237,7 +226,7 @@ def test_diagonal_rows_regress_the_velocity_itself(monkeypatch, velocity):  # te
 
 def test_a_guided_teacher_is_target_and_tangent(monkeypatch):  # 3.4: the path followed must be the guided ODE
     m, task = made(diagonal=0.0)
-    data, calls = batch(), captured(monkeypatch, "meanflow_target")
+    data, calls = batch(), captured(monkeypatch, method, "meanflow_target")
     guided = Batch(16, Condition(data.cond.labels, 3.0), data.x)
     seen = []
     original = task.jvp
@@ -251,7 +240,7 @@ def test_a_guided_teacher_is_target_and_tangent(monkeypatch):  # 3.4: the path f
 
 def test_the_exact_student_has_no_loss(monkeypatch):  # MF9: in distillation the loss floor is 0
     m, _ = made(diagonal=0.25, p=0.0)
-    calls = captured(monkeypatch, "adaptive_loss")
+    calls = captured(monkeypatch, method, "adaptive_loss")
     m.task.teacher.velocity = lambda x, t, cond: velocity(x.double(), t.double()).float()
 
     def exact(net, primals, tangents, cond, graph=False):
