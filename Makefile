@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: table2 gaussians test test-slow lint clean
+.PHONY: table2 gaussians test test-slow bench lint clean
 
 table2: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all results/table2.md
@@ -15,6 +15,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.slow
+
+# BENCH=--large adds 50,000 rows.
+bench: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m perf $(BENCH)
 
 lint: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'

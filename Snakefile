@@ -10,8 +10,8 @@ from eval.records import is_evaluated
 
 def evaluated(cell):
     """A cell that failed has nothing to evaluate."""
-    result = cell.result()
-    return result is not None and (result["status"] != "done" or is_evaluated(cell.metrics, cell.benchmark.extractor))
+    result, b = cell.result(), cell.benchmark
+    return result is not None and (result["status"] != "done" or is_evaluated(cell.metrics, b.extractor, b.cross_extractor))
 
 
 def prepare():

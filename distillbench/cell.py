@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -101,7 +101,7 @@ class Cell:
 
     def labels(self) -> dict[str, Any]:
         """What a table says about the cell's arm besides its numbers."""
-        teacher: dict[str, Any] = {"title": "Teacher", "fidelity": None, "adaptation": False, "reported": []}
+        teacher: dict[str, Any] = {"title": "Teacher", "fidelity": None, "adaptation": False, "trajectory": False, "reported": []}
         return teacher if self.arm is None else self.arm.labels()
 
     @contextmanager
@@ -115,13 +115,36 @@ class Cell:
 def lock(path: Path) -> Iterator[None]:
     """Hold the file `path` for this process alone; says so when it has to wait."""
     make_folder(path.parent)
-    with open(path, "w") as f:
+    with writing(path):
+        f = open(path, "w")  # noqa: SIM115
+    with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for another process to release {path}", file=sys.stderr, flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Some process holds the lock now; a lock file alone says nothing."""
+    try:
+        with open(path) as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the file system in this block is a UserError that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}): make room or make it writable, then rerun") from None
 
 
 def make_folder(folder: Path) -> None:
@@ -137,20 +160,49 @@ def make_folder(folder: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """All of the file or nothing of it; UserError on a full or read-only disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror}): make room or make it writable, then rerun") from None
+    with writing(path):
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:  # a full disk, and Ctrl-C in the middle
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Files that a killed process left half written."""
+    for path in folder.glob(".*"):
+        with writing(path):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a final newline, atomically."""
     write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def describe(cell: Cell) -> dict[str, Any]:
+    """What is known of a cell before it runs; labels such as its fidelity are not facts of the run (`Arm.labels`)."""
+    arm = cell.arm
+    return {
+        "format": 1,
+        "benchmark": cell.benchmark.name,
+        "method": cell.arm_name.partition("@")[0],
+        "variant": arm.variant if arm else None,
+        "seed": cell.seed,
+        "key": cell.key,
+        "status": "done",
+        "reason": None,
+        "group": arm.attribute("group") if arm else "teacher",
+        "division": "closed",  # the harness enforces teacher, data, budget and evaluator; nothing can be open yet
+        "params": None,
+        "nfe": [],
+        "headline_nfe": None,
+    }
 
 
 def provenance(cell: Cell) -> dict[str, Any]:
@@ -166,14 +218,17 @@ def provenance(cell: Cell) -> dict[str, Any]:
         "dirty": bool(git("status", "--porcelain", "--", ".", ":!results")),
         "hashes": {k: recipe[k] for k in ("ground", "data", "method", "teacher") if k in recipe},
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy")},
-        "hardware": f"{platform.machine()} {_processor()}",
+        "hardware": hardware(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
     }
 
 
-def _processor() -> str:
+@lru_cache
+def hardware() -> str:
+    """Architecture and processor of this machine, as records name it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor()
+        processor = platform.processor()
+    return f"{platform.machine()} {processor}"

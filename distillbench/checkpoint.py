@@ -1,7 +1,14 @@
-"""Checkpoints and weights as safetensors, written atomically and loaded without executing code."""
+"""Checkpoints and weights as safetensors, written atomically and loaded without executing code.
+
+A cell in training keeps its last two checkpoints, `checkpoint.safetensors` and `checkpoint.previous.safetensors`: where one
+is damaged the other continues. A finished cell keeps neither.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from distillbench.cell import write_atomically
+from distillbench.cell import write_atomically, writing
 from distillbench.errors import UserError
+
+LAST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+
+
+class Damaged(UserError):
+    """A file whose content is not what was written."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
@@ -27,31 +40,66 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: not a readable safetensors file ({e}): delete it and rerun the same command") from None
+    except SafetensorError as e:
+        raise Damaged(f"{path}: not a readable safetensors file ({e}): delete it and rerun the same command") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e}): make it readable and rerun the same command") from None
 
 
-def save_progress(path: Path, key: str, step: int, players: dict, method_state: dict[str, Tensor]) -> None:
-    """Everything that a resumed run needs: the players, the method's own state, the next step."""
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of the bytes of all tensors in order of their names: safetensors itself notices a cut file only."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def save_progress(folder: Path, key: str, step: int, players: dict, method_state: dict[str, Tensor]) -> None:
+    """Everything that a resumed run needs: the players, the method's own state, the next step. Keeps the one before."""
     state = {f"method.{k}": v for k, v in method_state.items()}
     for name, player in players.items():
         state |= {f"players.{name}.{k}": v for k, v in player.state_dict().items()}
-    write_tensors(path, state, key=key, step=step)
+    last = folder / LAST
+    if last.is_file():
+        with writing(last):
+            os.replace(last, folder / PREVIOUS)  # killed from here on, the previous one is the last good one
+    write_tensors(last, state, key=key, step=step, checksum=checksum(state))
 
 
-def load_progress(path: Path, key: str, players: dict, method: Any, device: torch.device) -> int:
-    """Inverse of `save_progress`; returns the next step. UserError on a checkpoint of another cell."""
-    state, metadata = read_tensors(path, device)
+def load_progress(folder: Path, key: str, players: dict, method: Any, device: torch.device) -> int:
+    """Inverse of `save_progress`: the next step, 0 without a checkpoint. A damaged one is removed with a warning and the one
+    before is taken; UserError on a checkpoint of another cell."""
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            state, metadata = read_tensors(path, device)
+            if metadata.get("key") == key and metadata.get("checksum") != checksum(state):
+                raise Damaged("checksum differs")
+        except Damaged:
+            instead = "the checkpoint before" if (folder / PREVIOUS).is_file() and path.name == LAST else "the start"
+            print(f"distillbench: {path} is damaged: removed, training continues from {instead}", file=sys.stderr, flush=True)
+            with writing(path):
+                path.unlink()
+            continue
+        if metadata.get("key") != key:
+            raise UserError(f"{path}: checkpoint of another cell ({metadata.get('key')}, expected {key}): delete it and rerun")
 
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        def under(prefix: str, state: dict[str, Tensor] = state) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-    if metadata.get("key") != key:
-        raise UserError(f"{path}: checkpoint of another cell ({metadata.get('key')}, expected {key}): delete it and rerun")
-    try:
-        for name, player in players.items():
-            player.load_state_dict(under(f"players.{name}."))
-        method.load_state_dict(under("method."))
-    except (KeyError, RuntimeError) as e:
-        raise UserError(f"{path}: does not fit this cell ({str(e).splitlines()[0]}): delete it and rerun") from None
-    return int(metadata["step"])
+        try:
+            for name, player in players.items():
+                player.load_state_dict(under(f"players.{name}."))
+            method.load_state_dict(under("method."))
+        except (KeyError, RuntimeError) as e:
+            raise UserError(f"{path}: does not fit this cell ({str(e).splitlines()[0]}): delete it and rerun") from None
+        return int(metadata["step"])
+    return 0
+
+
+def remove_progress(folder: Path) -> None:
+    """A finished cell needs no checkpoint."""
+    for path in (folder / LAST, folder / PREVIOUS):
+        with writing(path):
+            path.unlink(missing_ok=True)

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from distillbench import config, plan, progress, registry
-from distillbench.cell import Cell, lock, write_atomically, write_json
+from distillbench.cell import Cell, lock, make_folder, write_atomically, write_json
 from distillbench.dispatch import ONE_THREAD
-from distillbench.errors import UserError
+from distillbench.errors import UserError, nearest
 from distillbench.progress import reporter
+from distillbench.watch import INTERRUPTED, Pulse, supervise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,16 +31,21 @@ app = typer.Typer(
 
     distillbench plan table2                    what would run, and what it may cost
 
+    distillbench status table2                  how far every cell is
+
+    distillbench logs digits/dmd/0              what happened in a cell
+
     distillbench train digits dmd --seeds 0     train (its teacher first, if need be) and sample
 
     distillbench evaluate digits dmd --seeds 0  metrics of these samples
+
+    distillbench evaluate PATH                  metrics of samples made elsewhere; trains nothing
 
     distillbench sample digits dmd --seed 0 --nfe 1 --output dmd.png
     """,
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 out = Console(highlight=False)
-INTERRUPTED = 130
 
 BenchmarkName = Annotated[str, typer.Argument(help="name of a file in workflows/benchmarks, e.g. digits")]
 ArmName = Annotated[str, typer.Argument(help="method, method@variant, or 'teacher'")]
@@ -48,15 +54,16 @@ Seeds = Annotated[str | None, typer.Option(help="comma-separated, e.g. 0,1,2; al
 
 
 def check_extractors(benchmarks: list[config.Benchmark]) -> None:
-    """UserError on a benchmark whose extractor eval does not have."""
-    from eval.records import known_extractor
+    """UserError on a benchmark with an extractor that eval does not have, or whose weights are not there."""
+    from eval.records import weight_file
 
     for b in benchmarks:
-        try:
-            if b.extractor is not None:
-                known_extractor(b.extractor)
-        except ValueError as e:
-            raise UserError(f"workflows/benchmarks/{b.name}.yaml: key 'extractor': {e}") from None
+        for key, name in (("extractor", b.extractor), ("cross_extractor", b.cross_extractor)):
+            try:
+                if name is not None:
+                    weight_file(name)
+            except ValueError as e:
+                raise UserError(f"workflows/benchmarks/{b.name}.yaml: key '{key}': {e}") from None
 
 
 def cells_of(benchmark: str, arm: str, seeds: str | None) -> list[Cell]:
@@ -85,25 +92,32 @@ def list_() -> None:
 @app.command()
 def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
     """Train and sample the cells of an arm. Interrupted, the same command continues from the last checkpoint."""
-    from distillbench.train import run_cell
-
     cells = cells_of(benchmark, arm, seeds)
-    if cells[0].arm is not None:
-        for warning in plan.validate([plan.Job(tuple(cells))]):
+    order = [one for cell in cells for one in ((cell,) if cell.arm is None else (cell.teacher, cell))]
+    for one in order:
+        if (record := one.result()) is not None and record["status"] != "done":
+            print(f"{one.label}: {record['status']} before; to try again delete {one.record}", file=sys.stderr)
+
+    def work(pulse: Pulse) -> None:
+        """Give every cell its record, in a process of its own."""
+        from distillbench.train import run_cell
+
+        pulse.enter(next((i for i, one in enumerate(order) if one.arm is cells[0].arm and one.result() is None), 0))
+        with pulse.limits():
+            warning = plan.check(plan.Job(tuple(cells)))
+        if warning:
             print(f"distillbench: {warning}", file=sys.stderr)
-    for cell in cells:
-        for one in (cell,) if cell.arm is None else (cell.teacher, cell):
+        for index, one in enumerate(order):
             with one.locked():
-                record, ran = one.result(), False
-                if record is not None and record["status"] != "done":
-                    print(f"{one.label}: {record['status']} before; to try again delete {one.folder}", file=sys.stderr)
-                if record is None:
-                    record, ran = run_cell(one, reporter(one.label)), True
-            if ran:
-                text = record["status"] if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
-                print(f"{one.label}: {text} in {record['cost']['seconds']:g} s", file=sys.stderr)
-            if record["status"] != "done" and one is not cell:
+                pulse.enter(index)
+                if (record := one.result()) is None:
+                    record = run_cell(one, reporter(one.label), pulse)
+                    text = "done" if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
+                    print(f"{one.label}: {text} in {record['cost']['seconds']:g} s", file=sys.stderr)
+            if record["status"] != "done" and one.arm is not cells[0].arm:
                 raise UserError(f"{one.label} ended as {record['status']} ({record['reason']}): its students have nothing to start from")
+
+    supervise(order, work)
 
 
 def samples_of(cell: Cell) -> tuple[dict[int, Tensor], Tensor | None]:
@@ -119,8 +133,158 @@ def samples_of(cell: Cell) -> tuple[dict[int, Tensor], Tensor | None]:
     return {n: stored[f"nfe{n}"] for n in result["nfe"]}, stored.get(REFERENCE)
 
 
-@app.command()
-def evaluate(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
+@app.command(
+    help="""Score the samples of an arm, or samples made elsewhere.
+
+    \b
+    distillbench evaluate digits dmd --seeds 0    a trained arm: metrics.json beside its samples
+    distillbench evaluate PATH                    released samples: nothing is trained
+
+    PATH is one of
+
+    \b
+    - a folder of .png, .jpg, .bmp or .webp in the order of their names, 2 before
+      10; or of class folders 0, 1, ..., whose images are taken in turn
+    - .npz: arr_0 uint8 [N,H,W,C] and, optionally, arr_1 [N], the classes asked
+      for (the layout of ADM's batches)
+    - .safetensors: samples uint8 [N,C,H,W] and, optionally, labels [N]; what
+      `distillbench sample` writes
+
+    It must hold exactly what the benchmark evaluates (digits: 20000 grey images of 8x8). What differs is refused in one line that
+    says how to mend it: nothing is resized, converted, dropped or reordered. Samples of mixtures come as .safetensors, float32.
+
+    With --publish the scores become the row NAME of every table with this benchmark: results/external/BENCHMARK/NAME.json, to be
+    committed. Numbers compare under one extractor only, and nothing is known of the samples' budget, data and teacher.
+
+    \b
+    distillbench evaluate samples/ --name theirs --who "A. Author" \\
+      --where https://example.org --publish
+    """
+)
+def evaluate(
+    target: Annotated[str, typer.Argument(help="name of a benchmark, before an arm; or a path, alone")],
+    arm: Annotated[str | None, typer.Argument(help="method, method@variant, or 'teacher'")] = None,
+    seeds: Annotated[str | None, typer.Option(help="of the arm: comma-separated; all seeds of the benchmark if left out")] = None,
+    benchmark: Annotated[str | None, typer.Option(help="what the samples at PATH are scored against; digits if left out")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="accept another number of samples; the row is marked not comparable")] = None,
+    name: Annotated[str | None, typer.Option(help="of the row; the name of the file if left out")] = None,
+    who: Annotated[str | None, typer.Option(help="who made the samples")] = None,
+    where: Annotated[str | None, typer.Option(help="where they come from: URL or paper")] = None,
+    publish: Annotated[bool, typer.Option("--publish", help="write the record that tables show; needs --name, --who, --where")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a record of other samples")] = False,
+    output: Annotated[Path | None, typer.Option(help="write the record to this .json; printed only if left out")] = None,
+) -> None:
+    given = {"--benchmark": benchmark, "--count": count, "--name": name, "--who": who, "--where": where, "--publish": publish,
+             "--overwrite": overwrite, "--output": output}  # fmt: skip
+    if arm is not None:
+        for option, value in given.items():
+            if value:
+                raise UserError(f"{option} belongs to `distillbench evaluate PATH`; '{target} {arm}' names an arm: drop one of them")
+        return evaluate_arm(target, arm, seeds)
+    known = sorted(p.stem for p in (config.root() / "workflows/benchmarks").glob("*.yaml"))
+    path = Path(target)
+    if not os.path.lexists(path):
+        if target in known:
+            ways = f"`distillbench evaluate {target} teacher`, or `distillbench evaluate PATH --benchmark {target}` for samples"
+            raise UserError(f"evaluate {target}: an arm is missing after the benchmark: {ways}")
+        raise UserError(
+            f"evaluate {target}: neither a path (no such file or folder) nor a benchmark followed by an arm ({nearest(target, known)})"
+        )
+    if seeds is not None:
+        raise UserError(f"--seeds belongs to `distillbench evaluate BENCHMARK ARM`; '{target}' is a path: drop it")
+    evaluate_path(path, config.benchmark(benchmark or "digits"), name, who, where, count, publish, overwrite, output)
+
+
+def evaluate_path(
+    path: Path, b: config.Benchmark, name: str | None, who: str | None, where: str | None, count: int | None,
+    publish: bool, overwrite: bool, output: Path | None,
+) -> None:  # fmt: skip
+    """Score samples made elsewhere: print, write to `output`, publish. Whatever is wrong is said before anything is scored."""
+    import dataclasses
+
+    import torch
+
+    from distillbench import data as data_sets
+    from distillbench.seeds import Rng
+    from eval import external, records
+    from eval.samples import read_points, read_samples
+
+    torch.set_num_threads(1)
+    if publish and (name is None or who is None or where is None):
+        raise UserError("--publish needs --name, --who and --where: a table says whose samples a row is of")
+    if overwrite and not publish:
+        raise UserError("--overwrite belongs to --publish: add it or drop this")
+    if output is not None and (output.suffix != ".json" or not output.parent.is_dir()):
+        raise UserError(f"--output: '{output}' must end in .json, in a folder that exists")
+    check_extractors([b])
+    name = name or path.absolute().stem
+    target = config.root() / "results/external" / b.name / f"{name}.json"
+    data, wanted, report = data_sets.load(b.data), count or b.sampling.count, reporter(name)
+    try:
+        external.check_words(name, who, where)
+        if isinstance(data, data_sets.Mixture):
+            samples = read_points(path, data.shape, wanted)
+        else:
+            assert b.extractor is not None
+            external.check_count(wanted, len(data.reference))
+            samples = read_samples(path, data.shape, wanted, data.classes, report)
+            external.check_order(samples, b.extractor)
+        if publish and not overwrite:
+            external.check_replaces(target, who, where, samples)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    report("scoring", 0, 1)
+    if isinstance(data, data_sets.Mixture):
+        rng = Rng(b.seeds[0], "exact samples")
+        exact, again = (data.draw(rng, wanted)[0] for _ in range(2))
+        found = external.external_mixture_metrics(samples, exact, again, data.means, data.sigma, data.weights)
+    else:
+        assert b.extractor is not None
+        stored = dataclasses.replace(data, train=data_sets.to_bytes(data.train), reference=data_sets.to_bytes(data.reference))
+        found = external.external_metrics(samples, stored, b.extractor, b.cross_extractor)
+    report("scoring", 1, 1)
+    record = external.make_record(name, b.name, who, where, samples, found)
+    progress.stop()
+    print_external(record, b)
+    if output is not None:
+        write_json(output, record)
+        print(f"{output} written", file=sys.stderr)
+    if publish:
+        make_folder(target.parent)
+        write_json(target, record)
+        tables = sorted(p.stem for p in (config.root() / "workflows/tables").glob("*.yaml"))
+        there = [t for t in tables if b.name in config.table(t).benchmarks and records.read(config.root() / "results/records" / t)]
+        then = "".join(f"; `distillbench table {t} --render` shows it" for t in there)
+        print(f"{target.relative_to(config.root())} written{then}", file=sys.stderr)
+
+
+def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
+    """The scores, beside the fixed rows and the teacher of a published table of this evaluation."""
+    from eval import records, tables
+
+    folders = sorted((config.root() / "results/records").glob("*"))
+    published = [[r for r in records.read(f) if r.result["benchmark"] == b.name] for f in folders]
+    current = [p for p in published if p and tables.protocol(p)[b.name]["evaluation"] == record["evaluation"]["key"]]
+    head, lines = tables.beside(current[0] if current else [], record, b.sampling.count)
+    view = RichTable(head[0], *(f"[bold]{h}" if i == 0 else h for i, h in enumerate(head[1:])), box=None)
+    view.columns[0].no_wrap = True
+    for line in lines:
+        view.add_row(line[0], f"[bold]{line[1]}", *line[2:])
+    out.print(view)
+    about = record["evaluation"]
+    words = f"{record['count']} samples" + ("" if record["labels_sha256"] or "extractor" not in about else ", without labels")
+    if record["count"] != b.sampling.count:
+        words += f" ({b.name} takes {b.sampling.count}: not comparable)"
+    out.print(f"{words}, sha256 {record['samples_sha256']}", soft_wrap=True)
+    if "extractor" in about:
+        both = ((about["extractor"], about["extractor_sha256"]), (about["cross_extractor"], about["cross_extractor_sha256"]))
+        out.print("extractor " + ", second ".join(f"{n} {h[:12]}" for n, h in both if n) + f", evaluation {about['key']}", soft_wrap=True)
+    if not current and any(published):
+        why = "published rows are of another evaluation, so not beside"
+        out.print(f"{why}: `snakemake --cores all results/TABLE.md` renews them", soft_wrap=True)
+
+
+def evaluate_arm(benchmark: str, arm: str, seeds: str | None) -> None:
     """Metrics of the samples of an arm (or of the teacher), written to metrics.json beside them."""
     from eval.records import is_evaluated
 
@@ -128,46 +292,38 @@ def evaluate(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> Non
         result = cell.result()
         if result is not None and result["status"] != "done":
             print(f"{cell.label}: {result['status']}, nothing to evaluate", file=sys.stderr)
-        elif not is_evaluated(cell.metrics, cell.benchmark.extractor):
+        elif not is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor):
             write_json(cell.metrics, metrics_of(cell))
             print(f"{cell.label}: evaluated", file=sys.stderr)
 
 
 def metrics_of(cell: Cell) -> dict[str, Any]:
-    """The content of metrics.json: numbers that repeat byte for byte, so neither times nor paths."""
-    import hashlib
-    from importlib.metadata import version
+    """The content of metrics.json: numbers that repeat byte for byte, so neither times nor paths. `eval/evaluate.py` makes them."""
+    import dataclasses
 
     import torch
 
     from distillbench import data as data_sets
     from distillbench.seeds import Rng
     from eval import evaluate as evaluation
-    from eval.extractors import load_extractor
-    from eval.records import evaluation_key
 
     torch.set_num_threads(1)
     b, data = cell.benchmark, data_sets.load(cell.benchmark.data)
     samples, _ = samples_of(cell)
-    about: dict[str, Any] = {"key": evaluation_key(b.extractor), "samples": b.sampling.count, "torch_fidelity": version("torch-fidelity")}
     report = reporter(cell.label)
     report("evaluating", 0, 1)
     if isinstance(data, data_sets.Images):
         assert b.extractor is not None
-        train, reference = data_sets.to_bytes(data.train), data_sets.to_bytes(data.reference)
-        about |= {"extractor": b.extractor, "extractor_sha256": load_extractor(b.extractor).sha256, "reference": len(reference)}
-        about["reference_sha256"] = hashlib.sha256(reference.numpy().tobytes()).hexdigest()
-        _, teacher = samples_of(cell.teacher)
-        assert teacher is not None
-        found = evaluation.image_metrics(samples, b.extractor, reference, train, teacher)
-        if cell.arm is None:
-            found["fixed"] = evaluation.image_fixed_rows(b.extractor, train, data.train_labels, reference, b.sampling.count, cell.seed)
+        stored = dataclasses.replace(data, train=data_sets.to_bytes(data.train), reference=data_sets.to_bytes(data.reference))
+        teacher, again = samples_of(cell.teacher)
+        assert again is not None
+        found = evaluation.image_metrics(stored, b.extractor, b.cross_extractor, samples, teacher, again, cell.seed, cell.arm is None)
     else:
         rng = Rng(cell.seed, "exact samples")
         exact, again = (data.draw(rng, b.sampling.count)[0] for _ in range(2))
         found = evaluation.mixture_metrics(samples, exact, again, data.means, data.sigma, data.weights)
     report("evaluating", 1, 1)
-    return {"format": 1, "key": cell.key, "evaluation": about} | found
+    return {"format": 1, "key": cell.key} | found
 
 
 @app.command()
@@ -192,7 +348,10 @@ def sample(
     nfe = run.needs.headline_nfe if nfe is None else nfe
     x = draw(run, nfe, count, reporter(cell.label), name="sample")
     if output.suffix == ".safetensors":
-        write_tensors(output, {"samples": x}, cell=cell.key, nfe=nfe)
+        import torch
+
+        labels = {"labels": torch.arange(count) % run.data.classes} if run.data.classes else {}
+        write_tensors(output, {"samples": x, **labels}, cell=cell.key, nfe=nfe)
     else:
         if x.dim() != 4:
             raise UserError(f"--output: samples of {benchmark} are no images: write them to a .safetensors file")
@@ -204,23 +363,46 @@ def sample(
 
 
 @app.command()
-def status(table: TableName = "table2") -> None:
-    """How far every cell of a table is."""
+def status(
+    table: TableName = "table2",
+    long: Annotated[bool, typer.Option("--long", help="a line for each cell, with its reason, seconds and folder")] = False,
+) -> None:
+    """How far every cell of a table is: rows are methods, columns are seeds.
+
+    done: trained and evaluated. trained: not evaluated yet. 41% 35 s left: running now. interrupted at 41%: the same command
+    as before continues it. waiting: for its teacher. to do: can start. FAILED, DIVERGED, OOM, TIMEOUT, HUNG, OVER BUDGET,
+    REFUSED: it has a record that says why; see `distillbench logs`.
+    """
+    from distillbench import overview
     from eval.records import is_evaluated
 
-    view = RichTable("cell", "status", "evaluated", "seconds", box=None)
-    view.add_column("folder", overflow="fold")
-    for job in plan.jobs(config.table(table)):
-        for cell in job.cells:
-            result = cell.result()
-            if result is None:
-                words = ("started" if (cell.folder / "config.yaml").is_file() else "to do", "", "")
-            else:
-                reason = f": {result['reason']}" if result["reason"] else ""
-                done = "yes" if is_evaluated(cell.metrics, cell.benchmark.extractor) else ""
-                words = (result["status"] + reason, done, f"{result['cost']['seconds']:g}")
-            view.add_row(cell.label, *words, str(cell.folder.relative_to(config.root())))
-    out.print(view)
+    def evaluated(cell: Cell) -> bool:
+        return is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor)
+
+    jobs = plan.jobs(config.table(table))
+    if not long:
+        out.print(overview.matrix(jobs, evaluated))
+        return
+    for cell in (cell for job in jobs for cell in job.cells):
+        result, state = cell.result() or {}, overview.state_of(cell, evaluated)
+        reason = f": {result['reason']}" if result.get("reason") else ""
+        seconds = f", {result['cost']['seconds']:g} s" if result else ""
+        out.print(f"{cell.label}: {state}{reason}{seconds}  {cell.folder.relative_to(config.root())}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def logs(cell: Annotated[str, typer.Argument(help="benchmark/method[@variant]/seed, e.g. digits/dmd/0, or a cell's folder")]) -> None:
+    """What happened in a cell: status and reason, starts and deaths, last steps, traceback, files.
+
+    distillbench logs digits/dmd/0
+
+    distillbench logs digits/dmd@no-regression/seed0
+
+    distillbench logs results/runs/digits/teacher/seed0-0123456789ab
+    """
+    from distillbench import overview
+
+    out.print(overview.story(overview.find(cell)), soft_wrap=True)
 
 
 @app.command("plan")
@@ -251,7 +433,7 @@ def table_(
     """Publish the records of a table's cells to results/records and render the table from them."""
     import yaml
 
-    from eval import figures, records, tables
+    from eval import external, figures, records, tables
 
     table, results = config.table(name), config.root() / "results"
     folder = results / "records" / name
@@ -274,7 +456,11 @@ def table_(
         elif not path.is_file() or path.read_bytes() != data:
             differing.append(path.name)
 
-    tables.write(name, table.title, found, reported, results, write)
+    try:
+        others = external.read_external(results / "external", table.benchmarks)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    tables.write(name, table.title, found, others, reported, results, write)
     write(results / f"{name}.png", figures.picture(found))
     if check:
         print(

@@ -32,6 +32,7 @@ class DigitsData(Strict):
     """scikit-learn's 8x8 digits (they come with the package)."""
 
     kind: Literal["digits"]
+    exchanged: bool = Field(False, description="train on the reference half: for choosing settings (docs/tuning.md)")
 
     def fingerprint(self) -> str:
         spec = importlib.util.find_spec("sklearn")
@@ -106,9 +107,11 @@ class Benchmark(Strict):
     budget: Budget
     sampling: Sampling
     extractor: str | None = Field(None, description="feature extractor of the evaluation: a name for images, none for mixtures")
+    cross_extractor: str | None = Field(None, description="a second one, of other architecture and objective, for a column of its own")
     seeds: list[int] = Field(min_length=1)
     guidance: float = Field(1.0, description="guidance weight of teacher and students")
     timeout_s: float = Field(3600, gt=0, description="a cell that trains longer is recorded as `timeout`")
+    stall_s: float = Field(300, gt=0, description="a cell in which no step and no batch of samples ends for so long is recorded as `hung`")
 
     @model_validator(mode="after")
     def _fits(self) -> Benchmark:
@@ -127,6 +130,7 @@ class Variant(Strict):
     group: Literal["distillation", "from_scratch"] | None = None
     fidelity: Literal["official code", "paper text", "reconstruction"] | None = None
     adaptation: bool | None = None
+    trajectory: bool | None = None
 
 
 class MethodFile(Strict):
@@ -137,6 +141,7 @@ class MethodFile(Strict):
     group: Literal["distillation", "from_scratch"] = "distillation"
     fidelity: Literal["official code", "paper text", "reconstruction"]
     adaptation: bool = Field(False, description="used outside its paper's setting")
+    trajectory: bool = Field(False, description="aims at the teacher's own sample of the same noise")
     config: dict[str, Any] = {}
     benchmarks: dict[str, dict[str, Any]] = Field({}, description="settings per family or name of a benchmark")
     variants: dict[str, Variant] = {}
@@ -181,6 +186,7 @@ class Table(Strict):
     benchmarks: list[str] = Field(min_length=1)
     methods: Literal["all"] | list[str] = Field("all", description="'all' discovered methods, or names")
     variants: list[str] = Field([], description="more rows, as method@variant")
+    seeds: list[int] | None = Field(None, min_length=1, description="instead of those of the benchmarks")
     reported: str | None = Field(None, description="file with the papers' own numbers, shown in a section of their own")
 
 

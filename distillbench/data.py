@@ -63,16 +63,16 @@ def alternate(labels: np.ndarray) -> np.ndarray:
 
 def load(spec: DigitsData | MixtureData) -> Images | Mixture:
     """The data set a benchmark names."""
-    return _digits() if isinstance(spec, DigitsData) else _mixture(spec)
+    return _digits(spec.exchanged) if isinstance(spec, DigitsData) else _mixture(spec)
 
 
-def _digits() -> Images:
+def _digits(exchanged: bool) -> Images:
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     images = torch.from_numpy(raw.images / 8 - 1).float()[:, None]  # 0..16 -> [-1, 1]
     labels = torch.from_numpy(raw.target).long()
-    train = torch.from_numpy(alternate(raw.target))
+    train = torch.from_numpy(alternate(raw.target) != exchanged)
     return Images(images[train], labels[train], images[~train], labels[~train], 10)
 
 

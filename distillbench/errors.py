@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend: it becomes one clear line and exit code 2, never a traceback."""
+"""Exceptions: mistakes a user can mend (one clear line, exit code 2), and the ways a method's cell may end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input. The message names the file, the key and the remedy."""
+
+
+class Refused(Exception):
+    """A method cannot run on this benchmark: raise it with the reason from `needs` or `__init__`; the row says REFUSED."""
+
+
+class Diverged(Exception):
+    """A loss, a gradient, a logged scalar or a sample is not finite."""
+
+
+class OverBudget(Exception):
+    """The budget does not buy one cycle."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -52,10 +52,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a sample is conditioned on: labels [B] int64 (None where the data have no classes), guidance weight."""
+    """What a sample is conditioned on: labels [B] int64 (None where the data have no classes), guidance weight, one or [B]."""
 
     labels: Tensor | None
-    guidance: float = 1.0
+    guidance: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Task:
         One evaluation of the value and one of the tangent, both metered, float32; see distillbench.jvp.
         """
         self.meter.count(f"{self._roles[net]}.tangent", tangents[0].shape[0])
-        return value_and_tangent(lambda x, t, s: net(x, t, cond.labels, s=s), primals, tangents, graph)
+        w = cond.guidance if isinstance(cond.guidance, Tensor) else None  # an input of networks trained on a range of weights
+        return value_and_tangent(lambda x, t, s: net(x, t, cond.labels, s=s, guidance=w), primals, tangents, graph)
 
 
 class Method:

@@ -6,15 +6,21 @@ the cells; `sync` makes a stamp exist exactly when the records it stands for exi
 
 from __future__ import annotations
 
+import faulthandler
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from distillbench import config, registry
-from distillbench.cell import Cell, make_folder, write_atomically
+from distillbench.cell import Cell, make_folder, write_atomically, writing
 from distillbench.config import Table, canonical, digest, root
+from distillbench.errors import UserError
 
-Evaluated = Callable[[Cell], bool]
+IMPORT_SECONDS = 60  # a module that takes longer to import does not import
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,12 @@ class Job:
     def sync(self, stage: str, fresh: Callable[[Cell], bool]) -> bool:
         """Make the stamp agree with the records; returns whether all of them are there."""
         path, complete = root() / self.stamp(stage), all(fresh(c) for c in self.cells)
-        if complete and not path.exists():
-            make_folder(path.parent)
-            path.touch()
-        elif not complete:
-            path.unlink(missing_ok=True)
+        with writing(path):
+            if complete and not path.exists():
+                make_folder(path.parent)
+                path.touch()
+            elif not complete:
+                path.unlink(missing_ok=True)
         return complete
 
 
@@ -81,28 +88,66 @@ def jobs(table: Table) -> list[Job]:
     """Every benchmark's teachers, a job each (students wait for them), and its arms, all seeds in a job."""
     out = []
     for b in map(config.benchmark, table.benchmarks):
-        out += [Job((Cell(b, None, seed),)) for seed in b.seeds]
-        out += [Job(tuple(Cell(b, arm, seed) for seed in b.seeds)) for arm in arms(table)]
+        seeds = table.seeds or b.seeds
+        out += [Job((Cell(b, None, seed),)) for seed in seeds]
+        out += [Job(tuple(Cell(b, arm, seed) for seed in seeds)) for arm in arms(table)]
     return out
 
 
-def validate(todo: list[Job]) -> list[str]:
-    """Check the configuration of every arm that will run (imports torch); UserError on a mistake in a file.
+def check(job: Job) -> str | None:
+    """Import the method of a job and check its configuration (imports torch); UserError on a mistake in a file.
 
-    A method folder that does not import is no user error: its row will say so. Returns one warning for each of these.
+    A method folder that does not import is no user error: its row will say so, and so does the warning returned.
     """
-    from distillbench.train import TimedOut, time_limit
+    from distillbench.watch import Hung, TimedOut
 
-    warnings = []
-    for j in todo:
-        arm = j.cells[0].arm
-        if arm is None:
-            continue
-        try:
-            with time_limit(60):
-                method = registry.load(arm.folder)
-        except (Exception, SystemExit, TimedOut) as e:  # whatever a foreign module does
-            warnings.append(f"{arm.folder.path / 'method.py'} does not import ({type(e).__name__}: {e}): its rows will say FAILED")
-            continue
-        registry.configuration(arm, j.cells[0].benchmark, method)
+    cell = job.cells[0]
+    if cell.arm is None:
+        return None
+    try:
+        method = registry.load(cell.arm.folder)
+    except (Exception, SystemExit, TimedOut, Hung) as e:  # whatever a foreign module does
+        return does_not_import(job, f"{type(e).__name__}: {e}")
+    registry.configuration(cell.arm, cell.benchmark, method)
+    return None
+
+
+def does_not_import(job: Job, why: str) -> str:
+    """A warning."""
+    arm = job.cells[0].arm
+    assert arm is not None
+    return f"{arm.folder.path / 'method.py'} does not import ({why}): its rows will say FAILED"
+
+
+def validate(todo: list[Job]) -> list[str]:
+    """`check` every job, in another process: a foreign module may do anything to its own. Returns the warnings."""
+    todo, warnings = [j for j in todo if j.cells[0].arm is not None], []
+    while todo:
+        command = [sys.executable, "-m", "distillbench.plan", *(word for j in todo for word in (j.benchmark, j.arm))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        for answer in answers:
+            if "error" in answer:
+                raise UserError(answer["error"])
+            warnings += [answer["warning"]] if answer["warning"] else []
+        if len(answers) < len(todo):
+            warnings.append(does_not_import(todo[len(answers)], f"its process ended with code {done.returncode}"))
+        todo = todo[len(answers) + 1 :]
     return warnings
+
+
+def main(words: list[str]) -> None:
+    """`python -m distillbench.plan <benchmark> <arm> ...`: one line of JSON for each pair, the end of `validate`."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a module prints is no answer
+    for name, arm in zip(words[::2], words[1::2]):
+        faulthandler.dump_traceback_later(IMPORT_SECONDS, exit=True)
+        try:
+            line = {"warning": check(Job((Cell(config.benchmark(name), registry.arm(arm), 0),)))}
+        except UserError as e:
+            line = {"error": str(e)}
+        print(json.dumps(line), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from distillbench.errors import Diverged
 from distillbench.meter import Meter
 
 EVALUATION = "evaluation"  # the average that is sampled from, saved and reported
@@ -67,7 +68,10 @@ class Player:
         return c.lr * warm * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
     def update(self, loss: Tensor) -> None:
-        """One optimiser step on a scalar `loss`, differentiated in this player's parameters only."""
+        """One optimiser step on a scalar `loss`, differentiated in this player's parameters only.
+
+        Raises Diverged before anything moves where the loss or the norm of its gradient is not finite.
+        """
         self.meter.count(f"{self.name}.backward", 0)
         gradients = list(torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True))
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -77,8 +81,13 @@ class Player:
             gradients = [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
         for p, g in zip(self.parameters, gradients):
             p.grad = g
+        norm = nn.utils.get_total_norm(gradients)
+        if not loss.isfinite():
+            raise Diverged(f"{self.name}: loss is {loss.item():.3g} at update {self.updates}")
+        if not norm.isfinite():
+            raise Diverged(f"{self.name}: gradient norm is {norm.item():.3g} at update {self.updates}")
         if self.config.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()

@@ -48,7 +48,7 @@ class Arm:
         return self.folder.name if self.variant is None else f"{self.folder.name}@{self.variant}"
 
     def attribute(self, key: str) -> Any:
-        """'group', 'fidelity' or 'adaptation': the variant's own, or the method's."""
+        """'group', 'fidelity', 'adaptation' or 'trajectory': the variant's own, or the method's."""
         own = getattr(self.folder.file.variants[self.variant], key) if self.variant else None
         return getattr(self.folder.file, key) if own is None else own
 
@@ -58,6 +58,7 @@ class Arm:
             "title": self.folder.file.title,
             "fidelity": self.attribute("fidelity"),
             "adaptation": self.attribute("adaptation"),
+            "trajectory": self.attribute("trajectory"),
             "reported": [r.model_dump() for r in self.folder.claims.reported if r.arm == self.name],
         }
 

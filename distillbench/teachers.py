@@ -9,7 +9,7 @@ from distillbench import times
 from distillbench.config import TeacherSpec
 from distillbench.data import Mixture
 from distillbench.method import Batch, Condition, Method, Needs, Pairs, Step, Task
-from distillbench.paths import guided, noised
+from distillbench.paths import guided, noised, over
 from distillbench.players import EVALUATION, PlayerConfig
 from distillbench.samplers import euler, heun, in_batches
 from distillbench.seeds import Rng
@@ -56,11 +56,12 @@ class Teacher:
         self._classes = classes
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """v at x [B, *shape], t [B]; with guidance w != 1 v_null + w (v_cond - v_null), a second evaluation."""
-        v = self.network(x, t, cond.labels)
-        if cond.guidance == 1 or cond.labels is None:
+        """v at x [B, *shape], t [B]; with guidance w != 1, or one for each row, v_null + w (v_cond - v_null), a second evaluation."""
+        v, w = self.network(x, t, cond.labels), cond.guidance
+        if cond.labels is None or (not isinstance(w, Tensor) and w == 1):
             return v
-        return guided(self.network(x, t, torch.full_like(cond.labels, self._classes)), v, cond.guidance)
+        null = self.network(x, t, torch.full_like(cond.labels, self._classes))
+        return guided(null, v, over(w, x) if isinstance(w, Tensor) else w)
 
 
 class TeacherConfig(TeacherSpec):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import signal
+import errno
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,31 +15,21 @@ import yaml
 from torch import Tensor
 
 from distillbench import data as data_sets
-from distillbench import registry
-from distillbench.cell import Cell, provenance, write_atomically, write_json
-from distillbench.checkpoint import load_progress, read_tensors, save_progress, write_tensors
-from distillbench.errors import UserError, nearest
+from distillbench import registry, watch
+from distillbench.cell import Cell, describe, remove_unfinished, write_atomically
+from distillbench.checkpoint import load_progress, read_tensors, remove_progress, save_progress, write_tensors
+from distillbench.errors import Diverged, OverBudget, Refused, UserError, nearest
+from distillbench.journal import Journal
 from distillbench.meter import Meter, peak_memory_mb
 from distillbench.method import Batch, Condition, Method, Needs, Step, Task
 from distillbench.networks import VelocityNetwork
 from distillbench.seeds import Rng, derive
 from distillbench.teachers import MixtureVelocity, Teacher, TeacherConfig, TeacherTraining, make_pairs
+from distillbench.watch import Pulse
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 CHECKPOINTS = 20  # per run
 REFERENCE = "reference"  # the teacher's own set of samples, from a noise stream of its own
-
-
-class Diverged(Exception):
-    """A logged scalar or a sample is not finite."""
-
-
-class OverBudget(Exception):
-    """The budget does not buy one cycle."""
-
-
-class TimedOut(BaseException):
-    """The cell's time is up (raised by a timer, so that no `except Exception` of a method swallows it)."""
 
 
 @dataclass
@@ -132,21 +119,35 @@ def one_step(run: Run, index: int, total: int) -> dict[str, Tensor]:
     """Train step `index` with all its randomness derived from (seed, index); raises Diverged on a scalar that is not finite."""
     step = Step(index, total, run.cell.seed, run.device)
     torch.manual_seed(derive(run.cell.seed, "global", index))  # so that an author's randn_like resumes too
-    logged = run.method.train_step(batch_of(run, step), step)
+    try:
+        logged = run.method.train_step(batch_of(run, step), step)
+    except Diverged as e:  # by a player: the step, and what was the first to go wrong in it
+        raise Diverged(f"{e}, step {index}{first_bad(e)}") from e
     for name, value in logged.items():
         if not torch.isfinite(value).all():
             raise Diverged(f"{name} is {value.item():.3g} at step {index}")
     return logged
 
 
-def price(cell: Cell, progress: Progress) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+def first_bad(error: BaseException) -> str:
+    """The first local variable of `train_step`, in the order of its code, that is not finite."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "train_step":
+            for name, value in frame.f_locals.items():
+                for key, one in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(one, Tensor) and one.is_floating_point() and not one.isfinite().all():
+                        return f", first in `{key or name}`"
+    return ""
+
+
+def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """Meter set-up and one cycle on a throw-away copy; returns the plan (steps the budget buys) and the pairs."""
-    meter, pairs = Meter(), None
+    pulse, meter, pairs = pulse or Pulse(), Meter(), None
     with meter.measured():  # whatever a method computes in its constructor counts
         run = build(cell, meter)
     if (wanted := run.needs.pairs) is not None:
         progress("regression pairs", 0, wanted.count)
-        with run.meter.measured():
+        with run.meter.measured(), pulse.patience():
             pairs = make_pairs(
                 run.task.teacher, wanted, run.data.shape, run.data.classes, cell.benchmark.guidance,
                 Rng(cell.seed, "pairs", device=run.device),
@@ -158,6 +159,7 @@ def price(cell: Cell, progress: Progress) -> tuple[dict[str, Any], dict[str, Ten
     with run.meter.measured():
         for i in range(run.needs.cycle):
             one_step(run, i, run.needs.cycle)
+            pulse.beat(watch.SETUP, i + 1)
     cycle_flops = run.meter.flops - setup_flops
     if cycle_flops == 0:
         raise ValueError("train_step computed nothing that the meter counts")
@@ -191,29 +193,27 @@ def price(cell: Cell, progress: Progress) -> tuple[dict[str, Any], dict[str, Ten
     }, pairs  # fmt: skip
 
 
-def train(run: Run, plan: dict[str, Any], progress: Progress) -> None:
+def train(run: Run, plan: dict[str, Any], progress: Progress, pulse: Pulse | None = None) -> None:
     """The loop: resumes from the checkpoint if there is one, and equals an uninterrupted run bit for bit."""
-    cell, steps = run.cell, plan["steps"]
+    pulse, cell, steps = pulse or Pulse(), run.cell, plan["steps"]
     for name, player in run.task.players.items():
         player.total_updates = plan["updates"][name]
-    checkpoint, log = cell.folder / "checkpoint.safetensors", cell.folder / "train.jsonl"
-    start = 0
-    if checkpoint.is_file():
-        start = load_progress(checkpoint, cell.key, run.task.players, run.method, run.device)
-    lines = log.read_text().splitlines() if start and log.is_file() else []
-    lines = [line for line in lines if json.loads(line)["step"] < start]
+    journal, players = Journal(cell.folder), run.task.players
+    start = load_progress(cell.folder, cell.key, players, run.method, run.device)
+    journal.start(start, steps)
+    pulse.begin(start)
     every, save_every = max(1, steps // 200), max(1, steps // CHECKPOINTS)
     for i in range(start, steps):
         logged = one_step(run, i, steps)
+        pulse.beat(watch.TRAINING, i + 1)
         if i % every == 0:
-            lines.append(json.dumps({"step": i, **{k: float(f"{v.item():.6g}") for k, v in logged.items()}}))
+            journal.add(step=i, **{k: float(f"{v.item():.6g}") for k, v in logged.items()})
             progress("training", i, steps)
-        if (i + 1) % save_every == 0 and i + 1 < steps:
-            write_atomically(log, ("\n".join(lines) + "\n").encode())
-            save_progress(checkpoint, cell.key, i + 1, run.task.players, run.method.state_dict())
+        if (i + 1) % save_every == 0 or i + 1 == steps:
+            with pulse.patience():
+                save_progress(cell.folder, cell.key, i + 1, players, run.method.state_dict())
+            journal.add(checkpoint=i + 1)
     progress("training", steps, steps)
-    write_atomically(log, ("\n".join(lines) + "\n").encode())
-    save_progress(checkpoint, cell.key, steps, run.task.players, run.method.state_dict())
 
 
 def saved_player(run: Run) -> Any:
@@ -222,7 +222,7 @@ def saved_player(run: Run) -> Any:
 
 
 @torch.no_grad()
-def sample(run: Run, nfe: int, count: int, progress: Progress, name: str = "evaluation") -> Tensor:
+def sample(run: Run, nfe: int, count: int, progress: Progress, name: str = "evaluation", pulse: Pulse | None = None) -> Tensor:
     """[count, *shape] samples at `nfe` from the noise that every method of this seed gets, in class-balanced order.
 
     uint8 for images, float32 for mixtures. Raises ValueError on a wrong shape or a sampler that does not use exactly
@@ -247,6 +247,8 @@ def sample(run: Run, nfe: int, count: int, progress: Progress, name: str = "eval
         if not torch.isfinite(x).all():
             raise Diverged(f"samples at nfe={nfe} are not finite")
         parts.append(data_sets.to_bytes(x).cpu() if isinstance(run.data, data_sets.Images) else x.cpu())
+        if pulse is not None:
+            pulse.beat(watch.SAMPLING, i // b.sampling.batch + 1)
         progress(f"sampling nfe {nfe}", i + len(part), count)
     return torch.cat(parts)
 
@@ -259,92 +261,60 @@ def restore(cell: Cell) -> Run:
     return run
 
 
-def run_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
+def run_cell(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> dict[str, Any]:
     """Train and sample a cell and write its record; what the method does wrong becomes the record's status."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-    started, plan = time.monotonic(), None
-    record: dict[str, Any] = describe(cell)
+        watch.limit_memory()
+    pulse, started, plan = pulse or Pulse(), time.monotonic(), None
+    remove_unfinished(cell.folder)
+    record = describe(cell)
+
+    def ended(status: str, reason: str) -> None:
+        record.update(status=status, reason=reason)
+
     try:
-        with time_limit(cell.benchmark.timeout_s):
-            plan, pairs = price(cell, progress)
+        with pulse.limits():
+            plan, pairs = price(cell, progress, pulse)
             frozen = {"cell": cell.label, "key": cell.key, "plan": plan, "recipe": cell.recipe}
             write_atomically(cell.folder / "config.yaml", yaml.safe_dump(frozen, sort_keys=False).encode())
             run = build(cell)
             run.pairs = pairs
-            train(run, plan, progress)
-            network = saved_player(run).averaged()
-            write_tensors(cell.folder / weights_file(cell), network.state_dict(), key=cell.key)
-            count = cell.benchmark.sampling.count
-            samples = {f"nfe{n}": sample(run, n, count, progress) for n in run.needs.nfe}
+            train(run, plan, progress, pulse)
+            network, count = saved_player(run).averaged(), cell.benchmark.sampling.count
+            samples = {f"nfe{n}": sample(run, n, count, progress, pulse=pulse) for n in run.needs.nfe}
             if cell.arm is None:  # what `FID to teacher` compares with: independent of the noise that students get
-                samples[REFERENCE] = sample(run, run.needs.headline_nfe, count, progress, name=REFERENCE)
-            write_tensors(cell.folder / "samples.safetensors", samples, key=cell.key)
-            record |= {
-                "nfe": list(run.needs.nfe),
-                "headline_nfe": run.needs.headline_nfe,
-                "params": sum(p.numel() for p in network.parameters()),
-            }
+                samples[REFERENCE] = sample(run, run.needs.headline_nfe, count, progress, REFERENCE, pulse)
+        write_tensors(cell.folder / weights_file(cell), network.state_dict(), key=cell.key)
+        write_tensors(cell.folder / "samples.safetensors", samples, key=cell.key)
+        record |= {
+            "nfe": list(run.needs.nfe),
+            "headline_nfe": run.needs.headline_nfe,
+            "params": sum(p.numel() for p in network.parameters()),
+        }
     except (UserError, KeyboardInterrupt):
         raise
-    except TimedOut:
-        record |= {"status": "timeout", "reason": f"more than {cell.benchmark.timeout_s:g} s"}
+    except (watch.TimedOut, watch.Hung) as e:
+        ended(*watch.reason_of(watch.TIMED_OUT if isinstance(e, watch.TimedOut) else watch.HUNG, cell, pulse, watch.line_of(e, cell)))
     except OverBudget as e:
-        record |= {"status": "over_budget", "reason": str(e)}
+        ended("over_budget", str(e))
+    except Refused as e:
+        ended("refused", str(e))
     except (Diverged, FloatingPointError) as e:
-        record |= {"status": "diverged", "reason": str(e)}
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        record |= {"status": "oom", "reason": one_line(e)}
+        ended("diverged", str(e))
     except (Exception, SystemExit) as e:  # a method may raise anything; that costs its own row and nothing else
-        record |= {"status": "failed", "reason": one_line(e)}
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{cell.label}: no space left on a disk ({one_line(e, cell)}): make room, then rerun") from None
+        ended("oom" if isinstance(e, torch.OutOfMemoryError) or watch.is_out_of_memory(e) else "failed", one_line(e, cell))
         write_atomically(cell.folder / "traceback.txt", traceback.format_exc().encode())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cost = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": round(peak_memory_mb(device))}
-    record["cost"] = (plan or {}) | cost
-    record["provenance"] = provenance(cell)
-    write_json(cell.record, record)
+    watch.finish(cell, record, plan, time.monotonic() - started, peak_memory_mb(device))
+    if record["status"] == "done":
+        remove_progress(cell.folder)
     return record
 
 
-def describe(cell: Cell) -> dict[str, Any]:
-    """What is known of a cell before it runs; labels such as its fidelity are not facts of the run (`Arm.labels`)."""
-    arm = cell.arm
-    return {
-        "format": 1,
-        "benchmark": cell.benchmark.name,
-        "method": cell.arm_name.partition("@")[0],
-        "variant": arm.variant if arm else None,
-        "seed": cell.seed,
-        "key": cell.key,
-        "status": "done",
-        "reason": None,
-        "group": arm.attribute("group") if arm else "teacher",
-        "division": "closed",  # the harness enforces teacher, data, budget and evaluator; nothing can be open yet
-        "params": None,
-        "nfe": [],
-        "headline_nfe": None,
-    }
-
-
-def one_line(error: BaseException) -> str:
-    """Type, message and the innermost line of code, for a table's row."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:200] + f" ({Path(last.filename).name}:{last.lineno})"
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimedOut in this block after `seconds`."""
-
-    def ring(_signal: int, _frame: Any) -> None:
-        raise TimedOut
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+def one_line(error: BaseException, cell: Cell) -> str:
+    """Type, message and the innermost line of the method's code, for a table's row."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200] + f" ({watch.line_of(error, cell)})"

@@ -1,7 +1,7 @@
-"""Rows that every table carries: what trivial generators score, so that a method's number can be read.
+"""Trivial generators: what they score tells how to read a method's number, and which score catches which failure.
 
 All of them know the training half only. FID alone likes several (on 8x8 digits they close most of the gap
-between class means and reality), which is why they stand next to every method.
+between class means and reality), which is why GENERATORS stand next to every method; docs/protocol.md has all of them.
 """
 
 from collections.abc import Callable
@@ -9,9 +9,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-
-from eval.extractors import Extractor
-from eval.metrics import Reference, evaluate_images, memorisation
 
 Generator = Callable[[Tensor, Tensor, int, np.random.Generator], Tensor]
 
@@ -48,26 +45,27 @@ def memoriser(train_images: Tensor, train_labels: Tensor, n: int, rng: np.random
     return _per_class(train_images, train_labels, n, lambda x, m: x[rng.integers(len(x), size=m)])
 
 
-GENERATORS: tuple[Generator, ...] = (class_means, class_gaussian, mixup, memoriser)
+def one_class_missing(train_images: Tensor, train_labels: Tensor, n: int, rng: np.random.Generator) -> Tensor:
+    """The memoriser without the last class: who asks for it gets images of the others."""
+    pixels = memoriser(train_images, train_labels, n, rng)
+    kept = train_images[train_labels != train_labels.max()]
+    asked = torch.arange(n) % (int(train_labels.max()) + 1) == train_labels.max()
+    pixels[asked] = kept[torch.from_numpy(rng.integers(len(kept), size=int(asked.sum())))]
+    return pixels
 
 
-def fixed_rows(
-    train_images: Tensor, train_labels: Tensor, ref_images: Tensor, extractor: Extractor, n: int, seed: int
-) -> list[dict[str, str | float | None]]:
-    """One row {"name": ..., **scores} for the floor and for each trivial generator with n images.
+def one_image_repeated(train_images: Tensor, train_labels: Tensor, n: int, rng: np.random.Generator) -> Tensor:
+    """Total collapse: one training image, whatever is asked for."""
+    return train_images[int(rng.integers(len(train_images)))].repeat(n, 1, 1, 1)
 
-    Images uint8 [N,C,H,W], labels int64 [N] in 0..classes-1. The same seed gives the same rows.
-    """
-    reference = Reference.of(ref_images, extractor)
-    floor = {"name": "floor", **evaluate_images(train_images, extractor, reference)}
-    # The training half copies itself, trivially. What a reader needs here is what real unseen images score.
-    floor["memorisation"] = float(f"{memorisation(ref_images, train_images):.8g}")
-    rows = [floor]
-    for index, generate in enumerate(GENERATORS):
-        images = generate(train_images, train_labels, n, np.random.default_rng([seed, index]))
-        scores = evaluate_images(images, extractor, reference, train_images=train_images)
-        rows.append({"name": generate.__name__, **scores})
-    return rows
+
+def noise(train_images: Tensor, train_labels: Tensor, n: int, rng: np.random.Generator) -> Tensor:
+    """Pixels of N(127.5, 64^2), cut to 0..255: what an untrained student gives."""
+    return _bytes(rng.normal(127.5, 64, (n, train_images[0].numel())), train_images)
+
+
+GENERATORS: tuple[Generator, ...] = (class_means, class_gaussian, mixup, memoriser)  # rows of every table
+FAILURES: tuple[Generator, ...] = (one_class_missing, one_image_repeated, noise)  # no method should come near them
 
 
 def _per_class(train_images: Tensor, train_labels: Tensor, n: int, draw: Callable[[np.ndarray, int], np.ndarray]) -> Tensor:
@@ -81,5 +79,10 @@ def _per_class(train_images: Tensor, train_labels: Tensor, n: int, draw: Callabl
     for c in range(classes):
         rows = np.arange(c, n, classes)
         out[rows] = draw(pixels[labels == c], len(rows))
-    grey = np.clip(np.round(out), 0, 255).astype(np.uint8)
-    return torch.from_numpy(grey).view(n, *train_images.shape[1:])
+    return _bytes(out, train_images)
+
+
+def _bytes(flat: np.ndarray, like: Tensor) -> Tensor:
+    """float64 [n,C*H*W], rounded and cut -> uint8 [n,C,H,W]."""
+    grey = np.clip(np.round(flat), 0, 255).astype(np.uint8)
+    return torch.from_numpy(grey).view(len(flat), *like.shape[1:])

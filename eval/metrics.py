@@ -1,90 +1,143 @@
 """Scores of generated images against held-out reality: pure functions on features.
 
-Generated first, reference second, everywhere. Features are float32 [N,D], scaled to RMS 1 by the extractor.
-FID, KID and IS are torch-fidelity's feature-level functions, so that the numbers are the ones others get.
-Precision, recall, density and coverage are ours: torch-fidelity has neither D and C nor equal N.
+Generated first, reference second, everywhere. Features are float32 or float64 [N,D], scaled to RMS 1 by the extractor.
+`feature_scores` gives all that needs features alone, in one pass over the inner products of all pairs of rows
+(`eval/pairwise.py`); tests hold FID, KID, precision and recall to torch-fidelity, FID to clean-fid, density and coverage to
+prdc. IS is torch-fidelity's function.
 
 Never rank on FID alone: conditional-mean blur, the typical failure of distillation, beats real data on IS and
 passes precision; only recall and coverage see it.
 """
 
+from __future__ import annotations
+
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from eval.extractors import Extractor
+from eval.pairwise import NEIGHBOURS, Cloud, Pairs, Within, within
 
 LEAST_LOG_PROBABILITY = -600.0  # exp(-600) = 1e-261 stays above 0 in float64, even averaged over many rows
+LARGEST = 1e15  # of features: squares of larger ones leave float32
+K_PRECISION_RECALL, K_DENSITY_COVERAGE = 3, 5
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D,D], both float64, of features: all that FID sees of them."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, cloud: Cloud) -> Gaussian:
+        return cls(cloud.mean, cloud.covariance())
+
+    @cached_property
+    def root(self) -> Tensor:
+        """h with h h^T = covariance, by its eigenvectors: stands singular covariances (N <= D, dead features)."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors.mul_(values.clamp_min_(0).sqrt_())
+
+
+class Known:
+    """What scores need of one set of features alone, each part computed once."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.cloud, self.digest = Cloud(features), _digest(features)
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        return Gaussian.of(self.cloud)
+
+    @cached_property
+    def within(self) -> Within:
+        return within(self.cloud, len(self.cloud))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Features [N,D] of the held-out images, computed once, and the hash of the extractor that made them."""
+    """Features [M,D] of the held-out images, and the hash of the extractor that made them."""
 
     features: Tensor
     extractor_sha256: str
 
     @classmethod
-    def of(cls, images_u8: Tensor, extractor: Extractor) -> "Reference":
+    def of(cls, images_u8: Tensor, extractor: Extractor) -> Reference:
         return cls(extractor.features(images_u8)[0], extractor.sha256)
 
+    def known(self) -> Known:
+        """Raises ValueError if the features were changed in place after the first call: the kept numbers are of the old ones."""
+        if self._known.digest != _digest(self.features):
+            raise ValueError("the features of a Reference have changed since its statistics were computed: make another one")
+        return self._known
 
-def evaluate_images(
-    images_u8: Tensor,
-    extractor: Extractor,
-    reference: Reference,
-    teacher_features: Tensor | None = None,
-    train_images: Tensor | None = None,
-) -> dict[str, float | None]:
-    """Every score of generated images, from one feature pass.
+    @cached_property
+    def _known(self) -> Known:
+        return Known(self.features)
 
-    images_u8 is uint8 [N,C,H,W] with interleaved labels, since P/R/D/C read consecutive chunks.
-    `teacher_features` [M,D] (same extractor) add `fid_teacher`; `train_images` uint8 add `memorisation`; each
-    is None without. Floats have 8 significant digits: more is the noise of BLAS.
-    Raises ValueError if the reference was made by another extractor.
+
+def feature_scores(gen: Tensor, reference: Reference) -> dict[str, float]:
+    """fid, kid, precision, recall, density, coverage and c2st of gen [N,D] against a reference [M,D].
+
+    fid, kid: `frechet_distance`, `kid`, of all N rows.
+
+    precision, recall (Kynkaanniemi et al. 2019, eq. 1-2; k = 3) and coverage in [0, 1], density in [0, inf) (Naeem et al.
+    2020, sec. 3; k = 5). Same distribution: density 1, coverage 1 - 2^-5, precision and recall well below 1 (0.6 for Gaussians
+    in 64-d). Literal copies: 1, 1, 1, 1. A distance equal to a radius counts for precision and recall (torch-fidelity's <=),
+    and does not for density and coverage (prdc's <, as <= gives copies density 1 + 1/k).
+
+    c2st in [0, 1]: accuracy of the leave-one-out nearest neighbour at telling generated from held-out rows (Lopez-Paz & Oquab
+    2017; Xu et al. 2018). 0.5: indistinguishable; 1: told apart; below 0.5: copies of the held-out rows. A row as near to the
+    other set as to its own counts half.
+
+    All but fid and kid grow with N, so numbers must be equal: gen is cut into consecutive pieces of M rows, each is compared
+    with the reference, and the mean is returned; a last incomplete piece is left out, unless it is the only one (then c2st
+    takes the first N rows of the reference). Memory: no N x M matrix, only blocks.
+
+    Raises ValueError unless both are float32 or float64, of one width, of 6 rows or more, finite and below 1e15.
     """
-    if reference.extractor_sha256 != extractor.sha256:
-        raise ValueError(f"reference features are not by {extractor.name} {extractor.sha256[:12]}")
-    features, logits = extractor.features(images_u8)
-    scores = {
-        "fid": frechet_distance(features, reference.features),
-        "fid_teacher": None if teacher_features is None else frechet_distance(features, teacher_features),
-        "kid": kid(features, reference.features),
-        "is": inception_score(logits),
-        **precision_recall_density_coverage(features, reference.features),
-        "memorisation": None if train_images is None else memorisation(images_u8, train_images),
+    _check(gen, reference.features, at_least=NEIGHBOURS[-1] + 1)
+    ref, cloud = reference.known(), Cloud(gen)
+    own = within(cloud, min(len(gen), len(ref.cloud)))
+    cross_sum, scores = _across(cloud, own, ref.cloud, ref.within)
+    if len(gen) < len(ref.cloud):
+        few = Cloud(reference.features[: len(gen)])
+        scores["c2st"] = _across(cloud, own, few, within(few, len(few)))[1]["c2st"]
+    return {
+        "fid": _frechet(Gaussian.of(cloud), ref.gaussian),
+        "kid": _unbiased(own.kernel_sum, ref.within.kernel_sum, cross_sum, len(gen), len(ref.cloud)),
+        **scores,
     }
-    return {name: None if value is None else float(f"{value:.8g}") for name, value in scores.items()}
 
 
-def frechet_distance(gen: Tensor, ref: Tensor) -> float:
+def frechet_distance(gen: Tensor, ref: Tensor | Reference) -> float:
     """FID: |mu_g - mu_r|^2 + tr(S_g + S_r - 2 (S_g S_r)^(1/2)); Heusel et al. 2017, eq. 6.
 
-    gen [N,D], ref [M,D] -> float >= 0 up to rounding (copies give about -1e-7), in squared feature units (x3
-    gives x9). Float64 inside: torch-fidelity averages in the dtype it is given, and in float32 an offset
-    spoils the result. Raises ValueError for other shapes, fewer than two rows, or values that are not finite.
+    gen [N,D], ref [M,D] or a Reference, whose factors are then computed once -> float >= 0 up to rounding (copies give about
+    -1e-7), in squared feature units (x3 gives x9). Float64 inside. Raises ValueError for other shapes or dtypes, fewer than
+    two rows, or values that are not finite.
     """
-    _check(gen, ref, at_least=2)
-    gaussians = (fid_features_to_statistics(features.double()) for features in (gen, ref))
-    return fid_statistics_to_metric(*gaussians, verbose=False)[KEY_METRIC_FID]
+    reference = ref if isinstance(ref, Reference) else Reference(ref, "")
+    _check(gen, reference.features, at_least=2)
+    return _frechet(Gaussian.of(Cloud(gen)), reference.known().gaussian)
 
 
-def kid(gen: Tensor, ref: Tensor, subsets: int = 20, seed: int = 0) -> float:
+def kid(gen: Tensor, ref: Tensor) -> float:
     """KID: unbiased squared MMD under the kernel (x.y/D + 1)^3; Binkowski et al. 2018.
 
-    gen [N,D], ref [M,D] -> float, the mean over seeded subsets of min(N, M) rows of each; with equal N and M
-    every subset is everything, hence one exact estimate. Unbiased, so negative values are right: literal
-    copies score below 0. No scale-free unit: assumes features of RMS 1. Raises ValueError as
-    `frechet_distance` does.
+    gen [N,D], ref [M,D] -> float, over all pairs of rows, no subsets. Unbiased, so negative values are right: literal copies
+    score below 0. No scale-free unit: assumes features of RMS 1. Raises ValueError as `frechet_distance` does.
     """
     _check(gen, ref, at_least=2)
-    size = min(len(gen), len(ref))
-    found = kid_features_to_metric(gen.double(), ref.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
-    return found[KEY_METRIC_KID_MEAN]
+    x, y = Cloud(gen), Cloud(ref)
+    of_gen, of_ref, across = (sum(p.kernel_sum(*block) for block in p.blocks()) for p in (Pairs(x, x), Pairs(y, y), Pairs(x, y)))
+    return _unbiased(of_gen, of_ref, across, len(gen), len(ref))
 
 
 def inception_score(logits: Tensor) -> float:
@@ -97,38 +150,6 @@ def inception_score(logits: Tensor) -> float:
     _check(logits, logits, at_least=1)
     log_p = logits.double().log_softmax(dim=1).clamp_min(LEAST_LOG_PROBABILITY)
     return isc_features_to_metric(log_p, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
-
-
-def precision_recall_density_coverage(gen: Tensor, ref: Tensor, k_pr: int = 3, k_dc: int = 5) -> dict[str, float]:
-    """Precision, recall (Kynkaanniemi et al. 2019, eq. 1-2), density, coverage (Naeem et al. 2020, sec. 3).
-
-    gen [N,D], ref [M,D] -> precision, recall, coverage in [0, 1], density in [0, inf). Same distribution:
-    density 1, coverage 1 - 2^-k_dc, precision and recall well below 1 (0.6 for Gaussians in 64-d).
-    Literal copies: 1, 1, 1, 1.
-
-    Recall and coverage grow with N, so N must equal M: gen is cut into consecutive chunks of M rows, each is
-    compared with ref, and the mean is returned; a last incomplete chunk is left out, unless it is the only
-    one. Memory: a few M x M matrices.
-    Raises ValueError as `frechet_distance` does, and where there are max(k_pr, k_dc) rows or fewer.
-    """
-    _check(gen, ref, at_least=max(k_pr, k_dc) + 1)
-    radius_pr, radius_dc = _radii(ref, k_pr), _radii(ref, k_dc)
-    chunks = gen.split(len(ref))
-    scores = []
-    for chunk in [part for part in chunks if len(part) == len(ref)] or chunks:
-        distance = _distances(chunk, ref)
-        scores.append(
-            [
-                # Ties matter for repeated images only. Each convention is its reference implementation's:
-                # <= (torch-fidelity) for P and R; < (prdc) for D and C, as <= gives copies density 1 + 1/k.
-                (distance <= radius_pr).any(dim=1).double().mean(),
-                (distance <= _radii(chunk, k_pr)[:, None]).any(dim=0).double().mean(),
-                (distance < radius_dc).double().sum(dim=1).mean() / k_dc,
-                (distance < radius_dc).any(dim=0).double().mean(),
-            ]
-        )
-    means = torch.tensor(scores, dtype=torch.float64).mean(dim=0).tolist()
-    return dict(zip(("precision", "recall", "density", "coverage"), means, strict=True))
 
 
 def memorisation(gen_pixels: Tensor, train_pixels: Tensor, rows: int = 2048) -> float:
@@ -155,28 +176,64 @@ def memorisation(gen_pixels: Tensor, train_pixels: Tensor, rows: int = 2048) -> 
     return copied / len(gen)
 
 
+def _frechet(gen: Gaussian, ref: Gaussian) -> float:
+    """(S_g S_r)^(1/2) has the trace of (h^T S_g h)^(1/2), h h^T = S_r, which is symmetric: no complex square root."""
+    cross = torch.linalg.eigvalsh(ref.root.T @ gen.covariance @ ref.root).clamp_min_(0).sqrt_().sum()
+    gap = (gen.mean - ref.mean).square().sum()
+    return (gap + gen.covariance.trace() + ref.covariance.trace() - 2 * cross).item()
+
+
+def _unbiased(gen_sum: float, ref_sum: float, cross_sum: float, n: int, m: int) -> float:
+    """Binkowski et al. 2018, eq. 4, from sums of the kernel; those within a set are over pairs of two rows."""
+    return gen_sum / (n * (n - 1)) + ref_sum / (m * (m - 1)) - 2 * cross_sum / (n * m)
+
+
+def _across(gen: Cloud, gen_within: Within, ref: Cloud, ref_within: Within) -> tuple[float, dict[str, float]]:
+    """Kernel sum over all pairs of gen [N,D] and ref [M,D]; the scores of neighbours, over pieces of M rows of gen."""
+    pairs, m = Pairs(gen, ref), len(ref)
+    used = len(gen_within.radii)
+    gen_radii, ref_radii = (dict(zip(NEIGHBOURS, w.radii.T.contiguous(), strict=True)) for w in (gen_within, ref_within))
+    gen_limits = gen_within.radii[:, [NEIGHBOURS.index(1), NEIGHBOURS.index(K_PRECISION_RECALL)]]
+    precise, recalled, covered = (torch.zeros(size, dtype=torch.bool) for size in (used, -(-used // m) * m, -(-used // m) * m))
+    # How far the other set is the nearest: 1, or 1/2 where both are as near, else 0. Per row of gen, and of ref in every piece.
+    gen_taken, ref_taken = torch.zeros(used), torch.zeros(len(recalled))
+    inside, cross_sum = 0, 0.0
+    for rows, cols, products in pairs.blocks():
+        cross_sum += pairs.kernel_sum(rows, cols, products)
+        rows = slice(rows.start, max(rows.start, min(rows.stop, used)))
+        lower = pairs.lower_(rows, cols, products[: rows.stop - rows.start])
+        i, j, squared = pairs.near(rows, cols, lower, gen_limits, ref_within.radii)
+        in_piece = i // m * m + j  # row of ref, in the piece of row i
+        precise[i[squared <= ref_radii[K_PRECISION_RECALL][j]]] = True
+        recalled[in_piece[squared <= gen_radii[K_PRECISION_RECALL][i]]] = True
+        dense = squared < ref_radii[K_DENSITY_COVERAGE][j]
+        inside += int(dense.sum())
+        covered[in_piece[dense]] = True
+        for taken, index, nearest in ((gen_taken, i, gen_radii[1][i]), (ref_taken, in_piece, ref_radii[1][j])):
+            taken.scatter_reduce_(0, index, ((squared < nearest).float() + (squared <= nearest).float()) / 2, "amax")
+    return cross_sum, {
+        "precision": precise.double().mean().item(),
+        "recall": recalled.double().mean().item(),
+        "density": inside / (K_DENSITY_COVERAGE * used),
+        "coverage": covered.double().mean().item(),
+        "c2st": 1 - (gen_taken.double().mean().item() + ref_taken.double().mean().item()) / 2,
+    }
+
+
+def _digest(features: Tensor) -> str:
+    return hashlib.sha256(features.contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
 def _check(gen: Tensor, ref: Tensor, at_least: int) -> None:
     for features in (ref, gen):
-        if features.ndim != 2 or features.shape[1] != ref.shape[1] or len(features) < at_least:
+        if features.ndim != 2 or features.shape[1] != ref.shape[1] or features.shape[1] == 0 or len(features) < at_least:
             got = f"{list(gen.shape)} and {list(ref.shape)}"
             raise ValueError(f"need two matrices of one width and {at_least} rows or more, got {got}")
-        if not features.isfinite().all():
-            raise ValueError("values that are not finite have no score")
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances [len(a), len(b)] by direct differences.
-
-    Not by |a|^2 - 2ab + |b|^2, which neither gives 0 for equal rows nor stands a shift of the features
-    (precision 0.60 becomes 1.0 at offset 1e4): it would need centring. This one is exact to rounding, and
-    fast enough at N = M.
-    """
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance [N] of every row to its k-th nearest other row (`kthvalue` would be some 40 times slower)."""
-    return _distances(features, features).topk(k + 1, largest=False).values[:, k]
+        if features.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"need float32 or float64, got {features.dtype}")
+        low, high = features.aminmax()
+        if not (low > -LARGEST and high < LARGEST):
+            raise ValueError("values that are not finite, or beyond 1e15, have no score")
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

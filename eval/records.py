@@ -13,34 +13,63 @@ from pathlib import Path
 from typing import Any
 
 # What determines a number of metrics.json, besides the samples: change one and every cell is evaluated again.
-NUMERICAL = ("evaluate.py", "extractors.py", "fixed_rows.py", "metrics.py", "mixtures.py")
+NUMERICAL = ("conditional.py", "evaluate.py", "extractors.py", "fixed_rows.py", "metrics.py", "mixtures.py", "pairwise.py")
 
 
 # Extractors by name, and the file of their weights beside the script that trained them.
-EXTRACTORS = {"digits-gelu-64": "digits_extractor.safetensors"}
+EXTRACTORS = {"digits-gelu-64": "digits_extractor.safetensors", "digits-simclr-64": "digits_simclr.safetensors"}
+# Extractors whose weights are the user's, by name, and the published file, which both packages can read.
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+IMAGE_SCALE = {"inception-torch-fidelity": INCEPTION, "inception-clean-fid": INCEPTION}
 
 
 def known_extractor(name: str) -> None:
     """ValueError with the nearest name where there is no such extractor."""
-    if name not in EXTRACTORS:
-        near = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.0)[0]
+    names = [*EXTRACTORS, *IMAGE_SCALE]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown extractor {name!r}; did you mean {near!r}?")
 
 
+def weight_file(name: str) -> Path:
+    """The file of an extractor's weights: beside this module, or, at image scale, where the user keeps it.
+
+    That is the folder named by DISTILLBENCH_WEIGHTS and no other if it is set, else `weights/` in the working folder, else
+    torch.hub's cache of checkpoints. Nothing is fetched: ValueError says which file to put where.
+    """
+    known_extractor(name)
+    if name in EXTRACTORS:
+        return Path(__file__).with_name(EXTRACTORS[name])
+    file, chosen = IMAGE_SCALE[name], os.environ.get("DISTILLBENCH_WEIGHTS")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))  # torch.hub.get_dir(), without importing torch
+    hub = Path(os.environ.get("TORCH_HOME", cache / "torch"), "hub", "checkpoints")
+    folders = [Path(chosen)] if chosen else [Path("weights"), hub]
+    for folder in folders:
+        if (path := folder.expanduser() / file).is_file():
+            return path
+    raise ValueError(
+        f"extractor {name!r} needs the file {file}, attached to the releases of torch-fidelity on GitHub (its SHA-256 begins "
+        f"with {Path(file).stem.rpartition('-')[2]}); put it into {folders[0].absolute()} (looked in "
+        f"{', '.join(map(str, folders))}; the variable DISTILLBENCH_WEIGHTS names another folder)"
+    )
+
+
 @lru_cache
-def evaluation_key(extractor: str | None) -> str:
-    """Hash of the evaluation's code and of the extractor's weights."""
+def evaluation_key(*extractors: str | None) -> str:
+    """Hash of the evaluation's code, and of name and weights of these extractors (the main one, the second one)."""
     here = Path(__file__).parent
-    files = [here / name for name in NUMERICAL]
-    if extractor is not None:
-        known_extractor(extractor)
-        files.append(here / EXTRACTORS[extractor])
-    return hashlib.sha256(b"".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()[:12]
+    files = [(name, here / name) for name in NUMERICAL]
+    for extractor in extractors:
+        if extractor is not None:
+            files.append((extractor, weight_file(extractor)))  # by name: one file serves two preprocessings
+            if extractor in IMAGE_SCALE:
+                files.append(("inception.py", here / "inception.py"))
+    return hashlib.sha256(b"".join(name.encode() + b"\0" + f.read_bytes() for name, f in files)).hexdigest()[:12]
 
 
-def is_evaluated(metrics: Path, extractor: str | None) -> bool:
-    """Whether a metrics.json stands and was made by this evaluation."""
-    return metrics.is_file() and json.loads(metrics.read_text())["evaluation"]["key"] == evaluation_key(extractor)
+def is_evaluated(metrics: Path, *extractors: str | None) -> bool:
+    """Whether a metrics.json stands and was made by this evaluation, under these extractors."""
+    return metrics.is_file() and json.loads(metrics.read_text())["evaluation"]["key"] == evaluation_key(*extractors)
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,34 @@ from tabulate import tabulate
 
 from eval.records import Record
 
-IMAGES = ("fid", "fid_teacher", "kid", "is", "precision", "recall", "density", "coverage", "memorisation", "gap_closed")
+IMAGES = (
+    "fid", "fid_cross", "fid_teacher", "kid", "is", "precision", "recall", "density", "coverage", "memorisation", "gap_closed",
+    "class_accuracy", "label_tv", "diversity", "c2st", "noise_distance",
+)  # fmt: skip
 MIXTURES = ("sliced_w2", "sliced_w2_floor", "modes", "modes_total", "weight_tv", "outside", "outside_exact")
 # column heading, scale of the printed value, digits
 SHOWN: dict[str, tuple[str, float, int]] = {
-    "fid": ("FID ↓", 1, 3), "fid_teacher": ("FID to teacher ↓", 1, 3), "kid": ("KID×10³ ↓", 1e3, 2), "is": ("IS ↑", 1, 2),
+    "fid": ("FID ↓", 1, 3), "fid_cross": ("FID, 2nd extractor ↓", 1, 3), "fid_teacher": ("FID to teacher ↓", 1, 3),
+    "kid": ("KID×10³ ↓", 1e3, 2), "is": ("IS ↑", 1, 2),
     "precision": ("prec. ↑", 1, 3), "recall": ("recall ↑", 1, 3), "density": ("density ↑", 1, 2),
     "coverage": ("coverage ↑", 1, 3), "memorisation": ("memor.", 1, 3), "gap_closed": ("gap closed ↑", 1, 3),
     "sliced_w2": ("sliced W2 ↓", 1, 3), "sliced_w2_floor": ("floor of W2", 1, 3), "modes": ("modes ↑", 1, 1),
     "modes_total": ("of", 1, 0), "weight_tv": ("weight TV ↓", 1, 3), "outside": ("outside 3σ ↓", 1, 3),
     "outside_exact": ("outside, exact", 1, 3),
 }  # fmt: skip
+# the second, smaller table of an image benchmark
+DIAGNOSTICS: dict[str, tuple[str, float, int]] = {
+    "class_accuracy": ("class acc. ↑", 1, 3), "label_tv": ("label TV ↓", 1, 3), "diversity": ("diversity → 1", 1, 3),
+    "c2st": ("C2ST → 0.5", 1, 3), "noise_distance": ("same noise", 1, 3),
+}  # fmt: skip
 GROUPS = {
     "reference": "Reference rows",
     "teacher": "Teacher",
     "from_scratch": "Few-step flows from scratch (budget of teacher plus distillation)",
     "distillation": "Distillation",
+    "external": "External samples (made elsewhere; budget, data and teacher unknown)",
 }
+OTHER_PROTOCOL = "evaluated under another protocol: run evaluate again"
 Row = dict[str, Any]
 
 
@@ -43,8 +54,8 @@ def summarise(values: Iterable[float | None]) -> tuple[float | None, float | Non
     return digits(np.mean(known)), digits(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
-def build_rows(records: list[Record]) -> list[Row]:
-    """One row per (benchmark, arm, NFE) over seeds, fixed rows first, in the order of GROUPS."""
+def build_rows(records: list[Record], external: Iterable[Row] = ()) -> list[Row]:
+    """One row per (benchmark, arm, NFE) over seeds, fixed rows first, and per external record, in the order of GROUPS."""
     rows: list[Row] = []
     for benchmark in sorted({r.result["benchmark"] for r in records}):
         own = [r for r in records if r.result["benchmark"] == benchmark]
@@ -55,6 +66,8 @@ def build_rows(records: list[Record]) -> list[Row]:
             arms = sorted({r.arm for r in own if r.result["group"] == group})
             for arm in arms:
                 rows += _arm_rows([r for r in own if r.arm == arm], anchors)
+        shared = protocol(own)[benchmark]
+        rows += [_external(e, shared["evaluation"], shared["samples"]) for e in external if e["benchmark"] == benchmark]
     return rows
 
 
@@ -86,7 +99,7 @@ def _fixed(benchmark: str, teachers: list[Record], anchors: dict[int, Any]) -> l
         out.append(
             {"benchmark": benchmark, "group": "reference", "method": name, "variant": None, "title": name.replace("_", " "),
              "nfe": None, "headline": False, "seeds": len(found), "status": "done", "division": None, "fidelity": None,
-             "budget": None, "params": None, "reported": None} | _metrics(found)
+             "budget": None, "params": None, "trajectory": False, "reported": None} | _metrics(found)
         )  # fmt: skip
     return out
 
@@ -97,7 +110,7 @@ def _arm_rows(records: list[Record], anchors: dict[int, Any]) -> list[Row]:
     base = {
         "benchmark": first["benchmark"], "group": first["group"], "method": first["method"], "variant": first["variant"],
         "title": first["title"] + (f" ({first['variant']})" if first["variant"] else ""),
-        "status": _status(records), "division": first["division"],
+        "status": _status(records), "division": first["division"], "trajectory": first.get("trajectory", False),
         "fidelity": ", ".join(filter(None, [first["fidelity"], "adaptation" if first["adaptation"] else None])) or None,
         "budget": summarise(r.result["cost"].get("flops") for r in records)[0], "reported": None,
     }  # fmt: skip
@@ -112,6 +125,30 @@ def _arm_rows(records: list[Record], anchors: dict[int, Any]) -> list[Row]:
             own |= {"params": None, "budget": None}
         out.append(base | own | _metrics(found))
     return out
+
+
+def _external(record: Row, evaluation: str, count: int) -> Row:
+    """The row of an external record (eval/external.py) beside rows of this evaluation key and number of samples."""
+    current = record["evaluation"]["key"] == evaluation
+    status = "done" if record["count"] == count else f"{record['count']} samples, not {count}: not comparable"
+    return {
+        "benchmark": record["benchmark"], "group": "external", "method": record["name"], "variant": None, "title": record["name"],
+        "nfe": None, "headline": False, "seeds": int(current), "status": status if current else OTHER_PROTOCOL, "division": None,
+        "fidelity": None, "budget": None, "params": None, "trajectory": False, "reported": None,
+        **{key: record[key] for key in ("who", "where", "samples_sha256", "count")},
+    } | _metrics([(record["row"] if current else {}, None)])  # fmt: skip
+
+
+def beside(records: list[Record], record: Row, count: int) -> tuple[list[str], list[list[str]]]:
+    """Head and lines, one per metric, that place an external record among fixed rows and teachers of published records."""
+    rows = build_rows(records)
+    many = max((r["nfe"] for r in rows if r["group"] == "teacher" and r["nfe"]), default=None)
+    shown = [_external(record, record["evaluation"]["key"], count)]
+    shown += [r for r in rows if r["group"] == "reference" or (r["group"] == "teacher" and r["nfe"] == many)]
+    means = [{key: value for key, value in r.items() if not key.endswith("_sd")} for r in shown]
+    names = {m: heading for m, (heading, *_) in (SHOWN | DIAGNOSTICS).items() if shown[0].get(f"{m}_mean") is not None}
+    lines = [[heading, *(_cell(r, m) for r in means)] for m, heading in names.items()]
+    return ["", *(r["title"] if r["group"] != "teacher" else f"teacher, {many} NFE" for r in shown)], lines
 
 
 def _status(records: list[Record]) -> str:
@@ -129,7 +166,7 @@ def markdown(title: str, rows: list[Row], records: list[Record], reported: dict[
     out = [f"# {title}", ""]
     for benchmark in dict.fromkeys(r["benchmark"] for r in rows):
         own = [r for r in rows if r["benchmark"] == benchmark]
-        out += [f"## {benchmark}: measured here", "", _section(own), "", *_notes(own, records, benchmark), ""]
+        out += [f"## {benchmark}: measured here", "", _section(own), "", *_diagnostics(own), *_notes(own, records, benchmark), ""]
     out += [f"![Samples of teacher and students on the same noise]({picture})", ""]
     if reported:
         out += _reported_section(reported)
@@ -147,17 +184,38 @@ def _section(rows: list[Row]) -> str:
             name = f"**{r['title']}**" if r["headline"] and group != "teacher" else r["title"]
             values = [_cell(r, m) for m in metrics]
             tail = [r["status"].replace("|", "\\|"), r["fidelity"] or "", r["division"] or "", _paper(r["reported"])]
-            if group == "reference" and not r["fid_sd"]:  # nothing random in it: one measurement
-                r = r | {"seeds": None}
-            body.append([name, _text(r["nfe"]), _millions(r["params"]), _tera(r["budget"]), *values, _text(r["seeds"]), *tail])
+            body.append([name, _text(r["nfe"]), _millions(r["params"]), _tera(r["budget"]), *values, _count(r), *tail])
     head = ["method", "NFE", "params", "TFLOP", *(SHOWN[m][0] for m in metrics), "n", "status", "fidelity", "division", "paper"]
     width = len(head)
     return tabulate([line + [""] * (width - len(line)) for line in body], head, "github", disable_numparse=True)
 
 
+def _diagnostics(rows: list[Row]) -> list[str]:
+    """What tells how a row fails, not which is better: of rows with samples, where the benchmark has such scores at all."""
+    metrics = [m for m in DIAGNOSTICS if any(r.get(f"{m}_mean") is not None for r in rows)]
+    if not metrics:
+        return []
+    body: list[list[str]] = []
+    for group, heading in GROUPS.items():
+        members = [r for r in rows if r["group"] == group and r["seeds"]]
+        if members:
+            body.append([f"**{heading}**", *[""] * (len(metrics) + 2)])
+        for r in members:
+            name = f"**{r['title']}**" if r["headline"] and group != "teacher" else r["title"]
+            shown = [m if m != "noise_distance" or r["trajectory"] else "" for m in metrics]
+            body.append([name, _text(r["nfe"]), *(_cell(r, m) for m in shown), _count(r)])
+    head = ["method", "NFE", *(DIAGNOSTICS[m][0] for m in metrics), "n"]
+    return ["### Diagnostics", "", tabulate(body, head, "github", disable_numparse=True), ""]
+
+
+def _count(row: Row) -> str:
+    """Seeds behind a row; none where nothing in it is random: one measurement."""
+    return "" if row["group"] == "reference" and not row["fid_sd"] else _text(row["seeds"])
+
+
 def _cell(row: Row, metric: str) -> str:
     mean, sd = row.get(f"{metric}_mean"), row.get(f"{metric}_sd")
-    _, scale, digits = SHOWN[metric]
+    _, scale, digits = (SHOWN | DIAGNOSTICS).get(metric, ("", 1, 0))
     if mean is None:
         return "–"
     return f"{mean * scale:.{digits}f}" + (f" ± {sd * scale:.{digits}f}" if sd else "")
@@ -202,11 +260,22 @@ def _notes(rows: list[Row], records: list[Record], benchmark: str) -> list[str]:
             f"({own['extractor_sha256'][:12]}): {own['samples']} samples (the floor: the training half as it is) against "
             f"{own['reference']} held-out images; precision to coverage on pieces of {own['reference']} samples, averaged. Numbers compare "
             "only under one extractor. ‘FID to teacher’ is to as many samples of its teacher at many steps from other noise: the "
-            "teacher’s own row shows what a perfect student scores. ‘memor.’ is the share "
+            f"teacher’s own row shows what a perfect student scores. {_second(own)}‘memor.’ is the share "
             "of samples nearer to a training image than that image is to any other training image; the floor row shows it for real "
             "held-out images. Gap closed = (FID of class means − FID) / (FID of class means − FID of the teacher at many steps): a "
             "convenience, not the ranking.",
         ]
+        if any(r.get("c2st_mean") is not None for r in rows):
+            lines += [
+                "",
+                "Diagnostics tell how a row fails; they rank nothing. Class acc.: share of samples that the extractor’s classifier puts "
+                "into the class asked for; label TV: total variation between its classes and those asked for; diversity: mean distance "
+                "in features of two samples of a class, over that of held-out images; C2ST: how often the nearest other one of a sample "
+                "or held-out image is of its own kind (0.5 = not told apart, 1 = always told apart, below 0.5 = copies of the held-out "
+                "images); same noise, for methods that follow the teacher’s trajectories: RMS pixel distance to the teacher’s many-step "
+                "sample of the same noise, over that of other pairs of the class (0 = the teacher’s sample, 1 = unrelated). What "
+                "catches what: [protocol](../docs/protocol.md).",
+            ]
     elif any(r.get("sliced_w2_mean") is not None for r in rows):
         lines += [
             "",
@@ -215,8 +284,22 @@ def _notes(rows: list[Row], records: list[Record], benchmark: str) -> list[str]:
             "of samples farther from every mode than 3σ holds in two dimensions. The teacher is the closed form; its calls are charged as "
             "those of the network that initialises students.",
         ]
+    words = [
+        f"{r['title']}: {r['who']}, {r['where']} ({r['count']} samples, sha256 {r['samples_sha256'][:12]})"
+        for r in rows if r["group"] == "external"
+    ]  # fmt: skip
+    if words:
+        lines += ["", f"External samples, scored as they are: {'; '.join(words)}."]
     lines += ["", f"Protocol: evaluation {own['evaluation']}, data {own['data']}, code {own['ground']}, commit {own['commit']}."]
     return lines
+
+
+def _second(own: dict[str, Any]) -> str:
+    """A sentence on the second extractor, where there is one."""
+    if not own["cross_extractor"]:
+        return ""
+    named = f"{own['cross_extractor']} ({own['cross_extractor_sha256'][:12]})"
+    return f"‘FID, 2nd extractor’ is FID in the features of {named}, of other architecture and objective: a cross-check. "
 
 
 def protocol(records: list[Record]) -> dict[str, Any]:
@@ -236,6 +319,8 @@ def protocol(records: list[Record]) -> dict[str, Any]:
             "reference_sha256": first.get("reference_sha256"),
             "extractor": first.get("extractor"),
             "extractor_sha256": first.get("extractor_sha256"),
+            "cross_extractor": first.get("cross_extractor"),
+            "cross_extractor_sha256": first.get("cross_extractor_sha256"),
             "evaluation": ", ".join(sorted({e["key"] for e in evaluations})),
             "data": ", ".join(sorted({r.result["provenance"]["hashes"]["data"] for r in own})),
             "ground": ", ".join(sorted({r.result["provenance"]["hashes"]["ground"] for r in own})),
@@ -258,7 +343,7 @@ def reported_rows(reported: dict[str, Any] | None) -> list[Row]:
             out.append(
                 {"benchmark": section["benchmark"], "group": r["group"], "method": r["method"], "variant": None,
                  "title": r["method"], "nfe": r["nfe"], "headline": False, "seeds": 0, "status": "reported, not run",
-                 "division": None, "fidelity": None, "budget": None, "params": None, "reported": r}
+                 "division": None, "fidelity": None, "budget": None, "params": None, "trajectory": False, "reported": r}
                 | {f"{m}_{k}": None for m in IMAGES for k in ("mean", "sd")}
             )  # fmt: skip
     return out
@@ -289,10 +374,16 @@ def _reported_section(reported: dict[str, Any]) -> list[str]:
 
 
 def write(
-    name: str, title: str, records: list[Record], reported: dict[str, Any] | None, folder: Path, write_bytes: Callable[[Path, bytes], None]
+    name: str,
+    title: str,
+    records: list[Record],
+    external: list[Row],
+    reported: dict[str, Any] | None,
+    folder: Path,
+    write_bytes: Callable[[Path, bytes], None],
 ) -> None:
     """The three twins of a table into `folder`."""
-    rows = build_rows(records)
+    rows = build_rows(records, external)
     every = rows + reported_rows(reported)
     twins = {
         "md": markdown(title, rows, records, reported, f"{name}.png").encode(),

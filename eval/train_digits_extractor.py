@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval.extractors import WEIGHTS, DigitsClassifier, scaled
 
@@ -73,7 +73,7 @@ def accuracy(network: DigitsClassifier, images_u8: Tensor, labels: Tensor) -> fl
     return (network(scaled(images_u8))[1].argmax(1) == labels).float().mean().item()
 
 
-def write(network: DigitsClassifier, path: Path) -> None:
+def write(network: nn.Module, path: Path) -> None:
     """All or nothing: a reader sees the old file or the new one."""
     content = safetensors.torch.save(network.state_dict())
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -1,6 +1,6 @@
 """What a MeanFlow update costs against flow matching: our dual forward and torch's forward mode, side by side.
 
-python -m perf.meanflow_update; prints FLOPs in units of one forward pass and time ratios of one run, on one thread.
+Part of `make bench`: FLOPs in units of one forward pass and time ratios of one run, on one thread.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from distillbench.jvp import value_and_tangent
 from distillbench.networks import VelocityNetwork
 
-B, SHAPE = 128, (1, 8, 8)
+B, SHAPE, ROUNDS = 128, (1, 8, 8), 60
 
 
-def main() -> None:
+def measure() -> list[tuple[str, float, float]]:
+    """(update, FLOPs / forward, time / flow matching)."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = VelocityNetwork(SHAPE, 10, width=192, depth=3, second_time=True)
@@ -61,18 +62,15 @@ def main() -> None:
         "MeanFlow, torch.func.jvp without graph, then forward": separate,
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(60):  # interleaved, so that load on the machine falls on all alike
+    for _ in range(ROUNDS):  # interleaved, so that load on the machine falls on all alike
         for name, run in cases.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
     base = statistics.median(seconds["flow matching"])
-    print("| update | FLOPs / forward | time / flow matching |\n|---|---|---|")
+    rows = []
     for name, run in cases.items():
         with FlopCounterMode(display=False) as counter:
             run()
-        print(f"| {name} | {counter.get_total_flops() / forward:.2f} | {statistics.median(seconds[name]) / base:.2f} |")
-
-
-if __name__ == "__main__":
-    main()
+        rows.append((name, counter.get_total_flops() / forward, statistics.median(seconds[name]) / base))
+    return rows

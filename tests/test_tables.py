@@ -68,19 +68,22 @@ def test_an_edited_record_is_noticed(tmp_path: Path):
     assert check("table2", tmp_path).returncode == 1
 
 
-def record(arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed=None) -> records.Record:
+def record(arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed=None, more=None, **labels) -> records.Record:
     result = {
         "benchmark": "b", "method": arm, "variant": None, "seed": seed, "key": f"{arm}{seed}", "group": group, "title": arm, "reported": [],
         "fidelity": None, "adaptation": False, "division": "closed",
         "status": "done" if fids else "failed", "reason": None if fids else "KeyError: 'x'",
         "nfe": list(fids or {}), "headline_nfe": min(fids or {0: 0}), "params": 10, "cost": {"flops": 5.0, "limit_flops": 6.0},
-        "provenance": {"commit": "c" * 40, "dirty": False, "hashes": {"data": "d", "ground": "g"}},
+        "provenance": {"commit": "c" * 40, "dirty": False, "hashes": {"data": "d", "ground": "g"}}, **labels,
     }  # fmt: skip
     if fids is None:
         return records.Record(result, None)
-    metrics = {"evaluation": {"key": "e", "samples": 9}, "rows": [{"nfe": n, "fid": f, "recall": 0.5} for n, f in fids.items()]}
+    rows = [{"nfe": n, "fid": f, "recall": 0.5, **(more or {})} for n, f in fids.items()]
+    metrics = {"evaluation": {"key": "e", "samples": 9, "extractor": "x", "extractor_sha256": "0" * 64}, "rows": rows}
     if fixed is not None:
-        metrics["fixed"] = [{"name": "class_means", "fid": fixed}]
+        metrics["fixed"] = [
+            {"name": "class_means", "fid": fixed, **{m: None if m == "noise_distance" else v for m, v in (more or {}).items()}}
+        ]
     return records.Record(result, metrics)
 
 
@@ -101,6 +104,67 @@ def test_rows_against_hand_computed_values():
     x = found["x", None]
     assert x["status"] == "FAILED: KeyError: 'x'" and x["fid_mean"] is None and x["seeds"] == 0
     assert [r["method"] for r in tables.build_rows(given)][:3] == ["class_means", "teacher", "teacher"]
+
+
+MORE = {"fid_cross": 0.25, "class_accuracy": 0.875, "label_tv": 0.125, "diversity": 1.5, "c2st": 0.625, "noise_distance": 0.375}
+
+
+def page(given: list[records.Record]) -> dict[str, dict[str, dict[str, str]]]:
+    """Heading of a table -> method -> column -> text."""
+    text = tables.markdown("T", tables.build_rows(given), given, None, "p.png")
+    out: dict[str, dict[str, dict[str, str]]] = {}
+    head, heading = None, ""
+    for line in text.splitlines():
+        if line.startswith("#"):
+            heading, head = line.strip("# "), None
+        elif line.startswith("|"):
+            columns = [c.strip().strip("*") for c in line.strip("|").split("|")]
+            head = head or columns
+            out.setdefault(heading, {})[columns[0]] = dict(zip(head, columns))
+    return out
+
+
+def test_diagnostics_are_a_second_table():
+    given = [
+        record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0, more=MORE | {"noise_distance": None}, trajectory=False),
+        record("follows", 0, "distillation", {1: 2.0}, more=MORE, trajectory=True),
+        record("matches", 0, "distillation", {1: 2.0}, more=MORE, trajectory=False),
+        record("dead", 0, "distillation", None, trajectory=True),
+    ]
+    found = page(given)
+    main, second = found["b: measured here"], found["Diagnostics"]
+    assert list(main["follows"]).index("FID, 2nd extractor ↓") == list(main["follows"]).index("FID ↓") + 1
+    assert main["follows"]["FID, 2nd extractor ↓"] == "0.250" and not set(main["follows"]) & {h for h, _, _ in tables.DIAGNOSTICS.values()}
+    shown = {"class acc. ↑": "0.875", "label TV ↓": "0.125", "diversity → 1": "1.500", "C2ST → 0.5": "0.625"}
+    for name in ("teacher", "follows", "matches", "class means"):
+        assert {h: second[name][h] for h in shown} == shown
+    # only a method that follows the teacher's trajectories is shown beside the teacher's sample of its noise
+    assert {name: second[name]["same noise"] for name in ("teacher", "follows", "matches", "class means")} == {
+        "teacher": "–", "follows": "0.375", "matches": "–", "class means": "–"
+    }  # fmt: skip
+    assert "dead" in main and "dead" not in second
+    twins = {r["method"]: r for r in tables.build_rows(given)}
+    assert all(twins["matches"][f"{m}_mean"] == value for m, value in MORE.items())  # the twins keep every number
+
+
+def test_records_from_before_a_score_still_render():
+    given = [
+        record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0, trajectory=False), record("old", 0, "distillation", {1: 2.0}),
+        record("new", 0, "distillation", {1: 2.0}, more=MORE, trajectory=True),
+    ]  # fmt: skip
+    found = page(given)
+    assert found["b: measured here"]["old"]["FID, 2nd extractor ↓"] == found["Diagnostics"]["old"]["C2ST → 0.5"] == "–"
+    assert found["Diagnostics"]["new"]["C2ST → 0.5"] == "0.625"
+    before = page(given[:2])
+    assert "Diagnostics" not in before and "FID, 2nd extractor ↓" not in before["b: measured here"]["old"]
+
+
+def test_the_second_extractor_is_named():
+    given = [record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0, more=MORE)]
+    given[0].metrics["evaluation"] |= {"cross_extractor": "other", "cross_extractor_sha256": "abcdef" * 9}
+    text = tables.markdown("T", tables.build_rows(given), given, None, "p.png")
+    assert "‘FID, 2nd extractor’ is FID in the features of other (abcdefabcdef)" in text and "docs/protocol.md" in text
+    assert (ROOT / "results" / "../docs/protocol.md").is_file()
 
 
 def test_row_keys_are_those_of_the_format():

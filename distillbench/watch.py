@@ -1,0 +1,371 @@
+"""Runs cells in a worker process and watches it: time limits, hangs, deaths, memory. Imports no torch.
+
+The command stays as the watcher of the worker it forks. The worker says through shared memory (`Pulse`) where it is; the
+watcher reads it ten times a second:
+
+- Nothing finished for `stall_s`, or the cell's time is up: the watcher sends SIGALRM, which raises Hung or TimedOut in the
+  method's Python code. Native code that never returns to Python does not see it: 10 s later (or `stall_s`, if that is less)
+  the watcher sends SIGABRT, on which faulthandler writes down the line, and writes the record itself. A method that takes
+  SIGALRM for itself is ended in this second way. Time in which the worker or the watcher is stopped (Ctrl-Z) is no stall.
+- The worker dies without a record (SIGSEGV, abort, os._exit): it is started again and continues from its checkpoint. A second
+  death of a cell that began at the same step costs the cell its row.
+- The worker is killed by someone (SIGKILL, SIGTERM, SIGHUP, ...): no record ever comes of that; the command ends and the same
+  command continues. A SIGKILL while the kernel's count of out-of-memory kills rose is a death as above, and becomes `oom`.
+- The watcher itself is killed: the kernel kills the worker (Linux).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import faulthandler
+import mmap
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, ClassVar, NoReturn
+
+from distillbench import progress
+from distillbench.cell import Cell, describe, provenance, write_atomically, write_json
+from distillbench.errors import UserError
+from distillbench.journal import Journal
+
+POLL = 0.1  # seconds between two looks of the watcher
+LONGEST_GRACE = 10.0  # seconds for Python code to react to SIGALRM
+DEATHS = 2  # of a cell at the same step, before it is recorded
+MEMORY_SHARE = 0.8  # of what is available when a cell starts
+INTERRUPTED = 130
+SOMEBODY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+SETUP, TRAINING, SAMPLING = range(3)
+PHASES = ("set-up", "training", "sampling")
+TIMED_OUT, HUNG = 1, 2
+
+
+class TimedOut(BaseException):
+    """The cell's time is up (a BaseException, so that no `except Exception` of a method swallows it)."""
+
+
+class Hung(BaseException):
+    """No step and no batch of samples ended for too long."""
+
+
+class Pulse(ctypes.Structure):
+    """Where a worker is, in memory that it shares with its watcher (`Pulse.shared()`)."""
+
+    _fields_: ClassVar = [
+        ("cell", ctypes.c_longlong),  # 1 + index of the cell it is at; 0: none yet
+        ("begun", ctypes.c_longlong),  # the step at which this process began to train the cell
+        ("phase", ctypes.c_longlong),
+        ("step", ctypes.c_longlong),  # steps, or batches of samples, that ended
+        ("beats", ctypes.c_longlong),  # changes with everything that ends
+        ("limited", ctypes.c_longlong),  # the method's code runs: limits apply
+        ("patient", ctypes.c_longlong),  # work of our own in which no step ends
+        ("verdict", ctypes.c_longlong),  # why SIGALRM is sent
+        ("ended", ctypes.c_longlong),  # the worker ends in order: its exit code is its own word
+    ]
+
+    @classmethod
+    def shared(cls) -> Pulse:
+        return cls.from_buffer(mmap.mmap(-1, ctypes.sizeof(cls)))
+
+    def enter(self, index: int) -> None:
+        """The worker is now at the cell of this index."""
+        self.begun = self.phase = self.step = 0
+        self.cell = index + 1
+
+    def begin(self, step: int) -> None:
+        """Training begins at this step."""
+        self.begun = step
+        self.beat(TRAINING, step)
+
+    def beat(self, phase: int, step: int) -> None:
+        """A step has ended: cheap enough for every one."""
+        self.phase, self.step = phase, step
+        self.beats += 1
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """No step ends in this block, and that is no stall."""
+        self.patient += 1
+        try:
+            yield
+        finally:
+            self.patient -= 1
+            self.beats += 1
+
+    @contextmanager
+    def limits(self) -> Iterator[None]:
+        """Limits of time apply in this block: SIGALRM from the watcher raises Hung or TimedOut."""
+
+        def ring(_signal: int, _frame: FrameType | None) -> None:
+            if self.verdict:
+                raise TimedOut if self.verdict == TIMED_OUT else Hung
+
+        before = signal.signal(signal.SIGALRM, ring)
+        self.verdict, self.limited = 0, 1
+        try:
+            yield
+        finally:
+            self.limited = self.verdict = 0
+            signal.signal(signal.SIGALRM, before)
+
+    def where(self) -> str:
+        """For a record's reason."""
+        what = "batches" if self.phase == SAMPLING else "steps"
+        return f"in {PHASES[self.phase]}" + (f" after {self.step} {what}" if self.phase else "")
+
+
+def line_of(error: BaseException, cell: Cell) -> str:
+    """`method.py:83`: the innermost line of the method's own code on the way to `error`, or of any code."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    return _innermost([(f.filename, f.lineno or 0) for f in reversed(frames)], cell)
+
+
+def _innermost(frames: list[tuple[str, int]], cell: Cell) -> str:
+    own = [f for f in frames if cell.arm is not None and Path(f[0]).is_relative_to(cell.arm.folder.path)]
+    return next((f"{Path(name).name}:{line}" for name, line in own or frames), "")
+
+
+def reason_of(verdict: int, cell: Cell, pulse: Pulse, line: str) -> tuple[str, str]:
+    """Status and reason of a cell that its watcher ended."""
+    at = f"{pulse.where()}{f' ({line})' if line else ''}"
+    if verdict == TIMED_OUT:
+        return "timeout", f"more than {cell.benchmark.timeout_s:g} s, {at}"
+    return "hung", f"nothing ended for {cell.benchmark.stall_s:g} s {at}"
+
+
+def finish(cell: Cell, record: dict[str, Any], plan: dict[str, Any] | None, seconds: float, memory_mb: float | None) -> dict[str, Any]:
+    """Complete and write a cell's record: from here on the cell is fresh."""
+    cost = {"seconds": round(seconds, 1), "peak_memory_mb": None if memory_mb is None else round(memory_mb)}
+    record |= {"cost": (plan or {}) | cost, "provenance": provenance(cell)}
+    write_json(cell.record, record)
+    return record
+
+
+def supervise(cells: list[Cell], work: Callable[[Pulse], None]) -> None:
+    """Run `work`, which gives every cell a record, in a worker process, and again after one that died. Exits as the worker
+    does when it ends in order; UserError when somebody killed it."""
+    deaths: dict[tuple[int, int], int] = {}  # (cell, step it began at): deaths there
+    while any(cell.result() is None for cell in cells):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with tempfile.TemporaryFile() as dump:
+            pulse, kills = Pulse.shared(), _oom_kills()
+            watcher = _Watcher(_fork(work, pulse, dump), pulse, cells)
+            code, verdict = watcher.watch(), watcher.verdict
+            if pulse.ended:
+                if code:
+                    sys.exit(code)
+                return
+            dump.seek(0)
+            text = dump.read().decode(errors="replace")
+        index = max(pulse.cell - 1, 0)
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        oom = code == -signal.SIGKILL and _oom_kills() > kills
+        if code < 0 and -code in SOMEBODY and not oom and not verdict:
+            raise UserError(f"{cells[index].label}: the process was killed ({name}); the same command continues")
+        key = (index, pulse.begun)
+        deaths[key] = deaths.get(key, 0) + 1
+        final = bool(verdict) or deaths[key] >= DEATHS
+        _note_death(cells[index], pulse, name, verdict, oom, text, time.monotonic() - watcher.entered, final)
+
+
+def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, text: str, seconds: float, final: bool) -> None:
+    """Write down that the worker died in this cell, and the cell's record if it is not to be tried again."""
+    with cell.locked():
+        if cell.result() is not None:
+            return
+        found = [(f, int(line)) for f, line in re.findall(r'File "(.+)", line (\d+)', text)]
+        line = _innermost(found, cell)
+        at = f"{pulse.where()}{f' ({line})' if line else ''}"
+        if verdict:
+            status, reason = reason_of(verdict, cell, pulse, line)
+        elif oom:
+            status, reason = "oom", f"killed by the kernel for lack of memory {DEATHS} times, {at}"
+        else:
+            status, reason = "failed", f"the process died {DEATHS} times: {name} {at}"
+        Journal(cell.folder).cut()
+        Journal(cell.folder).add(died="hung" if verdict else name, at=at)
+        if text:
+            write_atomically(cell.folder / "traceback.txt", text.encode())
+        if final:
+            finish(cell, describe(cell) | {"status": status, "reason": reason}, None, seconds, None)
+            print(f"{cell.label}: {status.upper()}: {reason} in {seconds:.1f} s", file=sys.stderr, flush=True)
+        else:
+            print(f"{cell.label}: the process died ({name} {at}); starting it again", file=sys.stderr, flush=True)
+
+
+def _fork(work: Callable[[Pulse], None], pulse: Pulse, dump: IO[bytes]) -> int:
+    """Start a worker; returns its process id."""
+    watcher = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    with contextlib.suppress(OSError, AttributeError):  # Linux: die with the watcher
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != watcher:
+        os._exit(1)
+    faulthandler.enable(dump, all_threads=True)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    _end(work, pulse)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Once is enough: what follows is putting things in order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end(work: Callable[[Pulse], None], pulse: Pulse) -> NoReturn:
+    """The worker's life and its exit code."""
+    code = 0
+    try:
+        work(pulse)
+    except UserError as e:
+        print(f"distillbench: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:  # the watcher says so
+        code = INTERRUPTED
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    progress.stop()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    pulse.ended = 1
+    os._exit(code)
+
+
+class _Watcher:
+    """Looks at one worker until it is gone."""
+
+    def __init__(self, pid: int, pulse: Pulse, cells: list[Cell]):
+        self.pid, self.pulse, self.cells = pid, pulse, cells
+        self.entered = time.monotonic()  # when the worker came to the cell it is at
+        self.verdict = 0  # why it was ended by force
+        self.interrupted: float | None = None
+
+    def watch(self) -> int:
+        """Returns the worker's exit code, or minus the signal it died of."""
+        previous = {n: signal.signal(n, self._pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._watch()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """Ctrl-C reaches both of us, SIGTERM often only the watcher; the worker acts on the first and ignores the rest."""
+        self.interrupted = self.interrupted or time.monotonic()
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def _watch(self) -> int:
+        pulse, looked, idle, asked, forced, stopped = self.pulse, time.monotonic(), 0.0, 0.0, 0.0, False
+        cell = beats = 0
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            if pid and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
+                return os.waitstatus_to_exitcode(status)
+            stopped = os.WIFSTOPPED(status) if pid else stopped
+            now = time.monotonic()
+            passed, looked = min(now - looked, 10 * POLL), now  # a watcher that was stopped itself saw nothing
+            if pulse.cell != cell:
+                self.entered = now
+            if pulse.cell != cell or not pulse.limited:
+                asked = 0.0
+            if pulse.cell != cell or pulse.beats != beats or stopped or pulse.patient or not pulse.limited:
+                cell, beats, idle = pulse.cell, pulse.beats, 0.0
+            idle += passed
+            if self.interrupted is not None and now - self.interrupted > LONGEST_GRACE:
+                self._send(signal.SIGKILL)  # a method that cannot be interrupted
+            if pulse.limited and not stopped:
+                b = self.cells[cell - 1].benchmark
+                verdict = TIMED_OUT if now - self.entered > b.timeout_s else HUNG if idle > b.stall_s else 0
+                if not verdict:
+                    asked = 0.0
+                elif not asked:
+                    asked, pulse.verdict = now, verdict
+                    self._send(signal.SIGALRM)
+                elif not forced and now - asked > min(LONGEST_GRACE, b.stall_s):
+                    forced, self.verdict = now, verdict
+                    self._send(signal.SIGABRT)
+                elif forced and now - forced > LONGEST_GRACE:
+                    self._send(signal.SIGKILL)
+            time.sleep(POLL)
+
+
+def limit_memory() -> None:
+    """A process that asks for more than a share of the memory there is gets a MemoryError, instead of the kernel killing it and
+    its neighbours (Linux; counts private writable memory, as RLIMIT_DATA does)."""
+    used = _number("/proc/self/status", r"VmData:\s+(\d+) kB")
+    free = _available()
+    if used is not None and free is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = int(1024 * used + MEMORY_SHARE * free)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says so in the text of a RuntimeError on a CPU."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and any(s in text for s in ("DefaultCPUAllocator", "can't allocate memory", "bad_alloc")))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    )
+
+
+def _available() -> int | None:
+    """Bytes that this process and its children may still use: of the machine, and of the control groups it is in."""
+    free, swap = (_number("/proc/meminfo", rf"{name}:\s+(\d+) kB") for name in ("MemAvailable", "SwapFree"))
+    if free is None:
+        return None
+    rooms = [1024 * (free + (swap or 0))]
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            old = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            for group in (here := old / path.lstrip("/"), *here.parents):
+                limit, now = (_number(group / name, r"^(\d+)$") for name in names)
+                if limit is not None and now is not None:
+                    cache = _number(group / "memory.stat", r"^inactive_file (\d+)$") or 0  # given back when needed
+                    rooms.append(max(limit - now + cache, 0))
+                if group == old:
+                    break
+    return min(rooms)
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has killed for lack of memory since it started; 0 where it does not say."""
+    return _number("/proc/vmstat", r"oom_kill (\d+)") or 0
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _number(path: str | Path, pattern: str) -> int | None:
+    found = re.search(pattern, _text(path).strip(), re.MULTILINE)
+    return int(found[1]) if found else None

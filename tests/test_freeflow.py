@@ -1,0 +1,420 @@
+"""FreeFlow against closed forms and its paper: specs/freeflow.md section 10 (test numbers in the comments)."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import jvp
+
+from distillbench import registry, times
+from distillbench.meter import Meter
+from distillbench.method import Batch, Condition, Step, Task
+from distillbench.networks import VelocityNetwork
+from distillbench.paths import noised, over
+from distillbench.samplers import euler, heun
+from distillbench.seeds import Rng
+from distillbench.teachers import Teacher
+from tests.conftest import captured
+
+FOLDER = Path(__file__).parents[1] / "methods/freeflow"
+FreeFlow = registry.load(SimpleNamespace(name="freeflow", path=FOLDER))
+method = sys.modules[FreeFlow.__module__]
+SHAPE, N = (1, 4, 4), 32
+SETTINGS = {
+    "batch": N, "correction": 0.25, "derivative": "discrete", "steps": 8, "solver": "heun", "delta_mean": 0.0, "delta_std": 1.0,
+    "delta_zeros": 0.1, "confident_warmup": 0.0, "k": 1.0, "r_mean": 0.8, "r_std": 1.6, "alpha": 0.3, "alpha_delay": 0.0,
+    "alpha_ramp": 0.0, "student": {"lr": 1e-2}, "critic": {"lr": 1e-2},
+}  # fmt: skip
+
+
+def made(**changes) -> tuple:
+    """FreeFlow with a random teacher, off its starting point, so that no difference of velocities is zero."""
+    torch.manual_seed(1)
+    teacher = VelocityNetwork(SHAPE, 3, 16, 2)
+    for p in teacher.parameters():
+        nn.init.normal_(p, std=0.2)
+    task = Task(SHAPE, 3, {"width": 16, "depth": 2}, Teacher(teacher, 3), teacher, 0, torch.device("cpu"), Meter())
+    m = FreeFlow(task, FreeFlow.Config.model_validate(SETTINGS | changes))
+    return m, task
+
+
+def moved(m) -> None:
+    for p in [*m.net.parameters(), *(m.g.parameters() if hasattr(m, "g") else ())]:
+        p.data.add_(0.1 * torch.randn_like(p))
+
+
+def batch(n: int = N, w: float = 1.0) -> Batch:
+    return Batch(n, Condition(torch.arange(n) % 3, w))
+
+
+def step(index: int = 5, total: int = 10) -> Step:
+    return Step(index, total, 0, torch.device("cpu"))
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+# Gaussians: data N(0, c^2); everything is linear in x and z.
+
+
+def scale(t: Tensor, c: float) -> Tensor:
+    return ((1 - t) ** 2 * c**2 + t**2).sqrt()
+
+
+def velocity(x: Tensor, t: Tensor, c: float) -> Tensor:
+    return x * over((t - (1 - t) * c**2) / scale(t, c) ** 2, x)
+
+
+def exact_map(z: Tensor, s: Tensor, c: float) -> Tensor:
+    """X(z, 1, s)."""
+    return z * over(scale(s, c), z)
+
+
+def exact_average(z: Tensor, s: Tensor, c: float) -> Tensor:
+    """U(z, 1, s); s below 1."""
+    return (z - exact_map(z, s, c)) / over(1 - s, z)
+
+
+class Gaussian(SimpleNamespace):
+    """FreeFlow without training: `net` is any U(z, s), the teacher the exact velocity of N(0, c^2), g that of N(0, a^2)."""
+
+    def __new__(cls, net, c: float = 0.5, a: float = 0.5, **changes):
+        m = FreeFlow.__new__(FreeFlow)
+        m.config = FreeFlow.Config.model_validate(SETTINGS | changes)
+        m.asked = []
+
+        def teacher(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            m.asked.append((x, t))
+            return velocity(x, t, c)
+
+        m.task = SimpleNamespace(shape=(1,), teacher=SimpleNamespace(velocity=teacher))
+        m.net = lambda z, one, labels, s, guidance: net(z, s)
+        m.g = lambda x, r, labels, guidance: velocity(x, r, a)
+        return m
+
+
+NONE = Condition(None)
+
+
+def test_correction_pulls_the_generator_towards_the_data():  # test 1
+    z = torch.randn(400_000, 1, generator=torch.Generator().manual_seed(0))
+    slopes = {}
+    for a in (0.3, 0.5, 0.8):
+        m = Gaussian(None, c=0.5, a=a)
+        *_, delta = m.noising(a * z, NONE, step())
+        slopes[a] = (-z * delta).mean().item()  # U = (1 - a) z, so dL/da = E[dU/da Delta] = -E[z Delta]
+    assert slopes[0.3] == pytest.approx(-0.070, abs=0.003) and slopes[0.8] == pytest.approx(0.166, abs=0.003)
+    assert abs(slopes[0.5]) < 1e-6
+    assert -slopes[0.3] > 0 > -slopes[0.8]  # a flipped Delta_N is ascent
+
+
+def test_signs_of_the_paper_give_the_same_gradient():  # test 2
+    u, delta = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    gradient = lambda a, b: torch.autograd.grad(method.gradient_form(a, b), u)[0]
+    torch.testing.assert_close(gradient(u, delta), delta / 4)
+    torch.testing.assert_close(gradient(-u, -delta), delta / 4)  # F = -U, Delta_F = -Delta
+    assert torch.equal(gradient(-u, delta), -gradient(u, delta))  # one factor flipped: ascent, though the loss at Delta = 0 is the same
+
+
+def test_the_exact_map_has_no_residual_in_the_continuous_form():  # test 3
+    z = torch.randn(64, 2, dtype=torch.float64)
+    delta = 0.98 * torch.rand(64, dtype=torch.float64)
+    s = 1 - delta
+    u, du = jvp(lambda s: exact_average(z, s, 0.5), (s,), (torch.ones_like(s),))
+    dx_ds = jvp(lambda s: exact_map(z, s, 0.5), (s,), (torch.ones_like(s),))[1]
+    torch.testing.assert_close(dx_ds, velocity(exact_map(z, s, 0.5), s, 0.5))  # Eq. 7
+    m = Gaussian(None, derivative="jvp")
+    residual = lambda u, du: m.generating(z, u, du, delta, delta, NONE, step())
+    assert residual(u, du).abs().max() < 1e-12
+    assert residual(u, -du).abs().max() > 0.1 and residual(-u, du).abs().max() > 0.1
+
+
+def roll_out(solver, n: int, c: float = 0.5):
+    """U(z, s) at the grid points of the teacher's n-step Euler or Heun path, and where the path of z = 1 ends."""
+    asked: list[Tensor] = []
+    one = torch.ones(1, 1, dtype=torch.float64)
+    end = solver(lambda x, t: (asked.append(x), velocity(x, t, c))[1], one, n)
+    path = [x.item() for x in asked[:: 2 if solver is heun else 1]] + [end.item()]
+
+    def net(z: Tensor, s: Tensor) -> Tensor:
+        delta = 1 - s
+        x = torch.tensor([path[round(d.item() * n)] for d in delta], dtype=z.dtype)
+        return torch.where(over(delta, z) > 0, (z - over(x, z) * z) / over(delta, z).clamp_min(1e-9), 7.0)  # U(z, 1, 1) is never used
+
+    return net, path[-1]
+
+
+@pytest.mark.parametrize("name,solver,other", [("euler", euler, heun), ("heun", heun, euler)])
+def test_fixed_point_of_the_discrete_form_is_the_roll_out(name, solver, other):  # test 5
+    z, index = torch.randn(8, 1, dtype=torch.float64), torch.arange(8, dtype=torch.float64)
+    start, end = index / 8, (index + 1) / 8
+    right, wrong = (
+        Gaussian(net, solver=name).generating(z, net(z, 1 - end), None, start, end, NONE, step())
+        for net in (roll_out(s, 8)[0] for s in (solver, other))
+    )
+    assert right.abs().max() < 1e-12 and wrong.abs().max() > 1e-3
+
+
+def test_heun_is_nearer_to_the_teacher_than_euler():  # test 5
+    errors = {solver.__name__: roll_out(solver, 8)[1] - 0.5 for solver in (euler, heun)}
+    assert abs(errors["heun"]) < 0.01 < 0.05 < abs(errors["euler"])
+
+
+def test_cotangent_is_the_gradient_of_the_squared_loss():  # test 4, Eq. 14
+    g = torch.Generator().manual_seed(0)
+    z, before, u = torch.randn(3, 8, 2, dtype=torch.float64, generator=g)
+    u.requires_grad_(True)
+    start = torch.arange(8, dtype=torch.float64) / 8
+    end, h = start + 1 / 8, 1 / 8
+    m = Gaussian(lambda z, s: before, solver="euler")
+    delta = m.generating(z, u.detach(), None, start, end, NONE, step())
+    x_i = z - over(start, z) * before
+    rest = (over(start, z) * (u - before) / h - velocity(x_i, 1 - start, 0.5)).detach()
+    squared = (u + rest).square().flatten(1).sum(1).mean()
+    torch.testing.assert_close(torch.autograd.grad(squared, u)[0] / 2, delta / 8, rtol=1e-12, atol=1e-13)
+
+
+def test_starts_as_the_teacher_for_every_delta_and_guidance():  # test 6
+    m, task = made(guidance=(1.0, 2.0))
+    z, one, labels = torch.randn(6, *SHAPE), torch.ones(6), torch.arange(6) % 3
+    v = task.teacher.velocity(z, one, Condition(labels))
+    for s, gamma in ((0.0, 1.0), (0.4, 2.0), (1.0, 1.5)):
+        torch.testing.assert_close(m.net(z, one, labels, s=s * one, guidance=gamma * one), v)
+        torch.testing.assert_close(m.g(z, one, labels, guidance=gamma * one), v)
+    torch.testing.assert_close(m.sample(z, Condition(labels, 1.5), 1, None), z - v)
+    before = {k: v.clone() for k, v in m.net.state_dict().items()}
+    m.train_step(batch(), step())
+    for part in ("gap.last.weight", "guidance.last.weight"):
+        assert not torch.equal(before[part], m.net.state_dict()[part])
+    with pytest.raises(ValueError, match=r"guidance 3 is outside the range \[1, 2\]"):
+        m.sample(z, Condition(labels, 3.0), 1, None)
+
+
+def test_derivative_is_partial_in_s(monkeypatch):  # test 7
+    m, task = made(derivative="jvp", correction=0.0)
+    moved(m)
+    m.net.double(), task.teacher.network.double()
+    seen, original = [], task.jvp
+
+    def watched(net, primals, tangents, cond, graph=False):
+        double = lambda parts: tuple(p.double() for p in parts)
+        out = original(net, double(primals), double(tangents), cond, graph)
+        seen.append((double(primals), out[1], cond))
+        return out
+
+    monkeypatch.setattr(task, "jvp", watched)
+    m.train_step(batch(), step())
+    (z, one, s), du, cond = seen[0]
+    at = lambda z, s: m_before(z, one, cond.labels, s=s).detach()
+    m_before = made(derivative="jvp", correction=0.0)[0]
+    moved(m_before)  # the same draws: the network as it was before the update
+    m_before = m_before.net.double()
+    h = 1e-5
+    central = (at(z, s + h) - at(z, s - h)) / (2 * h)
+    torch.testing.assert_close(du, central, rtol=1e-5, atol=1e-7)
+    total = (at(z + h, s + h) - at(z - h, s - h)) / (2 * h)
+    assert not torch.allclose(du, total, rtol=1e-2, atol=1e-3)  # a tangent on z would be another derivative
+
+
+def test_confident_region():  # test 8, App. A.1
+    n = 200_000
+    g = torch.Generator().manual_seed(0)
+    x0 = 1.5
+    for t, t_c in ((0.2, 0.7), (0.0, 0.3), (0.69, 0.7)):
+        x = noised(torch.full((n, 1), x0), torch.randn(n, 1, generator=g), torch.full((n,), t))
+        y, time = method.confident(x, torch.full((n,), t), t_c, torch.randn(n, 1, generator=g))
+        assert y.mean().item() == pytest.approx((1 - t_c) * x0, abs=0.01) and y.std().item() == pytest.approx(t_c, abs=0.01)
+        assert (time == t_c).all()
+        assert abs(x.mean().item() - (1 - t_c) * x0) > 0.01 or abs(x.std().item() - t_c) > 0.005  # the state as it was is not that
+    x, t = torch.randn(4, 1), torch.tensor([0.5, 0.7, 0.9, 1.0])
+    y, time = method.confident(x, t, 0.7, torch.randn(4, 1))
+    assert torch.equal(y[1:], x[1:]) and torch.equal(time, torch.tensor([0.7, 0.7, 0.9, 1.0])) and not torch.equal(y[0], x[0])
+    assert method.confident(x, t, 1.0, torch.randn(4, 1))[0].isfinite().all()
+
+
+def test_confident_region_lasts_as_long_as_the_settings_say():
+    for index, everywhere in ((1, True), (6, False)):
+        m = Gaussian(exact_average_at_half, confident_warmup=0.5)
+        z, start = torch.randn(8, 1), torch.arange(8) / 8
+        m.generating(z, m.net(z, None, None, 1 - start - 1 / 8, None), None, start, start + 1 / 8, NONE, step(index))
+        lowest = min(t.min().item() for _, t in m.asked)
+        assert lowest == pytest.approx(1 - (index / 10) / 0.5 if everywhere else 0.0)
+
+
+def exact_average_at_half(z: Tensor, s: Tensor) -> Tensor:
+    return torch.where(over(s, z) < 1, exact_average(z, s.clamp(max=1 - 1e-6), 0.5), 0.0)
+
+
+@pytest.mark.parametrize(
+    "mean,std,masses",
+    [
+        (0.0, 1.0, (0.123, 0.099, 0.151, 0.176, 0.176, 0.153, 0.099, 0.023)),
+        (-0.4, 1.2, (0.189, 0.164, 0.165, 0.151, 0.131, 0.106, 0.072, 0.023)),
+    ],
+)
+def test_law_of_delta(mean, std, masses):  # test 9
+    delta = method.draw_delta(Rng(0, "delta"), 400_000, mean, std, 0.1)
+    start, end = method.on_grid(delta, 8)
+    found = torch.bincount((start * 8).long(), minlength=8) / len(delta)
+    torch.testing.assert_close(found, torch.tensor(masses), atol=0.003, rtol=0)
+    torch.testing.assert_close(end - start, torch.full_like(end, 1 / 8))
+    without = torch.bincount((method.on_grid(method.draw_delta(Rng(0, "delta"), 400_000, mean, std, 0.0), 8)[0] * 8).long(), minlength=8)
+    assert without[0] / 400_000 < found[0] - 0.05  # the zeros are there
+    assert method.on_grid(torch.tensor([0.0, 0.124, 0.125, 1.0]), 8)[0].tolist() == [0.0, 0.0, 0.125, 0.875]
+
+
+def test_network_is_trained_at_the_end_of_the_interval(monkeypatch):  # test 9
+    m, _ = made()
+    seen, original = [], m.net.forward
+    monkeypatch.setattr(m.net, "forward", lambda *args, **kw: (seen.append((kw["s"], torch.is_grad_enabled())), original(*args, **kw))[1])
+    m.train_step(batch(), step())
+    with_gradient = torch.cat([s for s, grad in seen if grad])
+    assert with_gradient.max() <= 7 / 8 and (with_gradient[24:] == 0).all()  # never F(z, 0); correction rows at delta = 1
+    assert torch.cat([s for s, grad in seen if not grad]).max() == 1.0  # starts at delta = 0 are evaluated without one
+
+
+def test_law_of_r():  # test 10
+    r = times.logit_normal(Rng(0, "r"), 400_000, SETTINGS["r_mean"], SETTINGS["r_std"])
+    assert r.mean().item() == pytest.approx(0.634, abs=0.002)
+    torch.testing.assert_close(r.quantile(torch.tensor([0.05, 0.5, 0.95])), torch.tensor([0.138, 0.689, 0.969]), atol=0.003, rtol=0)
+
+
+@pytest.mark.parametrize("r", [0.2, 0.5, 0.9])
+def test_correction_with_its_dropped_factor_is_the_gradient_of_the_kl(r):  # test 11, Eq. 16
+    a, c, t = 0.3, 0.5, torch.tensor([r], dtype=torch.float64)
+    # x_r = (1-r) a z + r n with E z^2 = E n^2 = 1, E zn = 0 exactly on these four points
+    z = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)[:, None]
+    n = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)[:, None]
+    x_r = noised(a * z, n, t.expand(4))
+    delta = velocity(x_r, t.expand(4), a) - velocity(x_r, t.expand(4), c)
+    ours = (-z * delta).mean() * (1 - r) ** 2 / r
+    closed = (1 - r) ** 2 * a * (1 / scale(t, c) ** 2 - 1 / scale(t, a) ** 2)  # d/da KL(N(0, S_a^2) | N(0, S_c^2))
+    torch.testing.assert_close(ours, closed[0], rtol=1e-10, atol=0)
+    assert abs((-z * delta).mean() / closed[0] - 1) > 0.4  # without the factor it is another number
+
+
+@pytest.mark.parametrize("d", [4, 64, 1024])
+def test_power_weight(d):  # test 12
+    for rho in (0.003, 0.01, 0.1, 1.0):
+        delta = torch.full((2, d), rho)
+        assert method.weighted(delta, 1.0).norm(dim=1)[0].item() == pytest.approx(math.sqrt(d) * rho / (rho**2 + 1e-4), rel=1e-4)
+        torch.testing.assert_close(method.weighted(delta, 0.0), delta)
+    assert method.weighted(torch.full((1, d), 0.1), 1.0).norm() > method.weighted(torch.full((1, d), 1.0), 1.0).norm()
+
+
+def test_correction_is_a_tenth_of_the_prediction(monkeypatch):  # test 13, App. A.3: alpha = 0.3 and 75:25 mean about 10 %
+    m, _ = made(batch=256)
+    moved(m)
+    calls = captured(monkeypatch, method, "gradient_form")
+    raw = captured(monkeypatch, method, "weighted")
+    m.train_step(batch(256), step())
+    norms = calls[0][0][1].flatten(1).norm(dim=1)
+    ratio = norms[192:].sum() / norms[:192].sum()
+    assert ratio.item() == pytest.approx(0.1, rel=1e-4)
+    before = raw[0][0][0].flatten(1).norm(dim=1)  # lambda from norms before the weight would give another ratio
+    assert abs(before.mean() / norms[:192].mean() - 1) > 0.1
+
+
+def test_alpha_schedule():  # test 14: delay and ramp 10K of 100K, decay after 25K
+    alpha = lambda p, decay=None: method.alpha_at(p, 0.6, 0.1, 0.1, decay)
+    assert [alpha(p) for p in (0.0, 0.0999, 0.15, 0.2, 1.0)] == pytest.approx([0, 0, 0.3, 0.6, 0.6])
+    assert [alpha(p, 0.25) for p in (0.15, 0.25, 1.0)] == pytest.approx([0.3, 0.6, 0.3])
+    assert method.alpha_at(0.0, 1.0, 0.0, 0.0, None) == 1.0 and method.alpha_at(0.1, 1.0, 0.2, 0.0, None) == 0.0
+
+
+@pytest.mark.parametrize("derivative", ["discrete", "jvp"])
+def test_gradients_reach_their_own_player_only(monkeypatch, derivative):  # test 15
+    m, task = made(derivative=derivative)
+    moved(m)
+    teacher, net, g = weights(task.teacher.network), weights(m.net), weights(m.g)
+    forms, losses = captured(monkeypatch, method, "gradient_form"), captured(monkeypatch, method, "auxiliary_loss")
+    update, reached = m.student.update, []
+
+    def watched(loss: Tensor) -> None:
+        others = [*m.g.parameters(), *(p.requires_grad_(True) for p in task.teacher.network.parameters())]
+        reached.extend(p for p in torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True) if p is not None)
+        update(loss)
+        assert torch.equal(weights(m.g), g)
+
+    m.student.update = watched
+    m.train_step(batch(), step())
+    assert not reached and torch.equal(weights(task.teacher.network), teacher)
+    assert not torch.equal(weights(m.net), net) and not torch.equal(weights(m.g), g)
+    (u, _), _ = forms[0]
+    assert u.requires_grad
+    loss = losses[0][1]
+    assert all(p is None for p in torch.autograd.grad(loss, list(m.net.parameters()), retain_graph=True, allow_unused=True))
+    free = lambda u, delta: (u * delta).sum()  # planted: the target keeps its graph
+    delta_with_graph = u * 2.0
+    a = torch.autograd.grad(method.gradient_form(u, delta_with_graph), u, retain_graph=True)[0]
+    assert not torch.allclose(a * len(u), torch.autograd.grad(free(u, delta_with_graph), u)[0])
+
+
+def test_auxiliary_network_learns_the_students_noised_velocity_for_each_guidance():  # test 16
+    z = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)[:, None]
+    n = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)[:, None]
+    r = torch.full((4,), 0.4, dtype=torch.float64)
+
+    def slope(coefficient: float, generators: tuple[float, ...]) -> float:
+        k = torch.tensor(coefficient, dtype=torch.float64, requires_grad=True)
+        losses = [method.auxiliary_loss(k * noised(a * z, n, r), a * z, n) for a in generators]
+        return torch.autograd.grad(sum(losses), k)[0].item()
+
+    exact = {a: velocity(torch.ones(1, 1, dtype=torch.float64), r[:1], a).item() for a in (0.3, 0.9)}
+    for a in exact:  # with gamma as an input every generator has its own coefficient
+        assert abs(slope(exact[a], (a,))) < 1e-12
+    assert abs(slope(exact[0.3], (0.3, 0.9))) > 0.1 and abs(slope(exact[0.9], (0.3, 0.9))) > 0.1  # one for both cannot be right
+
+
+def test_teacher_is_guided_inside_the_interval_only():  # Table 1c
+    cond, r = Condition(torch.tensor([0, 1, 2]), torch.tensor([1.5, 2.0, 1.2])), torch.tensor([0.1, 0.4, 0.41])
+    assert method.within(cond, r, 0.4).guidance.tolist() == pytest.approx([1.5, 2.0, 1.0])
+    assert method.within(Condition(cond.labels, 2.0), r, 0.4).guidance.tolist() == [2.0, 2.0, 1.0]
+    assert method.within(Condition(None, 2.0), r, 0.4).guidance == 2.0 and method.within(Condition(cond.labels), r, 0.4).guidance == 1.0
+    m, task = made(guidance=(1.0, 2.0), guidance_high=0.4)
+    moved(m)
+    asked, original = [], task.teacher.velocity
+    task.teacher.velocity = lambda x, t, cond: (asked.append((t, cond.guidance)), original(x, t, cond))[1]
+    m.train_step(batch(), step())
+    assert len(asked) == 3 and all(len(t) == 24 for t, _ in asked[:2]) and len(asked[2][0]) == 8
+    assert all((w > 1).all() for _, w in asked[:2])  # Eq. 9 is guided everywhere
+    r, w = asked[2]
+    assert ((w == 1) == (r > 0.4)).all() and (w > 1).any() and (r > 0.4).any()
+
+
+def test_guidance_of_each_row():
+    _, task = made(guidance=(1.0, 2.0))
+    x, t, labels = torch.randn(4, *SHAPE), torch.rand(4), torch.arange(4) % 3
+    w = torch.tensor([1.0, 1.3, 1.7, 2.0])
+    together = task.teacher.velocity(x, t, Condition(labels, w))
+    for i, own in enumerate(w.tolist()):
+        cut = slice(i, i + 1)
+        torch.testing.assert_close(together[cut], task.teacher.velocity(x[cut], t[cut], Condition(labels[cut], own)))
+
+
+@pytest.mark.parametrize(
+    "changes,calls",
+    [
+        ({}, {"critic": 1, "critic.backward": 1, "student": 2, "student.backward": 1, "teacher": 3}),
+        ({"solver": "euler"}, {"critic": 1, "critic.backward": 1, "student": 2, "student.backward": 1, "teacher": 2}),
+        (
+            {"derivative": "jvp"},
+            {"critic": 1, "critic.backward": 1, "student": 1, "student.backward": 1, "student.tangent": 1, "teacher": 2},
+        ),
+        ({"correction": 0.0}, {"student": 2, "student.backward": 1, "teacher": 2}),
+        ({"correction": 1.0}, {"critic": 1, "critic.backward": 1, "student": 1, "student.backward": 1, "teacher": 1}),
+    ],
+)
+def test_no_evaluation_more_than_the_algorithm_needs(changes, calls):
+    m, task = made(**changes)
+    task.meter.watch(task.teacher.network, lambda: "teacher")
+    with task.meter.counting():
+        logged = m.train_step(batch(), step())
+    assert dict(sorted(task.meter.calls.items())) == calls
+    assert all(torch.isfinite(v).all() for v in logged.values())
+    assert ("lambda" in logged) == (changes.get("correction") != 0.0)

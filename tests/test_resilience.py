@@ -1,0 +1,585 @@
+"""Every way a cell can end, checkpoints and journals that were damaged, full and read-only disks, status and logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from distillbench import config, journal, registry, train, watch
+from distillbench.cell import Cell, is_locked, write_atomically
+from distillbench.checkpoint import LAST, PREVIOUS, Damaged, checksum
+from distillbench.errors import UserError
+from tests.conftest import BIN, ROOT, Checkout
+from tests.test_cells import cell, edit
+
+STALL, AT = 2, 7  # seconds; the step at which the broken methods break
+FIRST = "        c, n, labels = self.config, batch.size, batch.cond.labels\n"
+LOSS = "        self.student.update(loss)\n"
+NEEDS = "        pairs = Pairs(config.pairs,"
+TRIGGER = f"if step.index == {AT} and step.total > {AT}: "  # in training, not in the cycle that is metered
+SLEEP = "import time; time.sleep(1000)"
+
+
+def before(line: str, *code: str) -> tuple[str, str]:
+    """An edit of methods/dmd/method.py: `code` before `line`."""
+    indent = line[: len(line) - len(line.lstrip())]
+    return line, "".join(f"{indent}{c}\n" for c in code) + line
+
+
+LINE = r"\(method\.py:\d+\)"
+LAST_ONE = "        return self.generate(self.student.averaged(), noise, cond.labels)\n"
+INIT = "        self.task, self.config = task, config\n"
+# name: (edit, status, pattern of the reason). All in one process, since none harms it.
+RAISED = {
+    "raise": (before(FIRST, TRIGGER + "raise ValueError('step seven')"), "failed", rf"ValueError: step seven {LINE}"),
+    "sys_exit": (before(FIRST, TRIGGER + "raise SystemExit(0)"), "failed", rf"SystemExit: 0 {LINE}"),
+    "nan_loss": (
+        before(LOSS, TRIGGER + "g = v_real / 0 * 0; loss = loss * g.mean()"),
+        "diverged", "^student: loss is nan at update 7, step 7, first in `g`$",
+    ),
+    "nan_gradient": (
+        before(LOSS, TRIGGER + "loss = loss + (x * 0).sum().abs().sqrt()"),
+        "diverged", "^student: gradient norm is nan at update 7, step 7$",
+    ),
+    "nan_scalar": (
+        before(FIRST, TRIGGER + "return {'fine': torch.ones(()), 'spread': torch.ones(()) / 0}"),
+        "diverged", "^spread is inf at step 7$",
+    ),
+    "nan_weights": (
+        before(LOSS, "if step.index == step.total - 1 > 0: [p.data.fill_(float('nan')) for p in self.student.averaged().parameters()]"),
+        "diverged", "samples at nfe=1 are not finite",
+    ),
+    "shape": ((LAST_ONE, "        return noise[:, :1]\n"), "failed", "sample returned"),
+    "oom": (before(FIRST, TRIGGER + "torch.empty(1 << 50)"), "oom", rf"allocate memory.*{LINE}"),
+    "oom_python": (before(FIRST, TRIGGER + "bytearray(1 << 60)"), "oom", "^MemoryError"),
+    "refused_needs": (before(NEEDS, "from distillbench.errors import Refused; raise Refused('needs classes')"), "refused", "^needs classes$"),
+    "refused_init": (
+        before(INIT, "from distillbench.errors import Refused", "if not task.classes: raise Refused('no classes')"),
+        "refused", "^no classes$",
+    ),
+}  # fmt: skip
+
+# Through the command line, since these need a watcher.
+DEADLY = {
+    "os_exit": (
+        before(FIRST, TRIGGER + "import os; os._exit(0)"), "failed", "^the process died 2 times: exit code 0 in training after 7 steps$",
+    ),
+    "os_exit_2": (before(FIRST, TRIGGER + "import os; os._exit(2)"), "failed", "exit code 2 in training after 7 steps"),
+    "segfault": (before(FIRST, TRIGGER + "import ctypes; ctypes.string_at(0)"), "failed", rf"SIGSEGV in training after 7 steps {LINE}$"),
+    "abort": (before(FIRST, TRIGGER + "import os; os.abort()"), "failed", rf"SIGABRT in training after 7 steps {LINE}$"),
+    "dies_at_import": (before("import torch\n", "import os; os._exit(3)"), "failed", "exit code 3 in set-up"),
+    "hang": (before(FIRST, TRIGGER + SLEEP), "hung", rf"^nothing ended for 2 s in training after 7 steps {LINE}$"),
+    "hang_in_sampling": (before(LAST_ONE, SLEEP), "hung", rf"in sampling after 0 batches {LINE}$"),
+    "hang_native": (  # a loop in C that neither releases the interpreter's lock nor looks for signals
+        before(FIRST, TRIGGER + "import itertools, collections; collections.deque(itertools.repeat(0), maxlen=0)"),
+        "hung", rf"^nothing ended for 2 s in training after 7 steps {LINE}$",
+    ),
+    "hang_stubborn": (
+        before(FIRST, TRIGGER.strip(), "    while True:", "        try:", f"            {SLEEP}", "        except BaseException: pass"),
+        "hung", rf"in training after 7 steps {LINE}$",
+    ),
+    "own_alarm": (
+        before(FIRST, "import signal; signal.signal(signal.SIGALRM, lambda *_: None)", TRIGGER + SLEEP),
+        "hung", rf"in training after 7 steps {LINE}$",
+    ),
+    "timeout": (before(FIRST, "import time; time.sleep(0.5)"), "timeout", rf"^more than 4 s, in training after \d+ steps {LINE}$"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout with a trained teacher of tiny-ring and limits of seconds (which are no part of a key)."""
+    made = Checkout(tmp_path_factory.mktemp("ground"))
+    trained = made.run("distillbench", "train", "tiny-ring", "teacher", "--seeds", "0")
+    assert trained.returncode == 0, trained.stderr
+    edit(made.folder / "workflows/benchmarks/tiny-ring.yaml", "timeout_s: 60", f"timeout_s: 60\nstall_s: {STALL}")
+    for name, (change, _, _) in (RAISED | DEADLY).items():
+        shutil.copytree(made.folder / "methods/dmd", made.folder / f"methods/{name}")
+        edit(made.folder / f"methods/{name}/method.py", *change)
+    return made
+
+
+@pytest.fixture
+def here(ground: Checkout, monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    monkeypatch.chdir(ground.folder)
+    return ground
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def record_of(made: Cell) -> dict:
+    return json.loads(made.record.read_text())
+
+
+@pytest.mark.parametrize("name", list(RAISED))
+def test_what_a_method_raises_costs_its_own_row(here: Checkout, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(watch, "limit_memory", quiet)  # of this process
+    monkeypatch.setattr(torch, "set_flush_denormal", quiet)
+    _, status, reason = RAISED[name]
+    made = cell(arm=name)
+    with made.locked():
+        train.run_cell(made, quiet)
+    record = record_of(made)
+    assert record["status"] == status and re.search(reason, record["reason"]), record["reason"]
+    assert not list(made.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", list(DEADLY))
+def test_what_kills_or_hangs_the_process_costs_its_own_row(here: Checkout, name: str):
+    """Death, hang or time limit: a record, exit code 0, no traceback on the terminal."""
+    _, status, reason = DEADLY[name]
+    if name == "timeout":
+        edit(here.folder / "workflows/benchmarks/tiny-ring.yaml", "timeout_s: 60", "timeout_s: 4")
+    done = here.run("distillbench", "train", "tiny-ring", name, "--seeds", "0")
+    if name == "timeout":
+        edit(here.folder / "workflows/benchmarks/tiny-ring.yaml", "timeout_s: 4", "timeout_s: 60")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    record = record_of(cell(arm=name))
+    assert record["status"] == status and re.search(reason, record["reason"]), record["reason"]
+    starts = [line["start"] for line in journal.read(cell(arm=name).folder) if "start" in line]
+    if status == "failed" and name != "dies_at_import":
+        assert starts == [0, AT, AT], "it is tried again from its checkpoint until it dies twice at one step"
+    elif name != "dies_at_import":
+        assert starts == [0]
+    if name in ("segfault", "abort", "hang_native", "hang_stubborn", "own_alarm"):  # faulthandler's own words
+        assert f"methods/{name}/method.py" in (cell(arm=name).folder / "traceback.txt").read_text()
+
+
+def test_the_watcher_of_a_healthy_method_does_nothing(here: Checkout):
+    """With the same limits a cell whose longest step is shorter is done: the limits alone do not end a cell."""
+    done = here.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0")
+    assert done.returncode == 0 and record_of(cell(arm="dmd"))["status"] == "done", done.stderr
+    folder = cell(arm="dmd").folder
+    assert not list(folder.glob("checkpoint*")), "a finished cell keeps no checkpoint"
+    lines = journal.read(folder)
+    steps = record_of(cell(arm="dmd"))["cost"]["steps"]
+    assert [line["step"] for line in lines if "step" in line] == list(range(steps))
+    assert lines[0]["start"] == 0 and lines[-1] == {"checkpoint": steps}
+
+
+def test_a_stopped_process_is_not_hung(here: Checkout):
+    """Ctrl-Z for longer than stall_s, then fg: the cell is done."""
+    process, folder = started(here, "stopped", "time.sleep(0.05)")
+    with until_end(process):
+        wait_for(folder / LAST)
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(1.5 * STALL)
+        os.killpg(process.pid, signal.SIGCONT)
+        assert process.wait(timeout=60) == 0
+    assert record_of(cell(arm="stopped"))["status"] == "done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("whom", ["worker", "watcher"])
+def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: str, number: int):
+    """Not even many times at the same step; the same command continues."""
+    process, folder = started(here, f"{whom}{number}", "time.sleep(0.06)")
+    with until_end(process):
+        wait_for(folder / LAST)
+        (worker,) = children(process.pid)
+        os.kill(worker if whom == "worker" else process.pid, number)
+        _, errors = process.communicate(timeout=30)
+        assert not (folder / "result.json").exists() and "Traceback" not in errors
+        wait_for_no(Path(f"/proc/{worker}"))
+    if number == signal.SIGKILL:
+        assert process.returncode == (2 if whom == "worker" else -9)
+        assert "continues" in errors or whom == "watcher"
+    else:
+        assert process.returncode == 130 and errors.strip() == "distillbench: interrupted; the same command continues"
+    assert (folder / LAST).is_file() and not list(folder.glob(".*"))
+    checkpoints = [line["checkpoint"] for line in journal.read(folder) if "checkpoint" in line]
+    done = here.run("distillbench", "train", "tiny-ring", f"{whom}{number}", "--seeds", "0")
+    assert done.returncode == 0 and record_of(cell(arm=f"{whom}{number}"))["status"] == "done"
+    starts = [line["start"] for line in journal.read(folder) if "start" in line]
+    assert len(starts) == 2 and starts[1] in (checkpoints[-1], checkpoints[-1] + 1)
+
+
+def started(here: Checkout, name: str, every_step: str) -> tuple[subprocess.Popen[str], Path]:
+    """`distillbench train` of a copy of dmd that does something more in every step, in a process group of its own."""
+    shutil.copytree(here.folder / "methods/dmd", here.folder / f"methods/{name}")
+    edit(here.folder / f"methods/{name}/method.py", *before(FIRST, f"import time; {every_step}"))
+    process = subprocess.Popen(
+        ["distillbench", "train", "tiny-ring", name, "--seeds", "0"],
+        cwd=here.folder, env=here.environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    return process, cell(arm=name).folder
+
+
+class until_end:
+    """Nothing that a failed assertion left behind keeps running."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.01)
+
+
+def wait_for_no(path: Path, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while path.exists() and "Z" not in (path / "status").read_text().split("State:")[1][:4]:
+        assert time.monotonic() < end, path
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+LIMITED = """
+import torch
+from distillbench import watch
+watch._available = lambda: 1 << 28
+if {limit}: watch.limit_memory()
+try:
+    torch.empty(1 << 29).fill_(0)[0]
+except RuntimeError as e:
+    print(watch.is_out_of_memory(e))
+layer = torch.nn.Linear(64, 64)
+layer(torch.randn(8, 64)).sum().backward()
+"""
+
+
+def test_a_greedy_process_gets_an_error_and_its_neighbours_live(here: Checkout):
+    code = LIMITED.format(limit=True)
+    assert here.run(sys.executable, "-c", code).stdout == "True\n"
+    assert here.run(sys.executable, "-c", code.replace("if True", "if False").replace(".fill_(0)", "")).stdout == ""  # planted: no limit
+
+
+def test_memory_that_is_left_is_that_of_the_machine_and_of_the_control_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    texts = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  1000 kB\nSwapFree: 24 kB\n", "/proc/self/cgroup": ""}
+    monkeypatch.setattr(watch, "_text", lambda path: texts.get(str(path), ""))
+    assert watch._available() == 1 << 20
+    texts["/proc/self/cgroup"] = "0::/slurm/job_1/step_0\n"
+    texts |= {"/sys/fs/cgroup/slurm/job_1/memory.max": "500000", "/sys/fs/cgroup/slurm/job_1/memory.current": "300000"}
+    assert watch._available() == 200000
+    texts["/sys/fs/cgroup/slurm/job_1/memory.stat"] = "anon 1\ninactive_file 100000\n"  # cache of files is given back
+    texts["/sys/fs/cgroup/slurm/job_1/step_0/memory.max"] = "max"
+    assert watch._available() == 300000
+    texts["/proc/self/cgroup"] = "5:cpu:/a\n4:memory:/a\n"
+    texts |= {"/sys/fs/cgroup/memory/a/memory.limit_in_bytes": "70000", "/sys/fs/cgroup/memory/a/memory.usage_in_bytes": "60000"}
+    assert watch._available() == 10000
+    texts.clear()
+    assert watch._available() is None
+
+
+def test_a_beat_is_cheap():
+    pulse, start = watch.Pulse.shared(), time.perf_counter()
+    for i in range(100_000):
+        pulse.beat(watch.TRAINING, i)
+    assert (time.perf_counter() - start) / 100_000 < 1e-5  # 1 % of a step of a millisecond
+
+
+# What was on disk when the process ended
+
+
+@pytest.fixture
+def interrupted(here: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cell, list[dict[str, float]]]]:
+    """meanflow, killed after 30 steps with a checkpoint every step, and the step lines of the uninterrupted run."""
+    monkeypatch.setattr(watch, "limit_memory", quiet)
+    monkeypatch.setattr(torch, "set_flush_denormal", quiet)
+    made = cell(arm="meanflow")
+    shutil.rmtree(made.folder, ignore_errors=True)
+    with made.locked():
+        train.run_cell(made, quiet)
+        expected = [line for line in journal.read(made.folder) if "step" in line]
+        shutil.rmtree(made.folder)
+        original, calls = train.one_step, []
+
+        def killed(*args):
+            calls.append(args[1:])
+            if args[1] == 30:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        with monkeypatch.context() as m:
+            m.setattr(train, "one_step", killed)
+            made.folder.mkdir()
+            with pytest.raises(KeyboardInterrupt):
+                train.run_cell(made, quiet)
+    yield made, expected
+    shutil.rmtree(made.folder)
+
+
+def resumed(made: Cell) -> tuple[list[int], list[dict[str, float]]]:
+    """Starts and step lines after the same command."""
+    with made.locked():
+        assert train.run_cell(made, quiet)["status"] == "done"
+    lines = journal.read(made.folder)
+    return [line["start"] for line in lines if "start" in line], [line for line in lines if "step" in line]
+
+
+def save_every(made: Cell) -> int:
+    (start,) = [line for line in journal.read(made.folder) if "start" in line]
+    return max(1, start["steps"] // train.CHECKPOINTS)
+
+
+def test_a_resumed_cell_repeats_what_came_after_its_checkpoint_and_nothing_else(interrupted):
+    made, expected = interrupted
+    k = 30 // save_every(made) * save_every(made)
+    starts, steps = resumed(made)
+    assert starts == [0, k]
+    assert steps == expected[:30] + expected[k:], "lines of steps after the checkpoint come again, and are equal"
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 29, "lo', b"{", b'{"step": 30, "loss": 1.5}'])
+def test_an_unfinished_last_line_is_cut(interrupted, torn: bytes):
+    made, expected = interrupted
+    k = 30 // save_every(made) * save_every(made)
+    with open(made.folder / journal.NAME, "ab") as f:
+        f.write(torn)
+    assert journal.read(made.folder)  # status reads it too
+    _, steps = resumed(made)
+    assert steps == expected[:30] + expected[k:]
+    assert all(json.loads(line) for line in (made.folder / journal.NAME).read_text().splitlines())
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "missing"])
+@pytest.mark.parametrize("which", ["last", "both"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(interrupted, capsys, damage: str, which: str):
+    made, expected = interrupted
+    every = save_every(made)
+    k = 30 // every * every - every if which == "last" else 0
+    for name in (LAST, PREVIOUS)[: 1 if which == "last" else 2]:
+        path = made.folder / name
+        data = path.read_bytes()
+        middle = len(data) * 3 // 4
+        if damage == "missing":  # killed between two renames
+            path.unlink()
+        else:
+            flipped = data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
+            path.write_bytes({"cut": data[:middle], "empty": b"", "flipped": flipped}[damage])
+    starts, steps = resumed(made)
+    assert starts == [0, k] and steps == expected[:30] + expected[k:]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(warnings) == (0 if damage == "missing" else 1 if which == "last" else 2)
+
+
+def test_a_checksum_sees_one_bit():
+    tensors = {"a": torch.zeros(3, 3), "b": torch.tensor(7), "c": torch.zeros(0)}
+    before = checksum(tensors)
+    tensors["a"][2, 2] = 1e-30
+    assert checksum(tensors) != before and issubclass(Damaged, UserError)
+
+
+def test_a_kill_between_training_and_record_does_not_train_again(interrupted, monkeypatch: pytest.MonkeyPatch):
+    made, _ = interrupted
+    with monkeypatch.context() as m:
+        m.setattr(train, "sample", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with made.locked(), pytest.raises(KeyboardInterrupt):
+            train.run_cell(made, quiet)
+    trained = len([line for line in journal.read(made.folder) if "step" in line])
+    starts, steps = resumed(made)
+    assert len(steps) == trained and starts[-1] == journal.read(made.folder)[0]["steps"]
+
+
+def test_ctrl_c_in_the_middle_of_a_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a").write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a", b"after")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"before"
+
+
+# Full and read-only disks
+
+
+@pytest.fixture
+def small_disk(checkout: Checkout) -> Iterator[tuple[Checkout, Path]]:
+    """results/ on a file system of its own, which `mount -o remount` fills up or makes read-only."""
+    results = checkout.folder / "results"
+    results.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(results)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield checkout, results
+    subprocess.run(["umount", "-l", str(results)], check=True)
+
+
+def remount(folder: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
+
+
+TRAIN = ("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {n: (folder / n).read_bytes() for n in ("student.safetensors", "samples.safetensors")}
+
+
+def test_a_full_disk_stops_with_one_line_and_continues_with_room(small_disk, tmp_path: Path):
+    checkout, results = small_disk
+    assert checkout.run(*TRAIN).returncode == 0
+    made = cell(arm="meanflow")
+    expected = contents(made.folder)
+    shutil.rmtree(made.folder)
+    messages = set()
+    for room in (0, 40, 120, 200, 300):  # KiB: the lock, the configuration, a checkpoint, another, the samples do not fit
+        filler = results / "filler"
+        free = os.statvfs(results)
+        filler.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - room * 1024)))
+        had = (made.folder / LAST).read_bytes() if (made.folder / LAST).is_file() else None
+        done = checkout.run(*TRAIN)
+        filler.unlink()
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and len(lines) == 1, done.stderr
+        assert re.search(rf"{results}/\S+: cannot (be written|write there) \(No space left on device\): make", lines[0]), lines
+        messages.add(lines[0].split(":")[1].split("/")[-1])
+        assert not made.record.exists() and not list(made.folder.glob(".*"))
+        kept = [p for p in (made.folder / LAST, made.folder / PREVIOUS) if p.is_file()]
+        assert had is None or kept, "the checkpoint of before is intact"
+    assert len(messages) > 1, messages  # not always the same file
+    assert checkout.run(*TRAIN).returncode == 0
+    assert contents(made.folder) == expected
+    starts = [line["start"] for line in journal.read(made.folder) if "start" in line]
+    assert starts == sorted(starts) and starts[-1] > 0, "it continued"
+
+
+def test_a_read_only_disk_stops_with_one_line_and_continues_when_writable(small_disk):
+    checkout, results = small_disk
+    assert checkout.run(*TRAIN).returncode == 0
+    made = cell(arm="meanflow")
+    expected = contents(made.folder)
+    made.record.unlink()
+    remount(results, "ro")
+    for command in (TRAIN, ("snakemake", "--cores", "1", "results/tiny-ring.md")):
+        done = checkout.run(*command)
+        lines = [line for line in done.stderr.strip().splitlines() if line.startswith("distillbench: ")]
+        assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+        assert re.search(rf"{results}/\S+: cannot (be written|write there) \(", lines[0])
+    assert checkout.run("distillbench", "status", "tiny-ring").returncode == 0
+    assert checkout.run("distillbench", "logs", "tiny-ring/meanflow/0").returncode == 0
+    remount(results, "rw")
+    assert checkout.run(*TRAIN).returncode == 0 and contents(made.folder) == expected
+
+
+def test_a_journal_line_is_whole_or_not_there(tmp_path: Path):
+    """A limit on the size of a file stands for a full disk, for those who may not mount."""
+    code = f"""
+from pathlib import Path
+from distillbench.journal import Journal
+from distillbench.errors import UserError
+j = Journal(Path({str(tmp_path)!r}))
+try:
+    while True: j.add(step=1, text="x" * 40)
+except UserError as e: print(e)
+"""
+    done = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 2; exec {BIN}/python -c '{code.replace(chr(39), chr(34))}'"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert "train.jsonl: cannot be written (File too large)" in done.stdout, done.stderr
+    text = (tmp_path / journal.NAME).read_text()
+    assert len(text) > 1500 and text.endswith("\n") and all(json.loads(line) for line in text.splitlines())
+
+
+# status and logs
+
+
+def test_status_shows_a_matrix(checkout: Checkout):
+    first = checkout.run("distillbench", "status", "tiny-ring")
+    assert first.returncode == 0, first.stderr
+    rows = {line.split()[0]: line.split(maxsplit=1)[1].rstrip() for line in first.stdout.splitlines() if "/" in line}
+    assert list(rows) == ["tiny-ring/teacher", *(f"tiny-ring/{m}" for m in sorted(registry.discover()))]
+    assert rows["tiny-ring/teacher"].split() == ["to", "do", "to", "do"] and rows["tiny-ring/dmd"].split() == ["waiting", "waiting"]
+    assert f"0 of {2 * len(rows)} cells done, time left unknown" in first.stdout
+
+    edit(checkout.folder / "methods/dmd/method.py", *before(FIRST, TRIGGER + "raise ValueError('seven')"))
+    slow = before("        c, x, n = self.config, batch.x, batch.size\n", "import time; time.sleep(0.05)")
+    edit(checkout.folder / "methods/meanflow/method.py", *slow)
+    assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
+    process = subprocess.Popen(
+        ["distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0"],
+        cwd=checkout.folder, env=checkout.environment, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    with until_end(process):
+        wait_for(cell(arm="meanflow").folder / LAST)
+        running = checkout.run("distillbench", "status", "tiny-ring").stdout
+        story = checkout.run("distillbench", "logs", "tiny-ring/meanflow/0").stdout
+    stopped = checkout.run("distillbench", "status", "tiny-ring").stdout
+    found = re.search(r"tiny-ring/meanflow +(\d+)% (\d+) s left +waiting", running)
+    assert found and 0 < int(found[1]) < 100 and int(found[2]) < 60, running
+    assert re.search(r"tiny-ring/dmd +FAILED +waiting", running) and "1 failed" in running
+    assert re.search(r"tiny-ring/meanflow +interrupted at \d+% +waiting", stopped), stopped  # its lock file is still there
+    assert (cell(arm="meanflow").folder / "lock").is_file() and not is_locked(cell(arm="meanflow").folder / "lock")
+    assert re.search(r"seed0-[0-9a-f]{12}: running, \d+%", story) and "start at step 0 of" in story and "residual_s<t" in story
+
+    long = checkout.run("distillbench", "status", "tiny-ring", "--long").stdout
+    assert "tiny-ring/dmd seed 0: FAILED: ValueError: seven (method.py:" in long and "results/runs/tiny-ring/dmd/seed0-" in long
+    failed = checkout.run("distillbench", "logs", "tiny-ring/dmd/seed0").stdout
+    assert "FAILED: ValueError: seven" in failed and "traceback.txt:" in failed and f"\n {AT - 1} " in failed
+    assert checkout.run("distillbench", "logs", str(cell(arm="dmd").folder)).stdout == failed
+
+
+def test_time_left_comes_from_cells_that_are_done_on_this_machine(checkout: Checkout, monkeypatch: pytest.MonkeyPatch):
+    from distillbench import overview, plan
+
+    jobs = plan.jobs(config.table("tiny-ring"))
+    arms = [a for a in sorted(registry.discover()) if a != "dmd"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+
+    def write(made: Cell, seconds: float, hardware: str) -> None:
+        made.folder.mkdir(parents=True)
+        made.record.write_text(json.dumps(
+            {"status": "done", "cost": {"seconds": seconds, "flops": 3.5e9}, "provenance": {"hardware": hardware}}))  # fmt: skip
+
+    write(cell(arm=None), 30, overview.hardware())
+    write(cell(arm="dmd"), 20, overview.hardware())
+    states = [(c, overview.state_of(c, lambda _: True)) for j in jobs for c in j.cells]
+    # Teacher 1: 30 s as teacher 0; dmd 1: 20 s as dmd 0; both seeds of the others: 7e9 / 3.5e9 * 20 s.
+    left = sorted(s for s in overview.seconds_left(states) if s is not None)
+    assert left == sorted([30, 20] + [40] * 2 * len(arms))
+    assert overview.summary(states) == f"2 of {len(states)} cells done, about {overview.duration(sum(left) / 2)} left on 2 cores"
+    monkeypatch.setattr(overview, "hardware", lambda: "another")
+    assert None in overview.seconds_left(states)
+
+
+def test_what_time_is_called():
+    from distillbench.overview import duration
+
+    assert [duration(s) for s in (0.4, 35, 700, 36000)] == ["0 s", "35 s", "12 min", "10.0 h"]
+
+
+LOGS = [
+    ("tiny-rong/dmd/0", "unknown benchmark 'tiny-rong', did you mean 'tiny-ring'?"),
+    ("tiny-ring/dmb/0", "unknown method 'dmb', did you mean 'dmd'?"),
+    ("tiny-ring/dmd/x", "'x' is no seed, known: 0, 1"),
+    ("tiny-ring/dmd", "give benchmark/method/seed, e.g. digits/dmd/0"),
+    ("tiny-ring/dmd/1", "nothing has happened yet in results/runs/tiny-ring/dmd/seed1-"),
+]
+
+
+@pytest.mark.parametrize("name,message", LOGS)
+def test_a_mistyped_cell_is_one_line(checkout: Checkout, name: str, message: str):
+    done = checkout.run("distillbench", "logs", name)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_teaches_status_and_logs(checkout: Checkout):
+    assert "interrupted at 41%" in checkout.run("distillbench", "status", "--help").stdout
+    assert "distillbench logs digits/dmd/0" in checkout.run("distillbench", "logs", "--help").stdout
