@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: table2 gaussians test test-slow bench lint clean
+.PHONY: table2 gaussians protocol test test-slow bench lint clean
 
 table2: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all results/table2.md
 
 gaussians: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all results/gaussians.md
+
+# Five seeds of every arm, ten sets of samples of one checkpoint, then the tables of docs/protocol.md: half an hour.
+protocol: .venv/installed
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" && snakemake --cores all results/pilot.md && \
+	for arm in teacher dmd freeflow meanflow; do distillbench evaluate digits $$arm --seeds 0 --draws 10 || exit; done && \
+	distillbench table pilot && python -m eval.protocol pilot
 
 test: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -3,8 +3,8 @@ import sys
 
 from distillbench import config as files
 from distillbench import plan
-from distillbench.cli import check_extractors
 from distillbench.errors import UserError
+from distillbench.scoring import check_extractors
 from eval.records import is_evaluated
 
 

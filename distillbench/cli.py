@@ -1,25 +1,23 @@
-"""The command line `distillbench`: thin over plan, train and eval; the only module that may import eval."""
+"""The command line `distillbench`: thin over plan, train and eval. It and `scoring.py` alone may import eval."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from distillbench import config, plan, progress, registry
-from distillbench.cell import Cell, lock, make_folder, write_atomically, write_json
+from distillbench.cell import Cell, lock, write_atomically, write_json
 from distillbench.dispatch import ONE_THREAD
 from distillbench.errors import UserError, nearest
 from distillbench.progress import reporter
+from distillbench.scoring import check_extractors, evaluate_cells, evaluate_path, samples_of
 from distillbench.watch import INTERRUPTED, Pulse, supervise
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 app = typer.Typer(
     help="""Train, sample and evaluate distillation methods under one protocol.
@@ -51,19 +49,6 @@ BenchmarkName = Annotated[str, typer.Argument(help="name of a file in workflows/
 ArmName = Annotated[str, typer.Argument(help="method, method@variant, or 'teacher'")]
 TableName = Annotated[str, typer.Argument(help="name of a file in workflows/tables, e.g. table2")]
 Seeds = Annotated[str | None, typer.Option(help="comma-separated, e.g. 0,1,2; all seeds of the benchmark if left out")]
-
-
-def check_extractors(benchmarks: list[config.Benchmark]) -> None:
-    """UserError on a benchmark with an extractor that eval does not have, or whose weights are not there."""
-    from eval.records import weight_file
-
-    for b in benchmarks:
-        for key, name in (("extractor", b.extractor), ("cross_extractor", b.cross_extractor)):
-            try:
-                if name is not None:
-                    weight_file(name)
-            except ValueError as e:
-                raise UserError(f"workflows/benchmarks/{b.name}.yaml: key '{key}': {e}") from None
 
 
 def cells_of(benchmark: str, arm: str, seeds: str | None) -> list[Cell]:
@@ -120,19 +105,6 @@ def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
     supervise(order, work)
 
 
-def samples_of(cell: Cell) -> tuple[dict[int, Tensor], Tensor | None]:
-    """The stored samples of a finished cell by NFE, in the order its method declares, and a teacher's reference set."""
-    from distillbench.checkpoint import read_tensors
-    from distillbench.train import REFERENCE
-
-    result = cell.result()
-    if result is None or result["status"] != "done":
-        why = "is not trained" if result is None else f"ended as {result['status']}"
-        raise UserError(f"{cell.label} {why}: run `distillbench train {cell.benchmark.name} {cell.arm_name} --seeds {cell.seed}`")
-    stored, _ = read_tensors(cell.folder / "samples.safetensors")
-    return {n: stored[f"nfe{n}"] for n in result["nfe"]}, stored.get(REFERENCE)
-
-
 @app.command(
     help="""Score the samples of an arm, or samples made elsewhere.
 
@@ -165,6 +137,9 @@ def evaluate(
     target: Annotated[str, typer.Argument(help="name of a benchmark, before an arm; or a path, alone")],
     arm: Annotated[str | None, typer.Argument(help="method, method@variant, or 'teacher'")] = None,
     seeds: Annotated[str | None, typer.Option(help="of the arm: comma-separated; all seeds of the benchmark if left out")] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=2, help="of the arm: score so many independent sets of samples, for the sampling error (draws.json)")
+    ] = None,
     benchmark: Annotated[str | None, typer.Option(help="what the samples at PATH are scored against; digits if left out")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="accept another number of samples; the row is marked not comparable")] = None,
     name: Annotated[str | None, typer.Option(help="of the row; the name of the file if left out")] = None,
@@ -180,7 +155,7 @@ def evaluate(
         for option, value in given.items():
             if value:
                 raise UserError(f"{option} belongs to `distillbench evaluate PATH`; '{target} {arm}' names an arm: drop one of them")
-        return evaluate_arm(target, arm, seeds)
+        return evaluate_cells(cells_of(target, arm, seeds), draws)
     known = sorted(p.stem for p in (config.root() / "workflows/benchmarks").glob("*.yaml"))
     path = Path(target)
     if not os.path.lexists(path):
@@ -190,140 +165,10 @@ def evaluate(
         raise UserError(
             f"evaluate {target}: neither a path (no such file or folder) nor a benchmark followed by an arm ({nearest(target, known)})"
         )
-    if seeds is not None:
-        raise UserError(f"--seeds belongs to `distillbench evaluate BENCHMARK ARM`; '{target}' is a path: drop it")
+    for option, value in {"--seeds": seeds, "--draws": draws}.items():
+        if value is not None:
+            raise UserError(f"{option} belongs to `distillbench evaluate BENCHMARK ARM`; '{target}' is a path: drop it")
     evaluate_path(path, config.benchmark(benchmark or "digits"), name, who, where, count, publish, overwrite, output)
-
-
-def evaluate_path(
-    path: Path, b: config.Benchmark, name: str | None, who: str | None, where: str | None, count: int | None,
-    publish: bool, overwrite: bool, output: Path | None,
-) -> None:  # fmt: skip
-    """Score samples made elsewhere: print, write to `output`, publish. Whatever is wrong is said before anything is scored."""
-    import dataclasses
-
-    import torch
-
-    from distillbench import data as data_sets
-    from distillbench.seeds import Rng
-    from eval import external, records
-    from eval.samples import read_points, read_samples
-
-    torch.set_num_threads(1)
-    if publish and (name is None or who is None or where is None):
-        raise UserError("--publish needs --name, --who and --where: a table says whose samples a row is of")
-    if overwrite and not publish:
-        raise UserError("--overwrite belongs to --publish: add it or drop this")
-    if output is not None and (output.suffix != ".json" or not output.parent.is_dir()):
-        raise UserError(f"--output: '{output}' must end in .json, in a folder that exists")
-    check_extractors([b])
-    name = name or path.absolute().stem
-    target = config.root() / "results/external" / b.name / f"{name}.json"
-    data, wanted, report = data_sets.load(b.data), count or b.sampling.count, reporter(name)
-    try:
-        external.check_words(name, who, where)
-        if isinstance(data, data_sets.Mixture):
-            samples = read_points(path, data.shape, wanted)
-        else:
-            assert b.extractor is not None
-            external.check_count(wanted, len(data.reference))
-            samples = read_samples(path, data.shape, wanted, data.classes, report)
-            external.check_order(samples, b.extractor)
-        if publish and not overwrite:
-            external.check_replaces(target, who, where, samples)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    report("scoring", 0, 1)
-    if isinstance(data, data_sets.Mixture):
-        rng = Rng(b.seeds[0], "exact samples")
-        exact, again = (data.draw(rng, wanted)[0] for _ in range(2))
-        found = external.external_mixture_metrics(samples, exact, again, data.means, data.sigma, data.weights)
-    else:
-        assert b.extractor is not None
-        stored = dataclasses.replace(data, train=data_sets.to_bytes(data.train), reference=data_sets.to_bytes(data.reference))
-        found = external.external_metrics(samples, stored, b.extractor, b.cross_extractor)
-    report("scoring", 1, 1)
-    record = external.make_record(name, b.name, who, where, samples, found)
-    progress.stop()
-    print_external(record, b)
-    if output is not None:
-        write_json(output, record)
-        print(f"{output} written", file=sys.stderr)
-    if publish:
-        make_folder(target.parent)
-        write_json(target, record)
-        tables = sorted(p.stem for p in (config.root() / "workflows/tables").glob("*.yaml"))
-        there = [t for t in tables if b.name in config.table(t).benchmarks and records.read(config.root() / "results/records" / t)]
-        then = "".join(f"; `distillbench table {t} --render` shows it" for t in there)
-        print(f"{target.relative_to(config.root())} written{then}", file=sys.stderr)
-
-
-def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
-    """The scores, beside the fixed rows and the teacher of a published table of this evaluation."""
-    from eval import records, tables
-
-    folders = sorted((config.root() / "results/records").glob("*"))
-    published = [[r for r in records.read(f) if r.result["benchmark"] == b.name] for f in folders]
-    current = [p for p in published if p and tables.protocol(p)[b.name]["evaluation"] == record["evaluation"]["key"]]
-    head, lines = tables.beside(current[0] if current else [], record, b.sampling.count)
-    view = RichTable(head[0], *(f"[bold]{h}" if i == 0 else h for i, h in enumerate(head[1:])), box=None)
-    view.columns[0].no_wrap = True
-    for line in lines:
-        view.add_row(line[0], f"[bold]{line[1]}", *line[2:])
-    out.print(view)
-    about = record["evaluation"]
-    words = f"{record['count']} samples" + ("" if record["labels_sha256"] or "extractor" not in about else ", without labels")
-    if record["count"] != b.sampling.count:
-        words += f" ({b.name} takes {b.sampling.count}: not comparable)"
-    out.print(f"{words}, sha256 {record['samples_sha256']}", soft_wrap=True)
-    if "extractor" in about:
-        both = ((about["extractor"], about["extractor_sha256"]), (about["cross_extractor"], about["cross_extractor_sha256"]))
-        out.print("extractor " + ", second ".join(f"{n} {h[:12]}" for n, h in both if n) + f", evaluation {about['key']}", soft_wrap=True)
-    if not current and any(published):
-        why = "published rows are of another evaluation, so not beside"
-        out.print(f"{why}: `snakemake --cores all results/TABLE.md` renews them", soft_wrap=True)
-
-
-def evaluate_arm(benchmark: str, arm: str, seeds: str | None) -> None:
-    """Metrics of the samples of an arm (or of the teacher), written to metrics.json beside them."""
-    from eval.records import is_evaluated
-
-    for cell in cells_of(benchmark, arm, seeds):
-        result = cell.result()
-        if result is not None and result["status"] != "done":
-            print(f"{cell.label}: {result['status']}, nothing to evaluate", file=sys.stderr)
-        elif not is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor):
-            write_json(cell.metrics, metrics_of(cell))
-            print(f"{cell.label}: evaluated", file=sys.stderr)
-
-
-def metrics_of(cell: Cell) -> dict[str, Any]:
-    """The content of metrics.json: numbers that repeat byte for byte, so neither times nor paths. `eval/evaluate.py` makes them."""
-    import dataclasses
-
-    import torch
-
-    from distillbench import data as data_sets
-    from distillbench.seeds import Rng
-    from eval import evaluate as evaluation
-
-    torch.set_num_threads(1)
-    b, data = cell.benchmark, data_sets.load(cell.benchmark.data)
-    samples, _ = samples_of(cell)
-    report = reporter(cell.label)
-    report("evaluating", 0, 1)
-    if isinstance(data, data_sets.Images):
-        assert b.extractor is not None
-        stored = dataclasses.replace(data, train=data_sets.to_bytes(data.train), reference=data_sets.to_bytes(data.reference))
-        teacher, again = samples_of(cell.teacher)
-        assert again is not None
-        found = evaluation.image_metrics(stored, b.extractor, b.cross_extractor, samples, teacher, again, cell.seed, cell.arm is None)
-    else:
-        rng = Rng(cell.seed, "exact samples")
-        exact, again = (data.draw(rng, b.sampling.count)[0] for _ in range(2))
-        found = evaluation.mixture_metrics(samples, exact, again, data.means, data.sigma, data.weights)
-    report("evaluating", 1, 1)
-    return {"format": 1, "key": cell.key} | found
 
 
 @app.command()
@@ -460,7 +305,7 @@ def table_(
         others = external.read_external(results / "external", table.benchmarks)
     except ValueError as e:
         raise UserError(str(e)) from None
-    tables.write(name, table.title, found, others, reported, results, write)
+    tables.write(name, table.title, found, others, reported, table.compare, results, write)
     write(results / f"{name}.png", figures.picture(found))
     if check:
         print(

@@ -187,6 +187,7 @@ class Table(Strict):
     methods: Literal["all"] | list[str] = Field("all", description="'all' discovered methods, or names")
     variants: list[str] = Field([], description="more rows, as method@variant")
     seeds: list[int] | None = Field(None, min_length=1, description="instead of those of the benchmarks")
+    compare: list[tuple[str, str]] = Field([], description="pairs of arms whose metrics are shown as ratios, each with an interval")
     reported: str | None = Field(None, description="file with the papers' own numbers, shown in a section of their own")
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from distillbench import config, registry
 from distillbench.cell import Cell, make_folder, write_atomically, writing
 from distillbench.config import Table, canonical, digest, root
-from distillbench.errors import UserError
+from distillbench.errors import UserError, nearest
 
 IMPORT_SECONDS = 60  # a module that takes longer to import does not import
 
@@ -79,9 +79,11 @@ def is_trained(cell: Cell) -> bool:
 
 
 def arms(table: Table) -> list[registry.Arm]:
-    """The arms of a table: its methods in their default variant, then its variants."""
-    names = sorted(registry.discover()) if table.methods == "all" else table.methods
-    return [registry.arm(name) for name in [*names, *table.variants]]
+    """The arms of a table: its methods in their default variant, then its variants; UserError where `compare` names another."""
+    names = [*(sorted(registry.discover()) if table.methods == "all" else table.methods), *table.variants]
+    for name in (name for pair in table.compare for name in pair if name not in names):
+        raise UserError(f"workflows/tables/{table.name}.yaml: key 'compare': '{name}' is no arm of this table, {nearest(name, names)}")
+    return [registry.arm(name) for name in names]
 
 
 def jobs(table: Table) -> list[Job]:

@@ -31,6 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, ClassVar, NoReturn
@@ -46,6 +47,7 @@ DEATHS = 2  # of a cell at the same step, before it is recorded
 MEMORY_SHARE = 0.8  # of what is available when a cell starts
 INTERRUPTED = 130
 SOMEBODY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 SETUP, TRAINING, SAMPLING = range(3)
 PHASES = ("set-up", "training", "sampling")
 TIMED_OUT, HUNG = 1, 2
@@ -113,6 +115,7 @@ class Pulse(ctypes.Structure):
 
         before = signal.signal(signal.SIGALRM, ring)
         self.verdict, self.limited = 0, 1
+        self.beats += 1
         try:
             yield
         finally:
@@ -133,7 +136,8 @@ def line_of(error: BaseException, cell: Cell) -> str:
 
 def _innermost(frames: list[tuple[str, int]], cell: Cell) -> str:
     own = [f for f in frames if cell.arm is not None and Path(f[0]).is_relative_to(cell.arm.folder.path)]
-    return next((f"{Path(name).name}:{line}" for name, line in own or frames), "")
+    real = [f for f in frames if not f[0].startswith("<")]  # no `<frozen importlib._bootstrap>`
+    return next((f"{Path(name).name}:{line}" for name, line in own or real), "")
 
 
 def reason_of(verdict: int, cell: Cell, pulse: Pulse, line: str) -> tuple[str, str]:
@@ -161,12 +165,12 @@ def supervise(cells: list[Cell], work: Callable[[Pulse], None]) -> None:
         sys.stderr.flush()
         with tempfile.TemporaryFile() as dump:
             pulse, kills = Pulse.shared(), _oom_kills()
-            watcher = _Watcher(_fork(work, pulse, dump), pulse, cells)
-            code, verdict = watcher.watch(), watcher.verdict
-            if pulse.ended:
-                if code:
-                    sys.exit(code)
+            watcher = _Watcher(pulse, cells)
+            code, verdict = watcher.watch(partial(_fork, work, pulse, dump)), watcher.verdict
+            if pulse.ended and not code:
                 return
+            if pulse.ended or watcher.interrupted:
+                sys.exit(code if pulse.ended else INTERRUPTED)
             dump.seek(0)
             text = dump.read().decode(errors="replace")
         index = max(pulse.cell - 1, 0)
@@ -206,7 +210,7 @@ def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, te
 
 
 def _fork(work: Callable[[Pulse], None], pulse: Pulse, dump: IO[bytes]) -> int:
-    """Start a worker; returns its process id."""
+    """Start a worker, with its interrupts blocked until it can answer them; returns its process id."""
     watcher = os.getpid()
     pid = os.fork()
     if pid:
@@ -217,14 +221,14 @@ def _fork(work: Callable[[Pulse], None], pulse: Pulse, dump: IO[bytes]) -> int:
         os._exit(1)
     faulthandler.enable(dump, all_threads=True)
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in INTERRUPTS:
         signal.signal(number, _interrupt)
     _end(work, pulse)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
     """Once is enough: what follows is putting things in order."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -233,6 +237,7 @@ def _end(work: Callable[[Pulse], None], pulse: Pulse) -> NoReturn:
     """The worker's life and its exit code."""
     code = 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         work(pulse)
     except UserError as e:
         print(f"distillbench: {e}", file=sys.stderr)
@@ -253,15 +258,18 @@ def _end(work: Callable[[Pulse], None], pulse: Pulse) -> NoReturn:
 class _Watcher:
     """Looks at one worker until it is gone."""
 
-    def __init__(self, pid: int, pulse: Pulse, cells: list[Cell]):
-        self.pid, self.pulse, self.cells = pid, pulse, cells
+    def __init__(self, pulse: Pulse, cells: list[Cell]):
+        self.pid, self.pulse, self.cells = 0, pulse, cells
         self.entered = time.monotonic()  # when the worker came to the cell it is at
         self.verdict = 0  # why it was ended by force
         self.interrupted: float | None = None
 
-    def watch(self) -> int:
-        """Returns the worker's exit code, or minus the signal it died of."""
-        previous = {n: signal.signal(n, self._pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    def watch(self, fork: Callable[[], int]) -> int:
+        """Start a worker and stay until it is gone; returns its exit code, or minus the signal it died of."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        self.pid = fork()
+        previous = {n: signal.signal(n, self._pass_on) for n in INTERRUPTS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         try:
             return self._watch()
         finally:

@@ -133,14 +133,28 @@ def image_metrics(
     same_noise = None if is_teacher else teacher[max(teacher)]
     rows = [{"nfe": nfe, **evaluate_images(x, in_turn(len(x), data.classes), against, same_noise)} for nfe, x in samples.items()]
     count = len(teacher_again)
-    about = {
-        "key": evaluation_key(extractor, cross_extractor), "samples": count, "torch_fidelity": version("torch-fidelity"),
-        "extractor": extractor, "extractor_sha256": against.extractor.sha256,
-        "cross_extractor": cross_extractor, "cross_extractor_sha256": against.cross_extractor and against.cross_extractor.sha256,
+    fixed = {"fixed": fixed_rows(data, against, count, seed)} if is_teacher else {}
+    return {"evaluation": about(data, against, count), "rows": rows, **fixed, "gallery": gallery(samples)}
+
+
+def repeated_draws(
+    data: ImageData, extractor: str, cross_extractor: str | None, draws: list[Tensor], teacher_again: Tensor
+) -> dict[str, Any]:
+    """SCORES of several sets of samples of one checkpoint, uint8 [N,C,H,W] each; other arguments as of `image_metrics`."""
+    against = Against.of(data, extractor, cross_extractor, teacher_again)
+    rows = [evaluate_images(x, in_turn(len(x), data.classes), against) for x in draws]
+    return {"evaluation": about(data, against, len(draws[0])), "rows": rows}
+
+
+def about(data: ImageData, against: Against, count: int) -> dict[str, Any]:
+    """What `count` samples were scored with and against, and the hashes to find it again."""
+    main, cross = against.extractor, against.cross_extractor
+    return {
+        "key": evaluation_key(main.name, cross and cross.name), "samples": count, "torch_fidelity": version("torch-fidelity"),
+        "extractor": main.name, "extractor_sha256": main.sha256, "published_weights": main.published,
+        "cross_extractor": cross and cross.name, "cross_extractor_sha256": cross and cross.sha256,
         "reference": len(data.reference), "reference_sha256": hashlib.sha256(data.reference.numpy().tobytes()).hexdigest(),
     }  # fmt: skip
-    fixed = {"fixed": fixed_rows(data, against, count, seed)} if is_teacher else {}
-    return {"evaluation": about, "rows": rows, **fixed, "gallery": gallery(samples)}
 
 
 def in_turn(count: int, classes: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
 from eval.extractors import Extractor
-from eval.pairwise import NEIGHBOURS, Cloud, Pairs, Within, within
+from eval.pairwise import NEIGHBOURS, Cloud, Pairs, Within, product, within
 
 LEAST_LOG_PROBABILITY = -600.0  # exp(-600) = 1e-261 stays above 0 in float64, even averaged over many rows
 LARGEST = 1e15  # of features: squares of larger ones leave float32
@@ -178,7 +178,7 @@ def memorisation(gen_pixels: Tensor, train_pixels: Tensor, rows: int = 2048) -> 
 
 def _frechet(gen: Gaussian, ref: Gaussian) -> float:
     """(S_g S_r)^(1/2) has the trace of (h^T S_g h)^(1/2), h h^T = S_r, which is symmetric: no complex square root."""
-    cross = torch.linalg.eigvalsh(ref.root.T @ gen.covariance @ ref.root).clamp_min_(0).sqrt_().sum()
+    cross = torch.linalg.eigvalsh(product(product(ref.root.T, gen.covariance), ref.root)).clamp_min_(0).sqrt_().sum()
     gap = (gen.mean - ref.mean).square().sum()
     return (gap + gen.covariance.trace() + ref.covariance.trace() - 2 * cross).item()
 

@@ -51,7 +51,7 @@ class Cloud:
         total = torch.zeros(self.features.shape[1], self.features.shape[1], dtype=torch.float64)
         for rows in self.spans():
             part = self.features[rows].double() - self.mean
-            total.addmm_(part.T, part)
+            total += product(part.T, part)
         return total.div_(len(self) - 1)
 
     def _from_centre(self, rows: slice) -> Tensor:
@@ -90,7 +90,7 @@ class Pairs:
             part = self.x.centred(rows)
             for cols in self.y.spans():
                 if self.x is not self.y or cols.start >= rows.start:
-                    yield rows, cols, part @ self.y.centred(cols).T
+                    yield rows, cols, product(part, self.y.centred(cols).T)
 
     def kernel_sum(self, rows: slice, cols: slice, products: Tensor) -> float:
         """Sum of (x.y/D + 1)^3 over a block; where y is x, over all pairs of two rows that the block stands for."""
@@ -158,6 +158,11 @@ def within(cloud: Cloud, piece: int) -> Within:
             if rows != cols:
                 propose(c, r, part.T.contiguous())
     return Within(kernel_sum, _radii(cloud.features, lowest, nearest, piece))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by numpy's BLAS: on AMD processors faster than torch's (float32 by a fifth), and a^T a at half the price."""
+    return torch.from_numpy(a.numpy() @ b.numpy())
 
 
 def squared_distances(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:

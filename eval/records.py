@@ -110,7 +110,9 @@ def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]]) -> tuple[int
         target.mkdir(parents=True)
         (target / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         if result["status"] == "done":
-            shutil.copyfile(cell / "metrics.json", target / "metrics.json")
+            for name in ("metrics.json", "draws.json"):
+                if (cell / name).is_file():
+                    shutil.copyfile(cell / name, target / name)
             total += 1
             same += before.get((result["benchmark"], arm, result["seed"])) == json.loads((cell / "metrics.json").read_text())
     if folder.exists():

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
+from eval.effects import effects, section
 from eval.records import Record
 
 IMAGES = (
@@ -161,12 +162,16 @@ def _status(records: list[Record]) -> str:
     return f"{share}{failed['status'].upper().replace('_', ' ')}: {failed['reason']}"
 
 
-def markdown(title: str, rows: list[Row], records: list[Record], reported: dict[str, Any] | None, picture: str) -> str:
-    """The whole page: one section per benchmark, its protocol, the picture, the papers' own rows."""
+def markdown(
+    title: str, rows: list[Row], records: list[Record], reported: dict[str, Any] | None, picture: str, differences: Iterable[Row] = ()
+) -> str:
+    """The whole page: one section per benchmark, its protocol, differences between arms, the picture, the papers' own rows."""
     out = [f"# {title}", ""]
     for benchmark in dict.fromkeys(r["benchmark"] for r in rows):
         own = [r for r in rows if r["benchmark"] == benchmark]
         out += [f"## {benchmark}: measured here", "", _section(own), "", *_diagnostics(own), *_notes(own, records, benchmark), ""]
+    if differences:
+        out += section(differences)
     out += [f"![Samples of teacher and students on the same noise]({picture})", ""]
     if reported:
         out += _reported_section(reported)
@@ -379,15 +384,17 @@ def write(
     records: list[Record],
     external: list[Row],
     reported: dict[str, Any] | None,
+    compare: list[tuple[str, str]],
     folder: Path,
     write_bytes: Callable[[Path, bytes], None],
 ) -> None:
-    """The three twins of a table into `folder`."""
-    rows = build_rows(records, external)
+    """The three twins of a table into `folder`; `compare`: pairs of arms, see `eval/effects.py`."""
+    rows, differences = build_rows(records, external), effects(records, compare)
     every = rows + reported_rows(reported)
+    content = {"protocol": protocol(records), "rows": every} | ({"differences": differences} if differences else {})
     twins = {
-        "md": markdown(title, rows, records, reported, f"{name}.png").encode(),
-        "json": (json.dumps({"protocol": protocol(records), "rows": every}, indent=1, ensure_ascii=False) + "\n").encode(),
+        "md": markdown(title, rows, records, reported, f"{name}.png", differences).encode(),
+        "json": (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(),
         "csv": pd.DataFrame([r | {"reported": r["reported"] and json.dumps(r["reported"])} for r in every]).to_csv(index=False).encode(),
     }
     for suffix, data in twins.items():

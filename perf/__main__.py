@@ -66,7 +66,8 @@ def training_step() -> str:
     rows = "\n".join(f"| {name} | {flops:.2f} | {time:.2f} |" for name, flops, time in meanflow_update.measure())
     return f"""## Training step
 
-One MeanFlow update on the digits network, batch {meanflow_update.B}, interleaved with its alternatives, medians of {meanflow_update.ROUNDS}.
+One MeanFlow update on the digits network, batch {meanflow_update.B}, interleaved with its alternatives, medians of
+{meanflow_update.ROUNDS}.
 
 | update | FLOPs / forward | time / flow matching |
 |---|---|---|
@@ -79,14 +80,14 @@ def machine() -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
     info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    )
-    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torch-fidelity", "numpy"))
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
     return (
-        f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; one thread. "
-        f"Python {platform.python_version()}, {packages}.\nCommit {git('rev-parse', '--short', 'HEAD') or 'unknown'}{dirty}, {date.today()}."
+        f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; one thread.\n"
+        f"Python {platform.python_version()}, {packages}. Commit {commit}{dirty}, {date.today()}."
     )
 
 
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help=f"also {LARGE:,} rows: minutes, 2 GB")
     arguments = parser.parse_args()
     where = machine()
-    text = f"# Measured speed and memory\n\nBy `make bench`. {where}\n\n{evaluation(arguments.large)}\n{training_step()}"
+    text = f"# Measured speed and memory\n\nBy `make bench` on {where}\n\n{evaluation(arguments.large)}\n{training_step()}"
     with tempfile.NamedTemporaryFile("w", dir=RESULTS.parent, delete=False) as file:
         file.write(text)
     os.chmod(file.name, 0o644)

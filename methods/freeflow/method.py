@@ -56,10 +56,14 @@ def alpha_at(progress: float, reference: float, delay: float, ramp: float, decay
     return reference * rise / max(progress / decay, 1.0) ** 0.5 if decay else reference * rise
 
 
+def mean_norm(delta: Tensor) -> Tensor:
+    """Mean over rows of |Delta|: a scalar."""
+    return delta.flatten(1).norm(dim=1).mean()
+
+
 def balance(alpha: float, prediction: Tensor, correction: Tensor) -> Tensor:
-    """lambda = alpha mean|Delta_G| / (mean|Delta_N| + 1e-6), norms of rows (section 5.1); Delta_G as it is applied, weight included."""
-    norm = lambda delta: delta.flatten(1).norm(dim=1).mean()
-    return alpha * norm(prediction) / (norm(correction) + 1e-6)
+    """lambda = alpha mean|Delta_G| / (mean|Delta_N| + 1e-6) from both means (section 5.1); Delta_G as it is applied, weight included."""
+    return alpha * prediction / (correction + 1e-6)
 
 
 def gradient_form(u: Tensor, delta: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ class FreeFlow(Method):
             scale = one[0]
             if m:
                 alpha = alpha_at(step.progress, c.alpha, c.alpha_delay, c.alpha_ramp, c.alpha_decay)
-                scale = step.mean_across_ranks(balance(alpha, parts[0], delta_n))
+                scale = balance(alpha, *(step.mean_across_ranks(mean_norm(delta)) for delta in (parts[0], delta_n)))
             parts.append(scale * delta_n)
             logged |= {"delta_N": delta_n.square().mean().sqrt(), "lambda": scale}
         self.student.update(gradient_form(u, torch.cat(parts)))

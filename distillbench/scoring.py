@@ -1,0 +1,208 @@
+"""What the command line does with samples: score those of an arm, of repeated draws, and those made elsewhere.
+
+Beside `cli.py` the only module that may import eval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from distillbench import config, progress
+from distillbench.cell import Cell, make_folder, write_json
+from distillbench.errors import UserError
+from distillbench.progress import reporter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distillbench.data import Images
+
+out = Console(highlight=False)
+
+
+def check_extractors(benchmarks: list[config.Benchmark]) -> None:
+    """UserError on a benchmark with an extractor that eval does not have, or whose weights are not there."""
+    from eval.records import weight_file
+
+    for b in benchmarks:
+        for key, name in (("extractor", b.extractor), ("cross_extractor", b.cross_extractor)):
+            try:
+                if name is not None:
+                    weight_file(name)
+            except ValueError as e:
+                raise UserError(f"workflows/benchmarks/{b.name}.yaml: key '{key}': {e}") from None
+
+
+def samples_of(cell: Cell) -> tuple[dict[int, Tensor], Tensor | None]:
+    """The stored samples of a finished cell by NFE, in the order its method declares, and a teacher's reference set."""
+    from distillbench.checkpoint import read_tensors
+    from distillbench.train import REFERENCE
+
+    result = cell.result()
+    if result is None or result["status"] != "done":
+        why = "is not trained" if result is None else f"ended as {result['status']}"
+        raise UserError(f"{cell.label} {why}: run `distillbench train {cell.benchmark.name} {cell.arm_name} --seeds {cell.seed}`")
+    stored, _ = read_tensors(cell.folder / "samples.safetensors")
+    return {n: stored[f"nfe{n}"] for n in result["nfe"]}, stored.get(REFERENCE)
+
+
+def stored_images(data: Images) -> Images:
+    """A data set's images as they are evaluated: bytes."""
+    from distillbench.data import to_bytes
+
+    return dataclasses.replace(data, train=to_bytes(data.train), reference=to_bytes(data.reference))
+
+
+def metrics_of(cell: Cell) -> dict[str, Any]:
+    """The content of metrics.json: numbers that repeat byte for byte, so neither times nor paths. `eval/evaluate.py` makes them."""
+    import torch
+
+    from distillbench import data as data_sets
+    from distillbench.seeds import Rng
+    from eval import evaluate as evaluation
+
+    torch.set_num_threads(1)
+    b, data = cell.benchmark, data_sets.load(cell.benchmark.data)
+    samples, _ = samples_of(cell)
+    report = reporter(cell.label)
+    report("evaluating", 0, 1)
+    if isinstance(data, data_sets.Images):
+        assert b.extractor is not None
+        teacher, again = samples_of(cell.teacher)
+        assert again is not None
+        images, is_teacher = stored_images(data), cell.arm is None
+        found = evaluation.image_metrics(images, b.extractor, b.cross_extractor, samples, teacher, again, cell.seed, is_teacher)
+    else:
+        rng = Rng(cell.seed, "exact samples")
+        exact, again = (data.draw(rng, b.sampling.count)[0] for _ in range(2))
+        found = evaluation.mixture_metrics(samples, exact, again, data.means, data.sigma, data.weights)
+    report("evaluating", 1, 1)
+    return {"format": 1, "key": cell.key} | found
+
+
+def evaluate_cells(cells: list[Cell], draws: int | None) -> None:
+    """metrics.json of cells that have none of this evaluation; with `draws` draws.json instead."""
+    from eval.records import is_evaluated
+
+    for cell in cells:
+        result, b = cell.result(), cell.benchmark
+        path = cell.metrics if draws is None else cell.folder / "draws.json"
+        if result is not None and result["status"] != "done":
+            print(f"{cell.label}: {result['status']}, nothing to evaluate", file=sys.stderr)
+        elif not is_evaluated(path, b.extractor, b.cross_extractor) or (draws and json.loads(path.read_text())["draws"] != draws):
+            write_json(path, metrics_of(cell) if draws is None else draws_of(cell, draws))
+            print(f"{cell.label}: {'evaluated' if draws is None else path}", file=sys.stderr)
+
+
+def draws_of(cell: Cell, count: int) -> dict[str, Any]:
+    """The content of draws.json: scores of `count` independent sets of samples of one checkpoint at its headline NFE.
+
+    Their spread is the sampling error of that checkpoint, not the spread of training.
+    """
+    from distillbench import data as data_sets
+    from distillbench.train import restore
+    from distillbench.train import sample as draw
+    from eval import evaluate as evaluation
+
+    _, again = samples_of(cell.teacher)
+    samples_of(cell)  # says so if it is not there
+    run, b, report = restore(cell), cell.benchmark, reporter(cell.label)
+    nfe = run.needs.headline_nfe
+    if not isinstance(run.data, data_sets.Images) or b.extractor is None or again is None:
+        raise UserError(f"--draws: {b.name} has no images: drop it")
+    sets = [draw(run, nfe, b.sampling.count, report, name=f"draw {k}") for k in range(count)]
+    found = evaluation.repeated_draws(stored_images(run.data), b.extractor, b.cross_extractor, sets, again)
+    return {"format": 1, "key": cell.key, "nfe": nfe, "draws": count} | found
+
+
+def evaluate_path(
+    path: Path, b: config.Benchmark, name: str | None, who: str | None, where: str | None, count: int | None,
+    publish: bool, overwrite: bool, output: Path | None,
+) -> None:  # fmt: skip
+    """Score samples made elsewhere: print, write to `output`, publish. Whatever is wrong is said before anything is scored."""
+    import torch
+
+    from distillbench import data as data_sets
+    from distillbench.seeds import Rng
+    from eval import external, records
+    from eval.samples import read_points, read_samples
+
+    torch.set_num_threads(1)
+    if publish and (name is None or who is None or where is None):
+        raise UserError("--publish needs --name, --who and --where: a table says whose samples a row is of")
+    if overwrite and not publish:
+        raise UserError("--overwrite belongs to --publish: add it or drop this")
+    if output is not None and (output.suffix != ".json" or not output.parent.is_dir()):
+        raise UserError(f"--output: '{output}' must end in .json, in a folder that exists")
+    check_extractors([b])
+    name = name or path.absolute().stem
+    target = config.root() / "results/external" / b.name / f"{name}.json"
+    data, wanted, report = data_sets.load(b.data), count or b.sampling.count, reporter(name)
+    try:
+        external.check_words(name, who, where)
+        if isinstance(data, data_sets.Mixture):
+            samples = read_points(path, data.shape, wanted)
+        else:
+            assert b.extractor is not None
+            external.check_count(wanted, len(data.reference))
+            samples = read_samples(path, data.shape, wanted, data.classes, report)
+            external.check_order(samples, b.extractor)
+        if publish and not overwrite:
+            external.check_replaces(target, who, where, samples)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    report("scoring", 0, 1)
+    if isinstance(data, data_sets.Mixture):
+        rng = Rng(b.seeds[0], "exact samples")
+        exact, again = (data.draw(rng, wanted)[0] for _ in range(2))
+        found = external.external_mixture_metrics(samples, exact, again, data.means, data.sigma, data.weights)
+    else:
+        assert b.extractor is not None
+        found = external.external_metrics(samples, stored_images(data), b.extractor, b.cross_extractor)
+    report("scoring", 1, 1)
+    record = external.make_record(name, b.name, who, where, samples, found)
+    progress.stop()
+    print_external(record, b)
+    if output is not None:
+        write_json(output, record)
+        print(f"{output} written", file=sys.stderr)
+    if publish:
+        make_folder(target.parent)
+        write_json(target, record)
+        tables = sorted(p.stem for p in (config.root() / "workflows/tables").glob("*.yaml"))
+        there = [t for t in tables if b.name in config.table(t).benchmarks and records.read(config.root() / "results/records" / t)]
+        then = "".join(f"; `distillbench table {t} --render` shows it" for t in there)
+        print(f"{target.relative_to(config.root())} written{then}", file=sys.stderr)
+
+
+def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
+    """The scores, beside the fixed rows and the teacher of a published table of this evaluation."""
+    from eval import records, tables
+
+    folders = sorted((config.root() / "results/records").glob("*"))
+    published = [[r for r in records.read(f) if r.result["benchmark"] == b.name] for f in folders]
+    current = [p for p in published if p and tables.protocol(p)[b.name]["evaluation"] == record["evaluation"]["key"]]
+    head, lines = tables.beside(current[0] if current else [], record, b.sampling.count)
+    view = RichTable(head[0], *(f"[bold]{h}" if i == 0 else h for i, h in enumerate(head[1:])), box=None)
+    view.columns[0].no_wrap = True
+    for line in lines:
+        view.add_row(line[0], f"[bold]{line[1]}", *line[2:])
+    out.print(view)
+    about = record["evaluation"]
+    words = f"{record['count']} samples" + ("" if record["labels_sha256"] or "extractor" not in about else ", without labels")
+    if record["count"] != b.sampling.count:
+        words += f" ({b.name} takes {b.sampling.count}: not comparable)"
+    out.print(f"{words}, sha256 {record['samples_sha256']}", soft_wrap=True)
+    if "extractor" in about:
+        both = ((about["extractor"], about["extractor_sha256"]), (about["cross_extractor"], about["cross_extractor_sha256"]))
+        out.print("extractor " + ", second ".join(f"{n} {h[:12]}" for n, h in both if n) + f", evaluation {about['key']}", soft_wrap=True)
+    if not current and any(published):
+        why = "published rows are of another evaluation, so not beside"
+        out.print(f"{why}: `snakemake --cores all results/TABLE.md` renews them", soft_wrap=True)
