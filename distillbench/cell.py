@@ -29,6 +29,8 @@ NUMERICAL = (
     "paths", "times", "matching", "jvp", "samplers", "networks", "teachers", "data", "method", "players", "meter",
     "seeds", "train",
 )  # fmt: skip
+GIT_SECONDS = 30
+LAST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"  # of a cell in training
 
 
 @lru_cache
@@ -157,8 +159,8 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot write there ({e.strerror}): make it writable or free space, then rerun") from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of the file or nothing of it; UserError on a full or read-only disk."""
+def write_atomically(path: Path, data: bytes, previous: Path | None = None) -> None:
+    """All of the file or nothing of it; UserError on a full or read-only disk. The old file becomes `previous`, if that is given."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
@@ -166,6 +168,8 @@ def write_atomically(path: Path, data: bytes) -> None:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
+            if previous is not None and path.is_file():
+                os.replace(path, previous)
             os.replace(temporary, path)
         except BaseException:  # a full disk, and Ctrl-C in the middle
             with suppress(OSError):
@@ -173,9 +177,18 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Files that a killed process left half written."""
-    for path in folder.glob(".*"):
+def remove_leftovers(folder: Path) -> None:
+    """Files that an earlier process left half written, and its traceback."""
+    _remove([*folder.glob(".*"), *folder.glob("traceback.txt")])
+
+
+def remove_progress(folder: Path) -> None:
+    """A finished cell needs no checkpoint."""
+    _remove([*folder.glob(LAST), *folder.glob(PREVIOUS)])
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
         with writing(path):
             path.unlink(missing_ok=True)
 
@@ -209,7 +222,10 @@ def provenance(cell: Cell) -> dict[str, Any]:
     """Where a result comes from: commit, hashes, versions, hardware."""
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(root()), *args], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(root()), *args], capture_output=True, text=True, timeout=GIT_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):  # no git here, or a file system that does not answer
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     recipe = cell.recipe

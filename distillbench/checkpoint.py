@@ -6,7 +6,6 @@ is damaged the other continues. A finished cell keeps neither.
 
 from __future__ import annotations
 
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -17,20 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from distillbench.cell import write_atomically, writing
+from distillbench.cell import LAST, PREVIOUS, write_atomically, writing
 from distillbench.errors import UserError
-
-LAST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
 
 class Damaged(UserError):
     """A file whose content is not what was written."""
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
-    """A flat dictionary of tensors with a few words of metadata."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], previous: Path | None = None, **metadata: Any) -> None:
+    """A flat dictionary of tensors with a few words of metadata; a file that was there is kept as `previous`, if that is given."""
     flat = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(flat, metadata={k: str(v) for k, v in metadata.items()}))
+    write_atomically(path, save(flat, metadata={k: str(v) for k, v in metadata.items()}), previous)
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -54,21 +51,18 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def save_progress(folder: Path, key: str, step: int, players: dict, method_state: dict[str, Tensor]) -> None:
-    """Everything that a resumed run needs: the players, the method's own state, the next step. Keeps the one before."""
+def save_progress(folder: Path, key: str, step: int, seconds: float, players: dict, method_state: dict[str, Tensor]) -> None:
+    """Everything that a resumed run needs: players, the method's own state, next step, seconds so far. Keeps the one before."""
     state = {f"method.{k}": v for k, v in method_state.items()}
     for name, player in players.items():
         state |= {f"players.{name}.{k}": v for k, v in player.state_dict().items()}
-    last = folder / LAST
-    if last.is_file():
-        with writing(last):
-            os.replace(last, folder / PREVIOUS)  # killed from here on, the previous one is the last good one
-    write_tensors(last, state, key=key, step=step, checksum=checksum(state))
+    words = {"key": key, "step": step, "seconds": f"{seconds:.1f}", "checksum": checksum(state)}
+    write_tensors(folder / LAST, state, folder / PREVIOUS, **words)
 
 
-def load_progress(folder: Path, key: str, players: dict, method: Any, device: torch.device) -> int:
-    """Inverse of `save_progress`: the next step, 0 without a checkpoint. A damaged one is removed with a warning and the one
-    before is taken; UserError on a checkpoint of another cell."""
+def load_progress(folder: Path, key: str, players: dict, method: Any, device: torch.device) -> tuple[int, float]:
+    """Inverse of `save_progress`: next step and seconds so far, 0 without a checkpoint. A damaged one is removed with a warning
+    and the one before is taken; UserError on a checkpoint of another cell."""
     for path in (folder / LAST, folder / PREVIOUS):
         if not path.is_file():
             continue
@@ -94,12 +88,5 @@ def load_progress(folder: Path, key: str, players: dict, method: Any, device: to
             method.load_state_dict(under("method."))
         except (KeyError, RuntimeError) as e:
             raise UserError(f"{path}: does not fit this cell ({str(e).splitlines()[0]}): delete it and rerun") from None
-        return int(metadata["step"])
-    return 0
-
-
-def remove_progress(folder: Path) -> None:
-    """A finished cell needs no checkpoint."""
-    for path in (folder / LAST, folder / PREVIOUS):
-        with writing(path):
-            path.unlink(missing_ok=True)
+        return int(metadata["step"]), float(metadata["seconds"])
+    return 0, 0.0

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 
 from rich.console import Console
@@ -18,7 +19,19 @@ SECONDS_BETWEEN_LINES = 10
 
 def reporter(label: str) -> Report:
     """`report(what, done, total)` for one cell."""
-    return _bars(label) if sys.stderr.isatty() and LINES not in os.environ else _lines(label)
+    shown = _bars(label) if sys.stderr.isatty() and LINES not in os.environ else _lines(label)
+
+    def report(what: str, done: int, total: int) -> None:
+        with suppress(OSError):  # a terminal that is gone is no reason to stop
+            shown(what, done, total)
+
+    return report
+
+
+def say(text: str) -> None:
+    """A line for whoever still listens."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _lines(label: str) -> Report:
@@ -59,4 +72,5 @@ def _bars(label: str) -> Report:
 def stop() -> None:
     """Leave the terminal as it was."""
     if _display.cache_info().currsize:
-        _display().stop()
+        with suppress(OSError):
+            _display().stop()

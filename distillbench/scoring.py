@@ -152,7 +152,8 @@ def evaluate_path(
         else:
             assert b.extractor is not None
             external.check_count(wanted, len(data.reference))
-            samples = read_samples(path, data.shape, wanted, data.classes, report)
+            brightest = int(stored_images(data).reference.max())
+            samples = read_samples(path, data.shape, wanted, data.classes, brightest, len(data.reference), report)
             external.check_order(samples, b.extractor)
         if publish and not overwrite:
             external.check_replaces(target, who, where, samples)
@@ -162,7 +163,7 @@ def evaluate_path(
     if isinstance(data, data_sets.Mixture):
         rng = Rng(b.seeds[0], "exact samples")
         exact, again = (data.draw(rng, wanted)[0] for _ in range(2))
-        found = external.external_mixture_metrics(samples, exact, again, data.means, data.sigma, data.weights)
+        found = external.external_mixture_metrics(samples, exact, again, data.means, data.sigma, data.weights, b.data.fingerprint())
     else:
         assert b.extractor is not None
         found = external.external_metrics(samples, stored_images(data), b.extractor, b.cross_extractor)
@@ -183,26 +184,30 @@ def evaluate_path(
 
 
 def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
-    """The scores, beside the fixed rows and the teacher of a published table of this evaluation."""
+    """The scores, beside the fixed rows and the teacher of a published table of this evaluation; no heading is ever cut."""
     from eval import records, tables
 
     folders = sorted((config.root() / "results/records").glob("*"))
     published = [[r for r in records.read(f) if r.result["benchmark"] == b.name] for f in folders]
-    current = [p for p in published if p and tables.protocol(p)[b.name]["evaluation"] == record["evaluation"]["key"]]
+    current = [p for p in published if p and tables.differs(record, tables.protocol(p)[b.name]) is None]
     head, lines = tables.beside(current[0] if current else [], record, b.sampling.count)
-    view = RichTable(head[0], *(f"[bold]{h}" if i == 0 else h for i, h in enumerate(head[1:])), box=None)
-    view.columns[0].no_wrap = True
+    view = RichTable(box=None, pad_edge=False)
+    for i, words in enumerate(head):
+        view.add_column(words.replace(" ", "\n", 1), justify="right" if i else "left", overflow="fold", style="bold" if i == 1 else None)
     for line in lines:
-        view.add_row(line[0], f"[bold]{line[1]}", *line[2:])
+        view.add_row(*line)
     out.print(view)
     about = record["evaluation"]
-    words = f"{record['count']} samples" + ("" if record["labels_sha256"] or "extractor" not in about else ", without labels")
+    words = f"{record['name']}: {record['count']} samples" + (
+        "" if record["labels_sha256"] or "extractor" not in about else ", without labels"
+    )
     if record["count"] != b.sampling.count:
         words += f" ({b.name} takes {b.sampling.count}: not comparable)"
     out.print(f"{words}, sha256 {record['samples_sha256']}", soft_wrap=True)
     if "extractor" in about:
         both = ((about["extractor"], about["extractor_sha256"]), (about["cross_extractor"], about["cross_extractor_sha256"]))
-        out.print("extractor " + ", second ".join(f"{n} {h[:12]}" for n, h in both if n) + f", evaluation {about['key']}", soft_wrap=True)
+        named = ", second ".join(f"{n} {h[:12]}" for n, h in both if n)
+        out.print(f"extractor {named}, evaluation {about['key']}{tables.unpublished(about)}", soft_wrap=True)
     if not current and any(published):
-        why = "published rows are of another evaluation, so not beside"
+        why = "published rows are of another evaluation or other data, so not beside"
         out.print(f"{why}: `snakemake --cores all results/TABLE.md` renews them", soft_wrap=True)

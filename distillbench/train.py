@@ -16,8 +16,8 @@ from torch import Tensor
 
 from distillbench import data as data_sets
 from distillbench import registry, watch
-from distillbench.cell import Cell, describe, remove_unfinished, write_atomically
-from distillbench.checkpoint import load_progress, read_tensors, remove_progress, save_progress, write_tensors
+from distillbench.cell import Cell, describe, remove_leftovers, remove_progress, write_atomically
+from distillbench.checkpoint import load_progress, read_tensors, save_progress, write_tensors
 from distillbench.errors import Diverged, OverBudget, Refused, UserError, nearest
 from distillbench.journal import Journal
 from distillbench.meter import Meter, peak_memory_mb
@@ -30,6 +30,8 @@ from distillbench.watch import Pulse
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 CHECKPOINTS = 20  # per run
 REFERENCE = "reference"  # the teacher's own set of samples, from a noise stream of its own
+# Errors of files and terminals, not of the code that meets them.
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 @dataclass
@@ -199,7 +201,7 @@ def train(run: Run, plan: dict[str, Any], progress: Progress, pulse: Pulse | Non
     for name, player in run.task.players.items():
         player.total_updates = plan["updates"][name]
     journal, players = Journal(cell.folder), run.task.players
-    start = load_progress(cell.folder, cell.key, players, run.method, run.device)
+    start, pulse.earlier = load_progress(cell.folder, cell.key, players, run.method, run.device)
     journal.start(start, steps)
     pulse.begin(start)
     every, save_every = max(1, steps // 200), max(1, steps // CHECKPOINTS)
@@ -211,7 +213,7 @@ def train(run: Run, plan: dict[str, Any], progress: Progress, pulse: Pulse | Non
             progress("training", i, steps)
         if (i + 1) % save_every == 0 or i + 1 == steps:
             with pulse.patience():
-                save_progress(cell.folder, cell.key, i + 1, players, run.method.state_dict())
+                save_progress(cell.folder, cell.key, i + 1, pulse.seconds(), players, run.method.state_dict())
             journal.add(checkpoint=i + 1)
     progress("training", steps, steps)
 
@@ -267,15 +269,15 @@ def run_cell(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> dict
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         watch.limit_memory()
-    pulse, started, plan = pulse or Pulse(), time.monotonic(), None
-    remove_unfinished(cell.folder)
+    pulse, plan = pulse or Pulse(), None
+    pulse.started = time.monotonic()
+    remove_leftovers(cell.folder)
     record = describe(cell)
-
-    def ended(status: str, reason: str) -> None:
-        record.update(status=status, reason=reason)
-
     try:
         with pulse.limits():
+            teacher = None if cell.arm is None else cell.teacher.result()
+            if teacher is not None and teacher["status"] != "done":
+                raise Refused(f"its teacher ended as {teacher['status']}: {teacher['reason']}")
             plan, pairs = price(cell, progress, pulse)
             frozen = {"cell": cell.label, "key": cell.key, "plan": plan, "recipe": cell.recipe}
             write_atomically(cell.folder / "config.yaml", yaml.safe_dump(frozen, sort_keys=False).encode())
@@ -293,26 +295,36 @@ def run_cell(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> dict
             "headline_nfe": run.needs.headline_nfe,
             "params": sum(p.numel() for p in network.parameters()),
         }
-    except (UserError, KeyboardInterrupt):
-        raise
-    except (watch.TimedOut, watch.Hung) as e:
-        ended(*watch.reason_of(watch.TIMED_OUT if isinstance(e, watch.TimedOut) else watch.HUNG, cell, pulse, watch.line_of(e, cell)))
-    except OverBudget as e:
-        ended("over_budget", str(e))
-    except Refused as e:
-        ended("refused", str(e))
-    except (Diverged, FloatingPointError) as e:
-        ended("diverged", str(e))
-    except (Exception, SystemExit) as e:  # a method may raise anything; that costs its own row and nothing else
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{cell.label}: no space left on a disk ({one_line(e, cell)}): make room, then rerun") from None
-        ended("oom" if isinstance(e, torch.OutOfMemoryError) or watch.is_out_of_memory(e) else "failed", one_line(e, cell))
-        write_atomically(cell.folder / "traceback.txt", traceback.format_exc().encode())
+    except BaseException as e:  # a method may raise anything; that costs its own row and nothing else
+        record["status"], record["reason"] = judged(e, cell, pulse)
+        if record["status"] in ("failed", "oom"):
+            write_atomically(cell.folder / "traceback.txt", traceback.format_exc().encode())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    watch.finish(cell, record, plan, time.monotonic() - started, peak_memory_mb(device))
+    watch.finish(cell, record, plan, pulse.seconds(), peak_memory_mb(device))
     if record["status"] == "done":
         remove_progress(cell.folder)
     return record
+
+
+def judged(error: BaseException, cell: Cell, pulse: Pulse) -> tuple[str, str]:
+    """Status and reason of a cell that ended with `error`; raises where the user or the machine ended it, not the method."""
+    if isinstance(error, UserError):
+        raise error
+    if pulse.interrupted:  # whatever the method made of it; a KeyboardInterrupt of its own is a failure
+        raise KeyboardInterrupt from None
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        raise UserError(f"{cell.label}: {one_line(error, cell)}: mend the disk or terminal, then rerun") from None
+    if isinstance(error, (watch.TimedOut, watch.Hung)):
+        verdict = watch.TIMED_OUT if isinstance(error, watch.TimedOut) else watch.HUNG
+        return watch.reason_of(verdict, cell, pulse, watch.line_of(error, cell))
+    if isinstance(error, OverBudget):
+        return "over_budget", str(error)
+    if isinstance(error, Refused):
+        return "refused", str(error)
+    if isinstance(error, (Diverged, FloatingPointError)):
+        return "diverged", str(error)
+    oom = isinstance(error, torch.OutOfMemoryError) or watch.is_out_of_memory(error)
+    return "oom" if oom else "failed", one_line(error, cell)
 
 
 def one_line(error: BaseException, cell: Cell) -> str:

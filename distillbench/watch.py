@@ -40,6 +40,7 @@ from distillbench import progress
 from distillbench.cell import Cell, describe, provenance, write_atomically, write_json
 from distillbench.errors import UserError
 from distillbench.journal import Journal
+from distillbench.progress import say
 
 POLL = 0.1  # seconds between two looks of the watcher
 LONGEST_GRACE = 10.0  # seconds for Python code to react to SIGALRM
@@ -69,10 +70,14 @@ class Pulse(ctypes.Structure):
         ("begun", ctypes.c_longlong),  # the step at which this process began to train the cell
         ("phase", ctypes.c_longlong),
         ("step", ctypes.c_longlong),  # steps, or batches of samples, that ended
+        ("started", ctypes.c_double),  # time.monotonic() when this process came to the cell
+        ("stopped", ctypes.c_double),  # seconds in which it was stopped (Ctrl-Z) since
+        ("earlier", ctypes.c_double),  # seconds that the steps before `begun` took
         ("beats", ctypes.c_longlong),  # changes with everything that ends
         ("limited", ctypes.c_longlong),  # the method's code runs: limits apply
         ("patient", ctypes.c_longlong),  # work of our own in which no step ends
         ("verdict", ctypes.c_longlong),  # why SIGALRM is sent
+        ("interrupted", ctypes.c_longlong),  # by the user, whatever the method makes of it
         ("ended", ctypes.c_longlong),  # the worker ends in order: its exit code is its own word
     ]
 
@@ -83,7 +88,12 @@ class Pulse(ctypes.Structure):
     def enter(self, index: int) -> None:
         """The worker is now at the cell of this index."""
         self.begun = self.phase = self.step = 0
+        self.started, self.stopped, self.earlier = time.monotonic(), 0.0, 0.0
         self.cell = index + 1
+
+    def seconds(self) -> float:
+        """That the cell has taken so far, in all its processes."""
+        return self.earlier + time.monotonic() - self.started - self.stopped
 
     def begin(self, step: int) -> None:
         """Training begins at this step."""
@@ -94,6 +104,8 @@ class Pulse(ctypes.Structure):
         """A step has ended: cheap enough for every one."""
         self.phase, self.step = phase, step
         self.beats += 1
+        if self.interrupted:  # the method swallowed it
+            raise KeyboardInterrupt
 
     @contextmanager
     def patience(self) -> Iterator[None]:
@@ -118,6 +130,8 @@ class Pulse(ctypes.Structure):
         self.beats += 1
         try:
             yield
+            if self.interrupted:
+                raise KeyboardInterrupt
         finally:
             self.limited = self.verdict = 0
             signal.signal(signal.SIGALRM, before)
@@ -181,10 +195,10 @@ def supervise(cells: list[Cell], work: Callable[[Pulse], None]) -> None:
         key = (index, pulse.begun)
         deaths[key] = deaths.get(key, 0) + 1
         final = bool(verdict) or deaths[key] >= DEATHS
-        _note_death(cells[index], pulse, name, verdict, oom, text, time.monotonic() - watcher.entered, final)
+        _note_death(cells[index], pulse, name, verdict, oom, text, final)
 
 
-def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, text: str, seconds: float, final: bool) -> None:
+def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, text: str, final: bool) -> None:
     """Write down that the worker died in this cell, and the cell's record if it is not to be tried again."""
     with cell.locked():
         if cell.result() is not None:
@@ -203,10 +217,11 @@ def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, te
         if text:
             write_atomically(cell.folder / "traceback.txt", text.encode())
         if final:
+            seconds = pulse.seconds()
             finish(cell, describe(cell) | {"status": status, "reason": reason}, None, seconds, None)
-            print(f"{cell.label}: {status.upper()}: {reason} in {seconds:.1f} s", file=sys.stderr, flush=True)
+            say(f"{cell.label}: {status.upper()}: {reason} in {seconds:.1f} s")
         else:
-            print(f"{cell.label}: the process died ({name} {at}); starting it again", file=sys.stderr, flush=True)
+            say(f"{cell.label}: the process died ({name} {at}); starting it again")
 
 
 def _fork(work: Callable[[Pulse], None], pulse: Pulse, dump: IO[bytes]) -> int:
@@ -222,12 +237,13 @@ def _fork(work: Callable[[Pulse], None], pulse: Pulse, dump: IO[bytes]) -> int:
     faulthandler.enable(dump, all_threads=True)
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     for number in INTERRUPTS:
-        signal.signal(number, _interrupt)
+        signal.signal(number, partial(_interrupt, pulse))
     _end(work, pulse)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+def _interrupt(pulse: Pulse, _signal: int, _frame: FrameType | None) -> NoReturn:
     """Once is enough: what follows is putting things in order."""
+    pulse.interrupted = 1
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -240,19 +256,21 @@ def _end(work: Callable[[Pulse], None], pulse: Pulse) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         work(pulse)
     except UserError as e:
-        print(f"distillbench: {e}", file=sys.stderr)
         code = 2
+        say(f"distillbench: {e}")
     except KeyboardInterrupt:  # the watcher says so
         code = INTERRUPTED
     except BaseException:
-        traceback.print_exc()
         code = 1
-    progress.stop()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    pulse.ended = 1
-    os._exit(code)
+        say(traceback.format_exc().rstrip())
+    finally:
+        try:
+            progress.stop()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+        finally:  # whatever happened
+            pulse.ended = 1
+            os._exit(code)
 
 
 class _Watcher:
@@ -260,7 +278,6 @@ class _Watcher:
 
     def __init__(self, pulse: Pulse, cells: list[Cell]):
         self.pid, self.pulse, self.cells = 0, pulse, cells
-        self.entered = time.monotonic()  # when the worker came to the cell it is at
         self.verdict = 0  # why it was ended by force
         self.interrupted: float | None = None
 
@@ -279,6 +296,7 @@ class _Watcher:
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         """Ctrl-C reaches both of us, SIGTERM often only the watcher; the worker acts on the first and ignores the rest."""
         self.interrupted = self.interrupted or time.monotonic()
+        self.pulse.interrupted = 1  # a method may have taken the signal for itself
         self._send(number)
 
     def _send(self, number: int) -> None:
@@ -294,9 +312,9 @@ class _Watcher:
                 return os.waitstatus_to_exitcode(status)
             stopped = os.WIFSTOPPED(status) if pid else stopped
             now = time.monotonic()
-            passed, looked = min(now - looked, 10 * POLL), now  # a watcher that was stopped itself saw nothing
-            if pulse.cell != cell:
-                self.entered = now
+            since, looked = now - looked, now
+            passed = min(since, 10 * POLL)  # a watcher that was stopped itself saw nothing
+            pulse.stopped += since if stopped else since - passed
             if pulse.cell != cell or not pulse.limited:
                 asked = 0.0
             if pulse.cell != cell or pulse.beats != beats or stopped or pulse.patient or not pulse.limited:
@@ -306,7 +324,7 @@ class _Watcher:
                 self._send(signal.SIGKILL)  # a method that cannot be interrupted
             if pulse.limited and not stopped:
                 b = self.cells[cell - 1].benchmark
-                verdict = TIMED_OUT if now - self.entered > b.timeout_s else HUNG if idle > b.stall_s else 0
+                verdict = TIMED_OUT if pulse.seconds() > b.timeout_s else HUNG if idle > b.stall_s else 0
                 if not verdict:
                     asked = 0.0
                 elif not asked:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from eval.fixed_rows import GENERATORS, Generator
 from eval.metrics import Reference, feature_scores, frechet_distance, inception_score, memorisation
 from eval.mixtures import evaluate_mixture
 from eval.records import evaluation_key
+from eval.reference import reference_set
 
 GALLERY = {4: 20, 2: 800}  # how many samples are kept for the picture: images [N, C, H, W], points [N, D]
 
@@ -62,18 +64,22 @@ class Against:
     cross_held_out: Reference | None = None
 
     @classmethod
-    def of(cls, data: ImageData, extractor: str, cross_extractor: str | None, teacher_samples: Tensor | None = None) -> Against:
-        """Of a benchmark's data, under its extractors; `teacher_samples` uint8 [N,C,H,W]."""
+    def of(
+        cls, data: ImageData, extractor: str, cross_extractor: str | None, teacher_samples: Tensor | None = None,
+        cache: Path | None = None,
+    ) -> Against:  # fmt: skip
+        """Of a benchmark's data, under its extractors; `teacher_samples` uint8 [N,C,H,W]; `cache`: where reference features are kept."""
         main, cross = load_extractor(extractor), None if cross_extractor is None else load_extractor(cross_extractor)
+        held_out = lambda by: Reference.of(data.reference, by) if cache is None else reference_set(data.reference, by, cache)
         return cls(
             extractor=main,
-            held_out=Reference.of(data.reference, main),
+            held_out=held_out(main),
             labels=data.reference_labels,
             classes=data.classes,
             train=data.train,
             teacher=None if teacher_samples is None else Reference.of(teacher_samples, main),
             cross_extractor=cross,
-            cross_held_out=None if cross is None else Reference.of(data.reference, cross),
+            cross_held_out=None if cross is None else held_out(cross),
         )
 
 
@@ -121,15 +127,16 @@ def image_metrics(
     teacher_again: Tensor,
     seed: int,
     is_teacher: bool,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """The content of metrics.json for image samples, all uint8 [N,C,H,W], sample i asked for class i % classes.
 
     `teacher`: the teacher's samples of the same noise; at its most steps they are the partners of `noise_distance`, for students.
     `teacher_again`: as many from other noise, for `fid_teacher`. On the samples' own noise that distance would reward keeping
     the teacher's coupling of noise and image, which distribution matching does not aim at. The teacher's own row shows what a
-    perfect student scores; its cell carries the fixed rows as well.
+    perfect student scores; its cell carries the fixed rows as well. `cache`: folder of reference features (eval/reference.py).
     """  # fmt: skip
-    against = Against.of(data, extractor, cross_extractor, teacher_again)
+    against = Against.of(data, extractor, cross_extractor, teacher_again, cache)
     same_noise = None if is_teacher else teacher[max(teacher)]
     rows = [{"nfe": nfe, **evaluate_images(x, in_turn(len(x), data.classes), against, same_noise)} for nfe, x in samples.items()]
     count = len(teacher_again)

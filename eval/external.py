@@ -9,8 +9,8 @@ A record is results/external/<benchmark>/<name>.json, tracked, and the same samp
     samples_sha256  of the decoded samples, `samples.content_sha256`: the same for a folder, .npz and .safetensors
     labels_sha256   the same of the int64 labels; null without them, and scores that need a label are null too
     count           number of samples; a table marks the row where its own rows have another number
-    evaluation      key (of code and extractors, `records.evaluation_key`), extractor and extractor_sha256 with the second
-                    pair cross_*, reference_sha256 (of the held-out images' bytes); of a mixture: key alone
+    evaluation      `evaluate.about`: key (of code and extractors, `records.evaluation_key`), both extractors with their hashes,
+                    reference_sha256 (of the held-out images' bytes), ...; of a mixture: key, and data (its fingerprint)
     row             the scores by name, as in a row of metrics.json; null where what a score needs is not known
 
 Budget, training data and teacher are unknown: no `fid_teacher`, no `gap_closed`, and `memorisation` is about this
@@ -19,7 +19,6 @@ benchmark's training half only.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -37,31 +36,23 @@ PAIRS = 200  # of neighbours looked at for an order by class
 
 def external_metrics(samples: Samples, data: ImageData, extractor: str, cross_extractor: str | None) -> dict[str, Any]:
     """`evaluation` and `row` of a record for image samples in an order that passed `check_order`."""
-    from eval.evaluate import Against, evaluate_images
-    from eval.records import evaluation_key
+    from eval.evaluate import Against, about, evaluate_images
 
     against = Against.of(data, extractor, cross_extractor)
-    cross = against.cross_extractor
-    about = {
-        "key": evaluation_key(extractor, cross_extractor),
-        "extractor": extractor,
-        "extractor_sha256": against.extractor.sha256,
-        "cross_extractor": cross_extractor,
-        "cross_extractor_sha256": cross and cross.sha256,
-        "reference_sha256": hashlib.sha256(data.reference.numpy().tobytes()).hexdigest(),
-    }
-    return {"evaluation": about, "row": evaluate_images(samples.images, samples.labels, against)}
+    row = evaluate_images(samples.images, samples.labels, against)
+    return {"evaluation": about(data, against, len(samples.images)), "row": row}
 
 
 def external_mixture_metrics(
-    samples: Samples, exact: Tensor, exact_again: Tensor, means: Tensor, sigma: float, weights: Tensor
+    samples: Samples, exact: Tensor, exact_again: Tensor, means: Tensor, sigma: float, weights: Tensor, fingerprint: str
 ) -> dict[str, Any]:
-    """`evaluation` and `row` of a record for samples of a mixture, against two exact draws of the same size."""
+    """`evaluation` and `row` of a record for samples of the mixture of this fingerprint, against two exact draws of the same size."""
     from eval.mixtures import evaluate_mixture
     from eval.records import evaluation_key
 
     x, one, two, centres = (a.flatten(1) for a in (samples.images, exact, exact_again, means))
-    return {"evaluation": {"key": evaluation_key(None)}, "row": evaluate_mixture(x, one, two, centres, sigma, weights)}
+    about = {"key": evaluation_key(None), "data": fingerprint}
+    return {"evaluation": about, "row": evaluate_mixture(x, one, two, centres, sigma, weights)}
 
 
 def check_order(samples: Samples, extractor: str) -> None:
@@ -138,9 +129,30 @@ def read_external(folder: Path, benchmarks: list[str]) -> list[dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        fits = tuple(found) == KEYS and (found["benchmark"], f"{found['name']}.json") == (path.parent.name, path.name)
-    except (ValueError, KeyError, TypeError):
+        fits = _is_record(found) and (found["benchmark"], f"{found['name']}.json") == (path.parent.name, path.name)
+    except (OSError, ValueError, RecursionError):
         fits = False
     if not fits:
         raise ValueError(f"{path}: no record of external samples: remove it, or publish it again with `distillbench evaluate`")
     return found
+
+
+def _is_record(found: Any) -> bool:
+    """Whether a table can show it: keys and types as at the top of this file."""
+    if (
+        not isinstance(found, dict)
+        or tuple(found) != KEYS
+        or not isinstance(found["evaluation"], dict)
+        or not isinstance(found["row"], dict)
+    ):
+        return False
+    about, text = found["evaluation"], lambda x: isinstance(x, str) and x.isprintable()
+    return (
+        found["format"] == 1
+        and all(text(found[key]) for key in ("name", "benchmark", "samples_sha256"))
+        and all(found[key] is None or text(found[key]) for key in ("who", "where", "labels_sha256"))
+        and type(found["count"]) is int
+        and text(about.get("key"))
+        and text(about.get("reference_sha256", about.get("data")))
+        and all(value is None or type(value) in (int, float) for value in found["row"].values())
+    )

@@ -162,18 +162,29 @@ def memorisation(gen_pixels: Tensor, train_pixels: Tensor, rows: int = 2048) -> 
     """
     if gen_pixels.dtype != torch.uint8 or train_pixels.dtype != torch.uint8:
         raise ValueError(f"uint8 pixels expected, got {gen_pixels.dtype} and {train_pixels.dtype}")
-    # Integers in float64 make squared distances, and hence ties, exact.
-    gen, train = gen_pixels.flatten(1).double(), train_pixels.flatten(1).double()
-    _check(gen, train, at_least=1)
-    if len(train) < 2:
-        raise ValueError("a single training image has no neighbour")
-    pairs = [_squared_distances(part, train).topk(2, largest=False).values for part in train.split(rows)]
-    own = torch.cat(pairs)[:, 1]  # the nearest of all is the image itself
+    if gen_pixels.ndim < 2 or gen_pixels.shape[1:] != train_pixels.shape[1:] or len(gen_pixels) == 0 or len(train_pixels) < 2:
+        got = f"{list(gen_pixels.shape)} and {list(train_pixels.shape)}"
+        raise ValueError(f"need images of one shape, one generated and two of training at least, got {got}")
+    own = torch.cat([_nearest(part, train_pixels, rows)[0][:, 1] for part in train_pixels.split(rows)])  # the first is the image itself
     copied = 0
-    for part in gen.split(rows):
-        distance, nearest = _squared_distances(part, train).min(dim=1)
-        copied += int((distance <= own[nearest]).sum())
-    return copied / len(gen)
+    for part in gen_pixels.split(rows):
+        distances, nearest = _nearest(part, train_pixels, rows)
+        copied += int((distances[:, 0] <= own[nearest]).sum())
+    return copied / len(gen_pixels)
+
+
+def _nearest(images_u8: Tensor, others_u8: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Squared distances float64 [N,2] to the two nearest of the others, so many at once, and which is nearest, the first of equals."""
+    a = images_u8.flatten(1).double()  # integers: squared distances, and hence ties, are exact in this cheap form
+    best, nearest = a.new_full((len(a), 2), torch.inf), torch.zeros(len(a), dtype=torch.long)
+    for start in range(0, len(others_u8), rows):
+        b = others_u8[start : start + rows].flatten(1).double()
+        squared = a.square().sum(1)[:, None] - 2 * (a @ b.T) + b.square().sum(1)
+        least, place = squared.min(1)
+        nearest = torch.where(least < best[:, 0], place + start, nearest)
+        two = squared.topk(min(2, len(b)), largest=False).values
+        best = torch.cat([best, two], dim=1).topk(2, largest=False).values
+    return best, nearest
 
 
 def _frechet(gen: Gaussian, ref: Gaussian) -> float:
@@ -235,7 +246,3 @@ def _check(gen: Tensor, ref: Tensor, at_least: int) -> None:
         if not (low > -LARGEST and high < LARGEST):
             raise ValueError("values that are not finite, or beyond 1e15, have no score")
 
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[len(a), len(b)], for integers held in float64 only, where this cheap form is exact."""
-    return a.square().sum(1)[:, None] - 2 * (a @ b.T) + b.square().sum(1)

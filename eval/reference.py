@@ -57,18 +57,24 @@ def reference_set(images: Tensor | Path, extractor: Extractor, cache_folder: Pat
 
 
 def read(path: Path, made_of: dict[str, str]) -> Reference:
-    """The reference in `path`; ValueError if it was made of anything else."""
+    """The reference in `path`; ValueError if it was made of anything else, or its features are not those written."""
     with safe_open(path, framework="pt") as f:
-        if f.metadata() != made_of:
+        stored = f.metadata() or {}
+        written = stored.pop("features_sha256", None)
+        if stored != made_of:
             raise ValueError("it was made of other images, by another extractor or by other code")
-        return Reference(f.get_tensor("features"), made_of["extractor_sha256"])
+        features = f.get_tensor("features")
+    if content_sha256(features) != written:
+        raise ValueError("its features are not those that were written: a damaged file")
+    return Reference(features, made_of["extractor_sha256"])
 
 
 def write(path: Path, reference: Reference, made_of: dict[str, str]) -> None:
     """Atomically: a reader finds all of it or nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({"features": reference.features.contiguous()}, partial, metadata=made_of)
+        features = reference.features.contiguous()
+        save_file({"features": features}, partial, metadata=made_of | {"features_sha256": content_sha256(features)})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -43,6 +43,7 @@ GROUPS = {
     "external": "External samples (made elsewhere; budget, data and teacher unknown)",
 }
 OTHER_PROTOCOL = "evaluated under another protocol: run evaluate again"
+OTHER_DATA = "scored against other data: run evaluate again"
 Row = dict[str, Any]
 
 
@@ -68,7 +69,7 @@ def build_rows(records: list[Record], external: Iterable[Row] = ()) -> list[Row]
             for arm in arms:
                 rows += _arm_rows([r for r in own if r.arm == arm], anchors)
         shared = protocol(own)[benchmark]
-        rows += [_external(e, shared["evaluation"], shared["samples"]) for e in external if e["benchmark"] == benchmark]
+        rows += [_external(e, differs(e, shared), shared["samples"]) for e in external if e["benchmark"] == benchmark]
     return rows
 
 
@@ -128,23 +129,31 @@ def _arm_rows(records: list[Record], anchors: dict[int, Any]) -> list[Row]:
     return out
 
 
-def _external(record: Row, evaluation: str, count: int) -> Row:
-    """The row of an external record (eval/external.py) beside rows of this evaluation key and number of samples."""
-    current = record["evaluation"]["key"] == evaluation
+def differs(record: Row, shared: Row) -> str | None:
+    """Why the scores of an external record (eval/external.py) do not compare with rows of this `protocol`; None where they do."""
+    about = record["evaluation"]
+    if about["key"] != shared["evaluation"]:
+        return OTHER_PROTOCOL
+    data = "reference_sha256" if "reference_sha256" in about else "data"  # of images, of mixtures
+    return None if about[data] == shared[data] else OTHER_DATA
+
+
+def _external(record: Row, why_not: str | None, count: int) -> Row:
+    """The row of an external record beside rows of `count` samples; without numbers where it says why not."""
     status = "done" if record["count"] == count else f"{record['count']} samples, not {count}: not comparable"
     return {
         "benchmark": record["benchmark"], "group": "external", "method": record["name"], "variant": None, "title": record["name"],
-        "nfe": None, "headline": False, "seeds": int(current), "status": status if current else OTHER_PROTOCOL, "division": None,
+        "nfe": None, "headline": False, "seeds": int(why_not is None), "status": why_not or status, "division": None,
         "fidelity": None, "budget": None, "params": None, "trajectory": False, "reported": None,
         **{key: record[key] for key in ("who", "where", "samples_sha256", "count")},
-    } | _metrics([(record["row"] if current else {}, None)])  # fmt: skip
+    } | _metrics([({} if why_not else record["row"], None)])  # fmt: skip
 
 
 def beside(records: list[Record], record: Row, count: int) -> tuple[list[str], list[list[str]]]:
     """Head and lines, one per metric, that place an external record among fixed rows and teachers of published records."""
     rows = build_rows(records)
     many = max((r["nfe"] for r in rows if r["group"] == "teacher" and r["nfe"]), default=None)
-    shown = [_external(record, record["evaluation"]["key"], count)]
+    shown = [_external(record, None, count) | {"title": "samples"}]  # a name may be as wide as a terminal
     shown += [r for r in rows if r["group"] == "reference" or (r["group"] == "teacher" and r["nfe"] == many)]
     means = [{key: value for key, value in r.items() if not key.endswith("_sd")} for r in shown]
     names = {m: heading for m, (heading, *_) in (SHOWN | DIAGNOSTICS).items() if shown[0].get(f"{m}_mean") is not None}
@@ -262,7 +271,7 @@ def _notes(rows: list[Row], records: list[Record], benchmark: str) -> list[str]:
         lines += [
             "",
             f"FID, KID, IS, precision and recall (k = 3), density and coverage (k = 5) in the features of {own['extractor']} "
-            f"({own['extractor_sha256'][:12]}): {own['samples']} samples (the floor: the training half as it is) against "
+            f"({own['extractor_sha256'][:12]}{unpublished(own)}): {own['samples']} samples (the floor: the training half as it is) against "
             f"{own['reference']} held-out images; precision to coverage on pieces of {own['reference']} samples, averaged. Numbers compare "
             "only under one extractor. ‘FID to teacher’ is to as many samples of its teacher at many steps from other noise: the "
             f"teacher’s own row shows what a perfect student scores. {_second(own)}‘memor.’ is the share "
@@ -290,13 +299,20 @@ def _notes(rows: list[Row], records: list[Record], benchmark: str) -> list[str]:
             "those of the network that initialises students.",
         ]
     words = [
-        f"{r['title']}: {r['who']}, {r['where']} ({r['count']} samples, sha256 {r['samples_sha256'][:12]})"
-        for r in rows if r["group"] == "external"
-    ]  # fmt: skip
+        f"{r['title']}: {r['who'] or 'maker not stated'}, {r['where'] or 'source not stated'} "
+        f"({r['count']} samples, sha256 {r['samples_sha256'][:12]})"
+        for r in rows
+        if r["group"] == "external"
+    ]
     if words:
         lines += ["", f"External samples, scored as they are: {'; '.join(words)}."]
     lines += ["", f"Protocol: evaluation {own['evaluation']}, data {own['data']}, code {own['ground']}, commit {own['commit']}."]
     return lines
+
+
+def unpublished(about: dict[str, Any]) -> str:
+    """What follows an extractor's hash where others' scores are made with another weight file."""
+    return "" if about.get("published_weights", True) else ", not the published weight file: its scores compare with nobody else's"
 
 
 def _second(own: dict[str, Any]) -> str:
@@ -330,6 +346,7 @@ def protocol(records: list[Record]) -> dict[str, Any]:
             "data": ", ".join(sorted({r.result["provenance"]["hashes"]["data"] for r in own})),
             "ground": ", ".join(sorted({r.result["provenance"]["hashes"]["ground"] for r in own})),
             "commit": ", ".join(commits),
+            **({} if first.get("published_weights", True) else {"published_weights": False}),
             "cells": {f"{r.arm} seed {r.result['seed']}": r.result["key"] for r in own},
         }  # fmt: skip
     return out
@@ -343,10 +360,10 @@ def _commit(provenance: dict[str, Any]) -> str:
 def reported_rows(reported: dict[str, Any] | None) -> list[Row]:
     """The papers' rows in the shape of ours, without a measured value."""
     out: list[Row] = []
-    for section in (reported or {}).get("sections", []):
-        for r in section["rows"]:
+    for part in (reported or {}).get("sections", []):
+        for r in part["rows"]:
             out.append(
-                {"benchmark": section["benchmark"], "group": r["group"], "method": r["method"], "variant": None,
+                {"benchmark": part["benchmark"], "group": r["group"], "method": r["method"], "variant": None,
                  "title": r["method"], "nfe": r["nfe"], "headline": False, "seeds": 0, "status": "reported, not run",
                  "division": None, "fidelity": None, "budget": None, "params": None, "trajectory": False, "reported": r}
                 | {f"{m}_{k}": None for m in IMAGES for k in ("mean", "sd")}
@@ -356,10 +373,10 @@ def reported_rows(reported: dict[str, Any] | None) -> list[Row]:
 
 def _reported_section(reported: dict[str, Any]) -> list[str]:
     out = ["## Reported by the papers, not run here", "", reported["note"], ""]
-    for section in reported["sections"]:
+    for part in reported["sections"]:
         body: list[list[str]] = []
         for group, heading in reported["groups"].items():
-            members = [r for r in section["rows"] if r["group"] == group]
+            members = [r for r in part["rows"] if r["group"] == group]
             teacher = None
             if members:
                 body.append([f"**{heading}**"])
@@ -374,7 +391,7 @@ def _reported_section(reported: dict[str, Any]) -> list[str]:
                 )
         head = ["method", "epochs", "params", "NFE", "FID ↓ (reported)"]
         lines = [line + [""] * (5 - len(line)) for line in body]
-        out += [f"### {section['title']}", "", tabulate(lines, head, "github", disable_numparse=True), ""]
+        out += [f"### {part['title']}", "", tabulate(lines, head, "github", disable_numparse=True), ""]
     return out
 
 

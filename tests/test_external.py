@@ -112,18 +112,23 @@ def _(x):
     Path("bad").mkdir()
 
 
-@kind("wrong count", "bad: 3 samples, expected 1000: draw as many, or say --count 3 and have the row marked as not comparable")
+@kind("wrong count", "bad: 3 samples, expected 1000: draw as many")
 def _(x):
     folder(x[:3])
 
 
-@kind("not an image", "bad/notes.txt: no image file (.png, .jpg, .jpeg, .bmp, .webp): remove it, only samples may lie there")
+@kind("another count", "bad: 900 samples, expected 1000: draw as many, or say --count 900 and have the row marked as not comparable")
+def _(x):
+    folder(x[:900])
+
+
+@kind("not an image", "bad/notes.txt: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there")
 def _(x):
     folder(x)
     Path("bad/notes.txt").write_text("see paper\n")
 
 
-@kind("hidden file", "bad/.DS_Store: no image file (.png, .jpg, .jpeg, .bmp, .webp): remove it, only samples may lie there")
+@kind("hidden file", "bad/.DS_Store: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there")
 def _(x):
     folder(x)
     Path("bad/.DS_Store").write_bytes(b"\0")
@@ -203,14 +208,6 @@ def _(x):
     file.write_bytes(file.read_bytes()[:-12])
 
 
-@kind("truncated BMP", "bad/0.bmp: corrupt or truncated BMP: write it again")
-def _(x):
-    folder(x)
-    os.unlink("bad/0.png")
-    file = picture("bad/0.bmp")
-    file.write_bytes(file.read_bytes()[:-12])
-
-
 @kind("another format than its name", "bad/0.png: no readable PNG: corrupt, or of another format than its name says: write it again")
 def _(x):
     folder(x)
@@ -221,6 +218,21 @@ def _(x):
 def _(x):
     folder(x)
     Path("bad/4.png").write_bytes(b"")
+
+
+@kind("endless file", "bad/19.png: 8000000000000 bytes, far more than 8x8 pixels take: write the image again, and nothing else")
+def _(x):
+    folder(x)
+    os.truncate("bad/19.png", 8 * 10**12)  # sparse
+
+
+@kind("turned JPEG", "bad/0.jpg: stored turned or mirrored (EXIF orientation 6): turn the pixels, drop the tag")
+def _(x):
+    folder(x)
+    os.unlink("bad/0.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture("bad/0.jpg", exif=turned)
 
 
 @kind("duplicate name", "bad/7.png: second file for the sample 007.png: remove one of them")
@@ -243,7 +255,7 @@ def _(x):
     os.symlink("../gone.png", "bad/0.png")
 
 
-@kind("folder in itself", "bad/0/0: no image file (.png, .jpg, .jpeg, .bmp, .webp): remove it, only samples may lie there")
+@kind("folder in itself", "bad/0/0: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there")
 def _(x):
     Path("bad").mkdir()
     os.symlink(".", "bad/0")
@@ -317,7 +329,79 @@ def _(x):
         f.writestr("arr_0.npy", b"no array")
 
 
-@kind("npz with an array twice", "bad.npz: no array 'arr_0' (holds it twice): write the images first, np.savez(path, images, labels)")
+def member(content: bytes, compression: int = zipfile.ZIP_STORED) -> None:
+    """bad.npz of one member arr_0.npy."""
+    with zipfile.ZipFile("bad.npz", "w", compression) as f:
+        f.writestr("arr_0.npy", content)
+
+
+def npy(shape: str, dtype: str = "|u1", content: bytes = b"") -> bytes:
+    """A .npy file whose header says what it likes."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
+
+
+SPOILT = "bad.npz: a corrupt or truncated .npz archive: write it again with np.savez(path, images)"
+
+
+@kind("npz with half a header", SPOILT)
+def _(x):
+    member(b"\x93NUMPY\x01\x00" + struct.pack("<H", 20) + b"{'descr': '|u1', 'fo")
+
+
+@kind("npz of more pixels than there are numbers", SPOILT)
+def _(x):
+    member(npy(f"({2**70}, 8, 8, 1)"))
+
+
+@kind("npz of a shape that is no number", SPOILT)
+def _(x):
+    member(npy("(True,)", "|u1"))
+
+
+@kind("npz with more behind its array", SPOILT)
+def _(x):
+    member(npy("(1000, 8, 8, 1)", "|u1", channels_last(x).tobytes() + b"more"))
+
+
+@kind("npz with a password", SPOILT)
+def _(x):
+    npz(channels_last(x))
+    content = bytearray(Path("bad.npz").read_bytes())
+    for at in (6, content.rindex(b"PK\x01\x02") + 8):  # a flag of the member, told twice
+        content[at] |= 1
+    Path("bad.npz").write_bytes(content)
+
+
+@kind("npz of an unknown compression", SPOILT)
+def _(x):
+    npz(channels_last(x))
+    content = bytearray(Path("bad.npz").read_bytes())
+    for at in (8, content.rindex(b"PK\x01\x02") + 10):
+        content[at] = 99
+    Path("bad.npz").write_bytes(content)
+
+
+@kind("npz of damaged LZMA", SPOILT)
+def _(x):
+    member(npy("(1000, 8, 8, 1)", "|u1", channels_last(x).tobytes()), zipfile.ZIP_LZMA)
+    content = bytearray(Path("bad.npz").read_bytes())
+    content[45:60] = b"\xff" * 15  # behind the name: the properties and the first symbols
+    Path("bad.npz").write_bytes(content)
+
+
+@kind(
+    "npz of too many images, not unpacked",  # or its damage would be told: a few hundred kB may hold ten million images
+    "bad.npz: 1001 samples, expected 1000: draw as many, or say --count 1001 and have the row marked as not comparable",
+)
+def _(x):
+    npz(channels_last(torch.cat([x, x[:1]])))
+    content = bytearray(Path("bad.npz").read_bytes())
+    content[20000] ^= 1
+    Path("bad.npz").write_bytes(content)
+
+
+@kind("npz with an array twice", "bad.npz: holds 'arr_0' twice: write it again with np.savez(path, images, labels)")
 def _(x):
     stored = io.BytesIO()
     np.save(stored, channels_last(x))
@@ -329,7 +413,7 @@ def _(x):
 @kind(
     "floats in [0, 1]",
     "bad.npz: 'arr_0' is float32 from 0 to 1, expected uint8 0 to 255: round to uint8 yourself: (x * 255).round() from [0, 1], "
-    "((x + 1) * 127.5).round() from [-1, 1]",
+    "((x + 1) * 127.5).round() from [-1, 1], (x * 255 / 16).round() from 0..16",
 )
 def _(x):
     npz(channels_last(x).astype(np.float32) / 255)
@@ -338,7 +422,7 @@ def _(x):
 @kind(
     "floats in [-1, 1]",
     "bad.safetensors: 'samples' is float32 from -1 to 1, expected uint8 0 to 255: round to uint8 yourself: (x * 255).round() from "
-    "[0, 1], ((x + 1) * 127.5).round() from [-1, 1]",
+    "[0, 1], ((x + 1) * 127.5).round() from [-1, 1], (x * 255 / 16).round() from 0..16",
 )
 def _(x):
     save_file({"samples": x / 127.5 - 1}, "bad.safetensors")
@@ -347,7 +431,7 @@ def _(x):
 @kind(
     "half-precision floats",
     "bad.safetensors: 'samples' is bfloat16 from -1 to 1, expected uint8 0 to 255: round to uint8 yourself: (x * 255).round() from "
-    "[0, 1], ((x + 1) * 127.5).round() from [-1, 1]",
+    "[0, 1], ((x + 1) * 127.5).round() from [-1, 1], (x * 255 / 16).round() from 0..16",
 )
 def _(x):
     save_file({"samples": (x / 127.5 - 1).bfloat16()}, "bad.safetensors")
@@ -371,11 +455,20 @@ def _(x):
 
 @kind(
     "bytes of images in [0, 1]",
-    "bad.npz: no pixel is above 1 of 255: bytes of images in [0, 1]? round to uint8 yourself: (x * 255).round() from [0, 1], "
-    "((x + 1) * 127.5).round() from [-1, 1]",
+    "bad.npz: no pixel is above 1, and the benchmark's reach 255: bytes of another range? round to uint8 yourself: (x * 255).round() "
+    "from [0, 1], ((x + 1) * 127.5).round() from [-1, 1], (x * 255 / 16).round() from 0..16",
 )
 def _(x):
     npz((channels_last(x) / 255).round().astype(np.uint8))
+
+
+@kind(
+    "scikit-learn's levels 0 to 16",
+    "bad: no pixel is above 16, and the benchmark's reach 255: bytes of another range? round to uint8 yourself: (x * 255).round() "
+    "from [0, 1], ((x + 1) * 127.5).round() from [-1, 1], (x * 255 / 16).round() from 0..16",
+)
+def _(x):
+    folder((x / 255 * 16).round().to(torch.uint8))
 
 
 @kind(
@@ -415,6 +508,32 @@ def _(x):
 @kind("safetensors without samples", "bad.safetensors: no tensor 'samples' (holds images): name it so")
 def _(x):
     save_file({"images": x}, "bad.safetensors")
+
+
+def safetensors(name: str, dtype: str, shape: list[int], x: Tensor) -> None:
+    """bad.safetensors with `samples` and another tensor, of a dtype that torch may lack."""
+    size = {"F4": 1, "F8_E4M3": 2}[dtype] * int(np.prod(shape)) // 2
+    header = {"samples": {"dtype": "U8", "shape": list(x.shape), "data_offsets": [size, size + x.numel()]}} if name != "samples" else {}
+    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    content = bytes(size) + (x.numpy().tobytes() if name != "samples" else b"")
+    Path("bad.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content)
+
+
+@kind("samples of four bits", "bad.safetensors: 'samples' is F4, expected uint8 0 to 255: store it as such")
+def _(x):
+    safetensors("samples", "F4", [N, 1, 8, 8], x)
+
+
+@kind("samples of eight-bit floats", "bad.safetensors: 'samples' is F8_E4M3, expected uint8 0 to 255: store it as such")
+def _(x):
+    safetensors("samples", "F8_E4M3", [N, 1, 8, 8], x)
+
+
+@kind("labels of four bits", "bad.safetensors: 'labels' is F4 [1000], expected [1000] integers, a class per sample")
+def _(x):
+    safetensors("labels", "F4", [N], x)
 
 
 @kind("truncated safetensors", "bad.safetensors: no .safetensors file, or a truncated one: write it again")
@@ -522,11 +641,11 @@ def test_hash_is_of_content_in_order(good):
 
 
 def test_names_are_read_in_natural_order(tmp_path, good):
-    names = ["b1", "a10", "a9", "A2", "a2b", "10", "9"]
+    names = ["b1", "a10", "a9", "A2", "a2b", "10", "9", "a0", "a"]
     for i, name in enumerate(names):
         picture(tmp_path / f"{name}.png", good[i, 0].numpy())
     read = read_samples(tmp_path, (1, 8, 8), len(names), 10).images
-    wanted = [names.index(name) for name in ("9", "10", "A2", "a2b", "a9", "a10", "b1")]
+    wanted = [names.index(name) for name in ("9", "10", "a", "a0", "A2", "a2b", "a9", "a10", "b1")]
     assert torch.equal(read, good[wanted])
 
 
@@ -558,7 +677,7 @@ def test_sixteen_bits_of_colour_are_no_bytes(tmp_path):
         file = tmp_path / f"{bits}/0.png"
         file.parent.mkdir()
         file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
-    assert read_samples(tmp_path / "8", (3, 4, 8), 1, 10).images.max() == 23
+    assert read_samples(tmp_path / "8", (3, 4, 8), 1, 10, brightest=23).images.max() == 23
     assert Image.open(tmp_path / "16/0.png").mode == "RGB"
     with pytest.raises(ValueError, match=r"0\.png: 16 bits per channel, expected 8: store bytes yourself"):
         read_samples(tmp_path / "16", (3, 4, 4), 1, 10)

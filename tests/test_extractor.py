@@ -19,7 +19,7 @@ from eval.metrics import frechet_distance
 
 COMMITTED = {
     "digits-gelu-64": "0f59097f58a73ce63da9b8e5e5a88f7ccbb0d394db7f72d3e4fd3690dcf8557a",
-    "digits-simclr-64": "205e696ed4808ff06839cfd7b8a34ddd6a236ce6977ad0fd5a68134117868c10",
+    "digits-simclr-64": "bc74c60cb26f9294e4c2dc3f699006db3292689620204743a6ef5aad2bc2b4b3",
 }
 NAME, SECOND = COMMITTED
 
@@ -225,20 +225,15 @@ def test_shift_moves_by_a_pixel_at_most():
     assert places == {(i, j) for i in (3, 4, 5) for j in (3, 4, 5)}
 
 
-def test_view_is_the_image_with_a_hole_where_nothing_moves(digits, monkeypatch):
+def test_view_is_the_image_where_nothing_moves(digits, monkeypatch):
     x = simclr.scaled(digits[0][:300])
+    assert not torch.allclose(simclr.view(x, torch.Generator().manual_seed(0)), x, atol=0.1)
     for size in ("SHIFT", "TURN", "SCALE"):
         monkeypatch.setattr(simclr, size, 0.0)
-    marked = x.clamp_min(-0.5)  # no pixel looks like background
-    seen = simclr.view(marked, torch.Generator().manual_seed(0))
-    hole = seen == -1
-    assert torch.allclose(seen[~hole], marked[~hole], atol=1e-5)
-    assert (hole.sum((1, 2, 3)) == 9).all() and (hole.amax(3).sum(2) == 3).all()  # nine pixels in three rows
-    assert len({tuple(h.flatten().tolist()) for h in hole}) == 36  # all places
+    assert torch.allclose(simclr.view(x, torch.Generator().manual_seed(0)), x, atol=1e-5)
 
 
 def test_view_moves_by_a_pixel_at_most_and_keeps_the_range(digits, monkeypatch):
-    monkeypatch.setattr(simclr, "HOLE", 0)
     rng, place = torch.Generator().manual_seed(0), torch.arange(8.0)
     seen = simclr.view(simclr.scaled(digits[0]), rng)
     assert seen.min() >= -1 - 1e-5 and seen.max() <= 1 + 1e-5
@@ -250,6 +245,15 @@ def test_view_moves_by_a_pixel_at_most_and_keeps_the_range(digits, monkeypatch):
     total = light.sum((1, 2))
     moved = torch.stack([light.sum(2) @ place / total, light.sum(1) @ place / total], 1) - 3.5
     assert 0.95 < moved.abs().max() < 1.001 and (moved.mean(0).abs() < 0.15).all()
+
+
+def test_neighbours_are_the_image_moved_by_a_pixel():
+    dot = torch.full((1, 1, 8, 8), -1.0)
+    dot[..., 4, 2] = 1
+    places = [tuple(x[0, 0].eq(1).nonzero()[0].tolist()) for x in simclr.neighbours(dot)]
+    assert sorted(places) == [(i, j) for i in (3, 4, 5) for j in (1, 2, 3) if (i, j) != (4, 2)]
+    at_the_border = torch.cat(simclr.neighbours(dot.roll(-2, 3)))
+    assert at_the_border.eq(1).sum() == 5 and at_the_border.min() == -1  # what leaves does not come in on the other side
 
 
 def test_contrast_loss_is_nt_xent_by_hand():
@@ -291,25 +295,41 @@ def test_training_repeats_to_the_byte_whatever_the_global_stream(module, digits,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module, name", [(script, NAME), (simclr, SECOND)])
-def test_retraining_gives_the_committed_bytes(module, name, digits, one_thread, tmp_path):
-    """About 15 s each. On another kind of CPU the last bits may differ: then the committed file stands."""
-    path = tmp_path / "again.safetensors"
-    script.write(trained(module, digits), path)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == COMMITTED[name]
+def test_retraining_gives_the_committed_extractor(module, name, digits, one_thread, monkeypatch):
+    """To the byte on the kind of CPU it was trained on, within rounding on others; another seed is another extractor."""
+    images = simclr.scaled(digits[0])
+    committed = network_of(name, safetensors.torch.load(WEIGHTS[name].read_bytes()))(images)[0]
+
+    def away(network: nn.Module) -> float:
+        return float((network(images)[0] - committed).norm() / committed.norm())
+
+    again = trained(module, digits)
+    print(f"{name}: {away(again):.1e} of the features' norm away from the committed ones")
+    assert away(again) < 1e-3
+    monkeypatch.setattr(module, "SEED", 1)
+    assert away(trained(module, digits, **({"epochs": 2} if module is simclr else {}))) > 0.1
 
 
 @pytest.mark.slow
-def test_without_labels_unseen_digits_are_recognised(digits, one_thread):
-    """Trained on half of them: 5 nearest neighbours 97.7 %; after one epoch far fewer."""
+def test_a_second_thread_is_another_extractor(digits, one_thread):
+    """Training repeats at a fixed number of threads only: what another number gives has a hash of its own."""
+    few, found = (digits[0][:512], digits[1][:512]), []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        found.append(hashlib.sha256(safetensors.torch.save(script.train(*few, epochs=3).state_dict())).hexdigest())
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.slow
+def test_without_labels_unseen_digits_are_recognised_where_they_moved(digits, one_thread):
+    """Trained on half of them: of the others, moved by a pixel, 5 nearest neighbours know 80 %; by pixels 49 %, untrained 38 %."""
     images, labels = digits
     even = script.alternate(labels)
-
-    def right(epochs: int) -> float:
-        features = simclr.train(images[even], epochs)(simclr.scaled(images))[0]
-        nearest = torch.cdist(features[~even], features[even]).topk(5, largest=False).indices
-        return (labels[even][nearest].mode(1).values == labels[~even]).float().mean().item()
-
-    assert right(simclr.EPOCHS) > 0.965 > right(1)
+    ways = {"pixels": lambda x: x.flatten(1), "untrained": lambda x: simclr.train(images[even], 0)(x)[0]}
+    network = simclr.train(images[even])
+    ways["trained"] = lambda x: network(x)[0]
+    found = {way: simclr.recognised(f, images, labels, even)["5 nearest, moved a pixel"] for way, f in ways.items()}
+    assert found["trained"] > 0.75 and found["pixels"] < 0.55 and found["untrained"] < 0.5
 
 
 def test_write_replaces_all_or_nothing(extractor, tmp_path, monkeypatch):

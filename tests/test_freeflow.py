@@ -110,15 +110,49 @@ def test_correction_pulls_the_generator_towards_the_data():  # test 1
         slopes[a] = (-z * delta).mean().item()  # U = (1 - a) z, so dL/da = E[dU/da Delta] = -E[z Delta]
     assert slopes[0.3] == pytest.approx(-0.070, abs=0.003) and slopes[0.8] == pytest.approx(0.166, abs=0.003)
     assert abs(slopes[0.5]) < 1e-6
-    assert -slopes[0.3] > 0 > -slopes[0.8]  # a flipped Delta_N is ascent
+    flipped = Gaussian(None, c=0.8, a=0.5).noising(0.5 * z, NONE, step())[2]  # planted: v_q and v exchanged are data of sd 0.8
+    assert (-z * flipped).mean() < 0 < slopes[0.8]
 
 
 def test_signs_of_the_paper_give_the_same_gradient():  # test 2
-    u, delta = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
-    gradient = lambda a, b: torch.autograd.grad(method.gradient_form(a, b), u)[0]
-    torch.testing.assert_close(gradient(u, delta), delta / 4)
-    torch.testing.assert_close(gradient(-u, -delta), delta / 4)  # F = -U, Delta_F = -Delta
-    assert torch.equal(gradient(-u, delta), -gradient(u, delta))  # one factor flipped: ascent, though the loss at Delta = 0 is the same
+    """The paper's quantities of any map, u = -v, F = -U, f = z + delta F, v_G = df/d delta, v_N = -v_q, and ours."""
+    g = torch.Generator().manual_seed(0)
+    z, e = torch.randn(2, 8, 2, dtype=torch.float64, generator=g)
+    delta, r = 0.1 + 0.8 * torch.rand(2, 8, dtype=torch.float64, generator=g)
+    paper_f = lambda d: torch.sin(3 * z + over(d, z))  # F(z, delta)
+    f = lambda d: z + over(d, z) * paper_f(d)
+    state, v_g = jvp(f, (delta,), (torch.ones_like(delta),))
+    paper_delta = v_g + velocity(state, 1 - delta, 0.5)  # v_G - u(f, 1 - delta)
+    u, du = jvp(lambda s: -paper_f(1 - s), (1 - delta,), (torch.ones_like(delta),))
+    ours = Gaussian(None, derivative="jvp").generating(z, u, du, delta, delta, NONE, step())
+    torch.testing.assert_close(ours, -paper_delta)
+    x = z - u  # at any delta: what matters is v_N - u(x_r, r)
+    of = lambda a: velocity(noised(x, e, r), r, a)
+    paper_delta_n = -of(0.3) + of(0.5)
+    gradient = lambda a, b: torch.autograd.grad(method.gradient_form(a, b), leaf)[0]
+    leaf = u.clone().requires_grad_(True)
+    for in_the_paper in (paper_delta, paper_delta_n):
+        theirs, own = gradient(-leaf, in_the_paper), gradient(leaf, -in_the_paper)
+        torch.testing.assert_close(own, theirs)
+        # One factor flipped is ascent, at a loss of the same size.
+        torch.testing.assert_close(gradient(leaf, in_the_paper), -theirs)
+        assert method.gradient_form(leaf, in_the_paper).abs() == method.gradient_form(-leaf, in_the_paper).abs()
+
+
+@pytest.mark.parametrize("form", ["euler", "heun", "jvp"])
+def test_prediction_pulls_the_map_towards_the_flow(form):
+    """U off by eps > 0 from the fixed point: Delta_G > 0, since U moves by -Delta_G; for every form the same sign."""
+    z = torch.randn(64, 1, dtype=torch.float64)
+    for eps in (0.05, -0.05):
+        if form == "jvp":
+            delta = 0.05 + 0.9 * torch.rand(64, dtype=torch.float64)
+            u, du = jvp(lambda s: exact_average(z, s, 0.5), (1 - delta,), (torch.ones(64, dtype=torch.float64),))
+            found = Gaussian(None, derivative="jvp").generating(z, u + eps, du, delta, delta, NONE, step())
+        else:
+            net, start = roll_out({"euler": euler, "heun": heun}[form], 8)[0], torch.arange(64, dtype=torch.float64) % 8 / 8
+            off = net(z, 1 - start - 1 / 8) + eps
+            found = Gaussian(net, solver=form).generating(z, off, None, start, start + 1 / 8, NONE, step())
+        assert (found * eps).min() > 0
 
 
 def test_the_exact_map_has_no_residual_in_the_continuous_form():  # test 3
@@ -237,11 +271,13 @@ def test_confident_region():  # test 8, App. A.1
     assert method.confident(x, t, 1.0, torch.randn(4, 1))[0].isfinite().all()
 
 
-def test_confident_region_lasts_as_long_as_the_settings_say():
+@pytest.mark.parametrize("derivative", ["discrete", "jvp"])
+def test_confident_region_lasts_as_long_as_the_settings_say(derivative):
     for index, everywhere in ((1, True), (6, False)):
-        m = Gaussian(exact_average_at_half, confident_warmup=0.5)
+        m = Gaussian(exact_average_at_half, confident_warmup=0.5, derivative=derivative)
         z, start = torch.randn(8, 1), torch.arange(8) / 8
-        m.generating(z, m.net(z, None, None, 1 - start - 1 / 8, None), None, start, start + 1 / 8, NONE, step(index))
+        u = m.net(z, None, None, 1 - start - 1 / 8, None)
+        m.generating(z, u, 0 * u if derivative == "jvp" else None, start, start + 1 / 8, NONE, step(index))
         lowest = min(t.min().item() for _, t in m.asked)
         assert lowest == pytest.approx(1 - (index / 10) / 0.5 if everywhere else 0.0)
 
@@ -276,12 +312,26 @@ def test_network_is_trained_at_the_end_of_the_interval(monkeypatch):  # test 9
     with_gradient = torch.cat([s for s, grad in seen if grad])
     assert with_gradient.max() <= 7 / 8 and (with_gradient[24:] == 0).all()  # never F(z, 0); correction rows at delta = 1
     assert torch.cat([s for s, grad in seen if not grad]).max() == 1.0  # starts at delta = 0 are evaluated without one
+    delta = torch.full((24,), 0.95)
+    monkeypatch.setattr(method, "draw_delta", lambda *_: delta)
+    seen.clear()
+    m.train_step(batch(), step())
+    assert (torch.cat([s for s, grad in seen if grad])[:24] == 0).all()  # prediction trains F(z, 1), which is what is sampled
+    planted = lambda delta, steps: ((delta * steps).floor() / steps - 1 / steps, (delta * steps).floor() / steps)  # trained at the floor
+    monkeypatch.setattr(method, "on_grid", planted)
+    seen.clear()
+    m.train_step(batch(), step())
+    assert (torch.cat([s for s, grad in seen if grad])[:24] > 0).all()
 
 
 def test_law_of_r():  # test 10
-    r = times.logit_normal(Rng(0, "r"), 400_000, SETTINGS["r_mean"], SETTINGS["r_std"])
-    assert r.mean().item() == pytest.approx(0.634, abs=0.002)
-    torch.testing.assert_close(r.quantile(torch.tensor([0.05, 0.5, 0.95])), torch.tensor([0.138, 0.689, 0.969]), atol=0.003, rtol=0)
+    def fits(mean: float, std: float) -> bool:
+        r = times.logit_normal(Rng(0, "r"), 400_000, mean, std)
+        quantiles = r.quantile(torch.tensor([0.05, 0.5, 0.95]))
+        return abs(r.mean().item() - 0.634) < 0.002 and (quantiles - torch.tensor([0.138, 0.689, 0.969])).abs().max().item() < 0.003
+
+    assert fits(SETTINGS["r_mean"], SETTINGS["r_std"])
+    assert not fits(-SETTINGS["r_mean"], SETTINGS["r_std"]) and not fits(SETTINGS["r_mean"], 1.0)  # t and 1 - t exchanged
 
 
 @pytest.mark.parametrize("r", [0.2, 0.5, 0.9])
@@ -318,6 +368,59 @@ def test_correction_is_a_tenth_of_the_prediction(monkeypatch):  # test 13, App. 
     assert ratio.item() == pytest.approx(0.1, rel=1e-4)
     before = raw[0][0][0].flatten(1).norm(dim=1)  # lambda from norms before the weight would give another ratio
     assert abs(before.mean() / norms[:192].mean() - 1) > 0.1
+
+
+def test_an_update_is_wired_as_its_settings_say(monkeypatch):
+    """k, alpha's delay and ramp at this progress, the student's own samples for Eq. 11, and g_psi trained while alpha is 0."""
+    lambdas = {}
+    for index in (0, 2, 9):  # before the delay, half way up, after the ramp
+        m, _ = made(k=0.0, alpha_delay=0.1, alpha_ramp=0.2)
+        moved(m)
+        outputs, given = [], []
+        m.net.register_forward_hook(lambda net, args, out: outputs.append((args[0], out)) if torch.is_grad_enabled() else None)
+        noising = m.noising
+        m.noising = lambda x, cond, step: (given.append(x), noising(x, cond, step))[1]
+        forms, g = captured(monkeypatch, method, "gradient_form"), weights(m.g)
+        raw = captured(monkeypatch, method, "weighted")
+        lambdas[index] = m.train_step(batch(), step(index, 10))["lambda"].item()
+        (z, u) = outputs[0]
+        assert torch.equal(given[0], (z - u)[24:])  # X(z, 1, 0)
+        assert torch.equal(forms[0][0][1][:24], raw[0][0][0])  # k = 0 leaves Delta_G as it is
+        assert not torch.equal(weights(m.g), g)
+        norm = lambda x: x.flatten(1).norm(dim=1).mean().item()
+        delta_n = m_delta_n(forms[0][0][1][24:], lambdas[index])
+        expected = {0: 0.0, 2: 0.15, 9: 0.3}[index]
+        assert delta_n is None or lambdas[index] * norm(delta_n) == pytest.approx(expected * norm(raw[0][0][0]), rel=1e-4)
+        monkeypatch.undo()
+    assert lambdas[0] == 0 < lambdas[2] < lambdas[9]
+
+
+def m_delta_n(cotangent: Tensor, scale: float) -> Tensor | None:
+    """Delta_N from the cotangent lambda Delta_N."""
+    return cotangent / scale if scale else None
+
+
+def test_lambda_is_that_of_the_whole_batch_on_any_number_of_ranks(monkeypatch):
+    """A ratio of means over all ranks, and not the mean of the ranks' ratios."""
+    m, _ = made()
+    moved(m)
+    monkeypatch.setattr(Step, "mean_across_ranks", lambda self, value: 2 * value + 1)  # another rank with other norms
+    raw, scaled = captured(monkeypatch, method, "weighted"), captured(monkeypatch, method, "balance")
+    found = m.train_step(batch(), step())["lambda"].item()
+    assert len(scaled) == 1 and len(raw) == 1
+    own = raw[0][1].flatten(1).norm(dim=1).mean().item()
+    assert scaled[0][0][1].item() == pytest.approx(2 * own + 1) and found == scaled[0][1].item()
+
+
+def test_the_average_is_what_is_sampled():
+    m, _ = made(student={"lr": 1e-2, "half_lives": {"evaluation": 0.5}})
+    m.student.total_updates = 10
+    for i in range(3):
+        m.train_step(batch(), step(i))
+    z, one, labels = torch.randn(6, *SHAPE), torch.ones(6), torch.arange(6) % 3
+    jump = lambda net: z - net(z, one, labels, s=0 * one)
+    x = m.sample(z, Condition(labels), 1, None)
+    assert torch.equal(x, jump(m.student.averaged())) and not torch.allclose(x, jump(m.net), atol=1e-4)
 
 
 def test_alpha_schedule():  # test 14: delay and ramp 10K of 100K, decay after 25K
@@ -383,6 +486,13 @@ def test_teacher_is_guided_inside_the_interval_only():  # Table 1c
     m.train_step(batch(), step())
     assert len(asked) == 3 and all(len(t) == 24 for t, _ in asked[:2]) and len(asked[2][0]) == 8
     assert all((w > 1).all() for _, w in asked[:2])  # Eq. 9 is guided everywhere
+    given = [w for _, w in asked]
+    seen = []
+    for net in (m.net, m.g):  # gamma of each row reaches the student and g_psi, which tells the generators apart
+        net.register_forward_pre_hook(lambda net, args, kw: seen.append(kw["guidance"]), with_kwargs=True)
+    asked.clear()
+    m.train_step(batch(), step())
+    assert torch.equal(seen[0][:24], given[0]) and torch.equal(seen[-1], seen[0][24:]) and len(seen[0].unique()) == N
     r, w = asked[2]
     assert ((w == 1) == (r > 0.4)).all() and (w > 1).any() and (r > 0.4).any()
 

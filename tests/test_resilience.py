@@ -322,6 +322,12 @@ def test_a_beat_is_cheap():
 # What was on disk when the process ended
 
 
+def interrupt(pulse: watch.Pulse) -> None:
+    """As the worker's handler of Ctrl-C does."""
+    pulse.interrupted = 1
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def interrupted(here: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cell, list[dict[str, float]]]]:
     """meanflow, killed after 30 steps with a checkpoint every step, and the step lines of the uninterrupted run."""
@@ -333,19 +339,18 @@ def interrupted(here: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[tup
         train.run_cell(made, quiet)
         expected = [line for line in journal.read(made.folder) if "step" in line]
         shutil.rmtree(made.folder)
-        original, calls = train.one_step, []
+        original, pulse = train.one_step, watch.Pulse()
 
         def killed(*args):
-            calls.append(args[1:])
             if args[1] == 30:
-                raise KeyboardInterrupt
+                interrupt(pulse)
             return original(*args)
 
         with monkeypatch.context() as m:
             m.setattr(train, "one_step", killed)
             made.folder.mkdir()
             with pytest.raises(KeyboardInterrupt):
-                train.run_cell(made, quiet)
+                train.run_cell(made, quiet, pulse)
     yield made, expected
     shutil.rmtree(made.folder)
 
@@ -414,7 +419,7 @@ def test_a_checksum_sees_one_bit():
 def test_a_kill_between_training_and_record_does_not_train_again(interrupted, monkeypatch: pytest.MonkeyPatch):
     made, _ = interrupted
     with monkeypatch.context() as m:
-        m.setattr(train, "sample", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(train, "sample", lambda *_, pulse: interrupt(pulse))
         with made.locked(), pytest.raises(KeyboardInterrupt):
             train.run_cell(made, quiet)
     trained = len([line for line in journal.read(made.folder) if "step" in line])
