@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,10 @@ def metrics_of(cell: Cell) -> dict[str, Any]:
         assert b.extractor is not None
         teacher, again = samples_of(cell.teacher)
         assert again is not None
-        images, is_teacher = stored_images(data), cell.arm is None
-        found = evaluation.image_metrics(images, b.extractor, b.cross_extractor, samples, teacher, again, cell.seed, is_teacher)
+        found = evaluation.image_metrics(
+            stored_images(data), b.extractor, b.cross_extractor, samples, teacher, again, cell.seed,
+            is_teacher=cell.arm is None, cache=config.root() / "results/runs/references",
+        )  # fmt: skip
     else:
         rng = Rng(cell.seed, "exact samples")
         exact, again = (data.draw(rng, b.sampling.count)[0] for _ in range(2))
@@ -106,11 +109,14 @@ def draws_of(cell: Cell, count: int) -> dict[str, Any]:
 
     Their spread is the sampling error of that checkpoint, not the spread of training.
     """
+    import torch
+
     from distillbench import data as data_sets
     from distillbench.train import restore
     from distillbench.train import sample as draw
     from eval import evaluate as evaluation
 
+    torch.set_num_threads(1)
     _, again = samples_of(cell.teacher)
     samples_of(cell)  # says so if it is not there
     run, b, report = restore(cell), cell.benchmark, reporter(cell.label)
@@ -191,11 +197,12 @@ def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
     published = [[r for r in records.read(f) if r.result["benchmark"] == b.name] for f in folders]
     current = [p for p in published if p and tables.differs(record, tables.protocol(p)[b.name]) is None]
     head, lines = tables.beside(current[0] if current else [], record, b.sampling.count)
+    wrapped = lambda words, width: textwrap.fill(words, width, break_long_words=False)  # eight columns in a terminal's 80
     view = RichTable(box=None, pad_edge=False)
     for i, words in enumerate(head):
-        view.add_column(words.replace(" ", "\n", 1), justify="right" if i else "left", overflow="fold", style="bold" if i == 1 else None)
+        view.add_column(wrapped(words, 9), justify="right" if i else "left", overflow="fold", style="bold" if i == 1 else None)
     for line in lines:
-        view.add_row(*line)
+        view.add_row(wrapped(line[0], 14), *line[1:])
     out.print(view)
     about = record["evaluation"]
     words = f"{record['name']}: {record['count']} samples" + (
@@ -205,9 +212,10 @@ def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
         words += f" ({b.name} takes {b.sampling.count}: not comparable)"
     out.print(f"{words}, sha256 {record['samples_sha256']}", soft_wrap=True)
     if "extractor" in about:
-        both = ((about["extractor"], about["extractor_sha256"]), (about["cross_extractor"], about["cross_extractor_sha256"]))
-        named = ", second ".join(f"{n} {h[:12]}" for n, h in both if n)
-        out.print(f"extractor {named}, evaluation {about['key']}{tables.unpublished(about)}", soft_wrap=True)
+        both = {about["extractor"]: about["extractor_sha256"][:12] + tables.unpublished(about)}
+        if about["cross_extractor"]:
+            both[about["cross_extractor"]] = about["cross_extractor_sha256"][:12]
+        out.print(f"extractor {', second '.join(map(' '.join, both.items()))}, evaluation {about['key']}", soft_wrap=True)
     if not current and any(published):
         why = "published rows are of another evaluation or other data, so not beside"
         out.print(f"{why}: `snakemake --cores all results/TABLE.md` renews them", soft_wrap=True)

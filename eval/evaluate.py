@@ -158,7 +158,8 @@ def about(data: ImageData, against: Against, count: int) -> dict[str, Any]:
     main, cross = against.extractor, against.cross_extractor
     return {
         "key": evaluation_key(main.name, cross and cross.name), "samples": count, "torch_fidelity": version("torch-fidelity"),
-        "extractor": main.name, "extractor_sha256": main.sha256, "published_weights": main.published,
+        "extractor": main.name, "extractor_sha256": main.sha256,
+        "published_weights": main.published and (cross is None or cross.published),
         "cross_extractor": cross and cross.name, "cross_extractor_sha256": cross and cross.sha256,
         "reference": len(data.reference), "reference_sha256": hashlib.sha256(data.reference.numpy().tobytes()).hexdigest(),
     }  # fmt: skip

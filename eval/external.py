@@ -139,12 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_record(found: Any) -> bool:
     """Whether a table can show it: keys and types as at the top of this file."""
-    if (
-        not isinstance(found, dict)
-        or tuple(found) != KEYS
-        or not isinstance(found["evaluation"], dict)
-        or not isinstance(found["row"], dict)
-    ):
+    if not (isinstance(found, dict) and tuple(found) == KEYS and all(isinstance(found[key], dict) for key in ("evaluation", "row"))):
         return False
     about, text = found["evaluation"], lambda x: isinstance(x, str) and x.isprintable()
     return (

@@ -245,4 +245,3 @@ def _check(gen: Tensor, ref: Tensor, at_least: int) -> None:
         low, high = features.aminmax()
         if not (low > -LARGEST and high < LARGEST):
             raise ValueError("values that are not finite, or beyond 1e15, have no score")
-

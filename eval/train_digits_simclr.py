@@ -76,7 +76,7 @@ def train(images_u8: Tensor, epochs: int = EPOCHS) -> DigitsMixer:
 
 def recognised(features: Callable[[Tensor], Tensor], images_u8: Tensor, labels: Tensor, known: Tensor) -> dict[str, float]:
     """Share of the digits outside `known` (bool [N]) that a reader of the features of those inside gets right, by reader and place."""
-    x, found = scaled(images_u8), {}
+    x, found = scaled(images_u8), dict[str, float]()
     readers = {"5 nearest": KNeighborsClassifier(5), "linear probe": make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))}
     for name, reader in readers.items():
         reader.fit(features(x[known]).numpy(), labels[known])
@@ -94,7 +94,11 @@ def main() -> None:
         untrained = DigitsMixer().requires_grad_(False)
     for name, known in (("even", even), ("odd", ~even)):
         trained = train(images[known])
-        ways = {"pixels": lambda x: x.flatten(1), "untrained": lambda x: untrained(x)[0], "trained": lambda x, n=trained: n(x)[0]}
+        ways: dict[str, Callable[[Tensor], Tensor]] = {
+            "pixels": lambda x: x.flatten(1),
+            "untrained": lambda x: untrained(x)[0],
+            "trained": lambda x, network=trained: network(x)[0],  # type: ignore[misc]
+        }
         for way, features in ways.items():
             found = recognised(features, images, labels, known)
             print(f"{name} half known, {way}: " + ", ".join(f"{what} {right:.2%}" for what, right in found.items()), flush=True)

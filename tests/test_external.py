@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distillbench import cli
+from distillbench import cli, scoring
 from distillbench import data as data_sets
 from distillbench.config import DigitsData
 from eval import evaluate, external, records, tables
@@ -356,7 +356,7 @@ def _(x):
 
 @kind("npz of a shape that is no number", SPOILT)
 def _(x):
-    member(npy("(True,)", "|u1"))
+    member(npy("(True,)", content=b"\0"))
 
 
 @kind("npz with more behind its array", SPOILT)
@@ -726,7 +726,10 @@ def test_what_sample_writes_is_accepted(checkout, capsys):
     assert run(capsys, "sample", "tiny-ring", "teacher", "--output", "points.safetensors", "--count", "500")[0] == 0
     code, out, err = run(capsys, "evaluate", "points.safetensors", "--benchmark", "tiny-ring", "--output", "points.json")
     assert code == 0 and "sliced W2" in out, err
-    assert json.loads(Path("points.json").read_text())["row"]["modes_total"] == 3
+    points = json.loads(Path("points.json").read_text())
+    (file,) = Path("results/runs/tiny-ring/teacher").glob("seed0-*/result.json")
+    assert points["row"]["modes_total"] == 3
+    assert points["evaluation"]["data"] == json.loads(file.read_text())["provenance"]["hashes"]["data"]  # as tables compare it
     save_file({"samples": torch.full((500, 2), torch.nan)}, "points.safetensors")
     code, _, err = run(capsys, "evaluate", "points.safetensors", "--benchmark", "tiny-ring")
     line = "points.safetensors: 'samples' has 1000 values that are NaN or infinite: the sampler diverged, nothing to score"
@@ -757,18 +760,21 @@ def twins(folder: Path) -> dict[str, bytes]:
     return {suffix: (folder / f"results/table2.{suffix}").read_bytes() for suffix in ("md", "csv", "json")}
 
 
-def test_a_published_row_is_in_all_twins_and_checked(published, good, capsys):
+def test_a_published_row_is_in_all_twins_and_checked(published, good, capsys, monkeypatch):
+    monkeypatch.setattr(scoring.out, "width", 80)
     assert run(capsys, "table", "table2", "--render")[0] == 0
     before = twins(published)
     save_file({"samples": good, "labels": torch.arange(N) % 10}, "x.safetensors")
     code, out, err = run(capsys, "evaluate", "x.safetensors", "--count", str(N), *WORDS, "--publish")
     assert code == 0 and "`distillbench table table2 --render` shows it" in err
-    assert all(word in out for word in ("floor", "memoriser", "class", "teacher", f"{N} samples (digits takes 20000: not comparable)"))
+    heads = ("samples", "floor", "class", "means", "gaussian", "mixup", "memoriser", "teacher,")
+    assert set(heads) <= set(out.split()) and "…" not in out and "extractor ↓" in out
+    assert f"theirs: {N} samples (digits takes 20000: not comparable)" in out
     assert run(capsys, "table", "table2", "--check")[0] == 1  # the row is missing
     assert run(capsys, "table", "table2", "--render")[0] == 0 and run(capsys, "table", "table2", "--check")[0] == 0
     file = published / "results/external/digits/theirs.json"
     found = json.loads(file.read_text())
-    assert tuple(found) == external.KEYS and found["evaluation"]["extractor_sha256"]
+    assert tuple(found) == external.KEYS and found["evaluation"]["extractor_sha256"] and found["evaluation"]["published_weights"]
     page = (published / "results/table2.md").read_text()
     after = page.index("**Distillation**")
     assert page.index("**External samples (made elsewhere; budget, data and teacher unknown)**") > after
@@ -816,26 +822,53 @@ def test_publishing_again(published, good, capsys):
     assert run(capsys, "evaluate", "y.npz", *again, "--overwrite")[0] == 0 and file.read_bytes() != first
 
 
-def test_a_record_of_another_evaluation_has_a_row_without_numbers():
-    given = records.read(ROOT / "results/records/table2")
-    key = tables.protocol(given)["digits"]["evaluation"]
-    made = {"format": 1, "name": "x", "benchmark": "digits", "who": "w", "where": "v", "samples_sha256": "a" * 64, "labels_sha256": None,
-            "count": 20000, "evaluation": {"key": key}, "row": {"fid": 1.0}}  # fmt: skip
-    plain, (current,), (stale,) = (
+MADE = {
+    "format": 1, "name": "x", "benchmark": "digits", "who": "w", "where": "v", "samples_sha256": "a" * 64, "labels_sha256": None,
+    "count": 20000, "evaluation": {"key": "0" * 12, "reference_sha256": "b" * 64}, "row": {"fid": 1.0, "is": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("benchmark,data,score", [("digits", "reference_sha256", "fid"), ("gaussians-ring", "data", "sliced_w2")])
+def test_a_record_of_another_evaluation_or_of_other_data_has_a_row_without_numbers(benchmark, data, score):
+    given = records.read(ROOT / f"results/records/{'table2' if benchmark == 'digits' else 'gaussians'}")
+    shared = tables.protocol(given)[benchmark]
+    about = {"key": shared["evaluation"], data: shared[data]}
+    made = MADE | {"benchmark": benchmark, "row": {score: 1.0}, "count": shared["samples"]}
+    plain, (current,), (stale,), (elsewhere,) = (
         tables.build_rows(given),
-        *([r for r in tables.build_rows(given, [made | {"evaluation": {"key": k}}]) if r["group"] == "external"] for k in (key, "0" * 12)),
-    )
-    assert (current["status"], current["fid_mean"], current["seeds"]) == ("done", 1.0, 1)
+        *([r for r in tables.build_rows(given, [made | {"evaluation": about | other}]) if r["group"] == "external"]
+          for other in ({}, {"key": "0" * 12}, {data: "0" * 64})),
+    )  # fmt: skip
+    assert (current["status"], current[f"{score}_mean"], current["seeds"]) == ("done", 1.0, 1)
     assert stale["status"] == "evaluated under another protocol: run evaluate again" and stale["seeds"] == 0
-    assert not [value for name, value in stale.items() if name.endswith(("_mean", "_sd")) and value is not None]
-    assert tables.build_rows(given, [made | {"benchmark": "gaussians-ring"}]) == plain  # another benchmark's record changes nothing
+    assert elsewhere["status"] == "scored against other data: run evaluate again" and elsewhere["seeds"] == 0
+    for row in (stale, elsewhere):
+        assert not [value for name, value in row.items() if name.endswith(("_mean", "_sd")) and value is not None]
+    assert tables.build_rows(given, [made | {"benchmark": "elsewhere"}]) == plain  # another benchmark's record changes nothing
     assert set(plain[0]) <= set(current)
 
 
-def test_a_spoilt_record_is_named(published, capsys):
+def test_words_that_are_not_known(published, capsys):
     file = published / "results/external/digits/x.json"
     file.parent.mkdir(parents=True)
-    file.write_text("{}")
+    file.write_text(json.dumps(MADE | {"who": None, "where": None}))
+    assert run(capsys, "table", "table2", "--render")[0] == 0
+    page = (published / "results/table2.md").read_text()
+    assert "x: maker not stated, source not stated (20000 samples" in page
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "{}", "[]", "null", "[" * 10**5, "\udcff", *(json.dumps(MADE | wrong) for wrong in (
+            {"row": None}, {"row": {"fid": "1"}}, {"evaluation": {}}, {"evaluation": {"key": "k"}}, {"evaluation": None}, {"count": "9"},
+            {"who": 7}, {"where": "two\nlines"}, {"samples_sha256": None}, {"name": "y"}, {"format": 2})),
+    ],
+)  # fmt: skip
+def test_a_spoilt_record_is_named(spoilt: str, published, capsys):
+    file = published / "results/external/digits/x.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(spoilt, errors="surrogateescape")
     code, _, err = run(capsys, "table", "table2", "--check")
     line = f"{file}: no record of external samples: remove it, or publish it again with `distillbench evaluate`"
     assert (code, err) == (2, f"distillbench: {line}\n")

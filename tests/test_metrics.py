@@ -5,7 +5,6 @@ import dataclasses
 import io
 import math
 import warnings
-from pathlib import Path
 
 import cleanfid.fid
 import numpy as np
@@ -80,7 +79,7 @@ def test_fid_of_exact_moments_is_the_closed_form():
     a, b = with_moments(300, mean, s1, 0), with_moments(200, shift, s2, 1)
     closed = (shift.square().sum() + (s1 - s2).square().sum()).item()
     assert frechet_distance(a, b) == pytest.approx(closed, rel=1e-10)
-    assert frechet_distance(a.float(), b.float()) == pytest.approx(closed, rel=1e-5)
+    assert frechet_distance(a.float(), b.float()) == pytest.approx(closed, rel=1e-6)
     # Planted error: without the cross term the number is another one, so the line above can fail.
     without_cross = (shift.square().sum() + s1.square().sum() + s2.square().sum()).item()
     assert abs(frechet_distance(a, b) - without_cross) > 1
@@ -545,12 +544,19 @@ def fidelity(**kwargs) -> dict[str, float]:
     return torch_fidelity.calculate_metrics(**kwargs)
 
 
-def test_one_pass_equals_torch_fidelity_end_to_end(halves, extractor):
+class Careless(DigitsFidelity):
+    """Planted error: features in the order that they are provided in."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(reversed(super().forward(images)))
+
+
+def test_one_pass_equals_torch_fidelity_end_to_end(halves, extractor, tmp_path):
     train, ref = (half[:896] for half in halves)
-    name = "distillbench-digits"
-    torch_fidelity.register_feature_extractor(name, DigitsFidelity)
+    torch_fidelity.register_feature_extractor("distillbench-digits", DigitsFidelity)
+    torch_fidelity.register_feature_extractor("distillbench-careless", Careless)
     settings = {
-        "input1": Bare(train), "input2": Bare(ref), "feature_extractor": name,
+        "input1": Bare(train), "input2": Bare(ref), "feature_extractor": "distillbench-digits",
         "fid": True, "isc": True, "isc_splits": 1, "prc": True,
         "kid": True, "kid_subsets": 1, "kid_subset_size": 896,
         "cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True, "batch_size": 512,
@@ -558,55 +564,28 @@ def test_one_pass_equals_torch_fidelity_end_to_end(halves, extractor):
     theirs = fidelity(**settings)
     assert DigitsFidelity.seen == 2 * 896  # one pass for all metrics on their side too
     ours = evaluate_images(train, None, Against(extractor, Reference.of(ref, extractor)))
-    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], abs=1e-4)
+    # FID and KID: theirs is of features and means in float32; on the same float64 features both agree to 1e-9 (above).
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=2e-5)
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-    assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-5)
-    assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
-    assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
-    assert ours["precision"] != pytest.approx(theirs["recall"], abs=1e-6)  # so that a swap would be seen
+    assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    for name in ("precision", "recall"):
+        assert round(ours[name] * 896) == pytest.approx(theirs[name] * 896, abs=1e-3)  # the same count
+    assert round(ours["precision"] * 896) != round(ours["recall"] * 896)  # so that a swap would be seen
     with pytest.raises(TypeError, match="kid_subset_sise"):
         fidelity(**settings, kid_subset_sise=896)
-
-
-def test_evaluate_images_makes_one_pass_and_plain_rounded_floats(halves, extractor, monkeypatch):
-    train, ref = halves
-    reference = Reference.of(ref, extractor)
-    passes = []
-    true = type(extractor).features
-    monkeypatch.setattr(type(extractor), "features", lambda self, x: passes.append(len(x)) or true(self, x))
-    found = evaluate_images(train, None, Against(extractor, reference, train=train, teacher=reference))
-    assert passes == [len(train)]
-    given = {name: value for name, value in found.items() if value is not None}
-    assert set(given) == {"fid", "fid_teacher", "kid", "is", *PRDC, "c2st", "memorisation"}
-    assert all(type(value) is float and value == float(f"{value:.8g}") for value in given.values())
-    assert any(value != float(f"{value:.7g}") for value in given.values())  # all eight digits are kept
-    assert found["fid_teacher"] == found["fid"] and found["memorisation"] == 1
-    alone = evaluate_images(train, None, Against(extractor, reference))
-    assert alone == {**found, "fid_teacher": None, "memorisation": None}
-
-
-def test_scores_under_two_extractors_never_mix(halves, extractor):
-    stale = Reference(torch.zeros(10, 64), "another hash")
-    with pytest.raises(ValueError, match="not by digits-gelu-64"):
-        evaluate_images(halves[0], None, Against(extractor, stale))
-
-
-def resident(field: str) -> int:
-    """A memory counter of this process, in bytes: VmRSS now, VmHWM its peak."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets the peak as Linux does")
-def test_twenty_thousand_samples_fit_in_little_memory(halves, extractor):
-    reference = Reference.of(halves[1], extractor)
-    images = halves[0].repeat(23, 1, 1, 1)[:20000]
-    Path("/proc/self/clear_refs").write_text("5")  # peak := now
-    before = resident("VmRSS")
-    evaluate_images(images, None, Against(extractor, reference, train=halves[0]))
-    assert resident("VmHWM") - before < 250e6
-    careless = torch.ones(20000, 2000, dtype=torch.float64)
-    assert resident("VmHWM") - before > 250e6 and len(careless)  # the counter would have seen it
+    careless = fidelity(**settings | {"feature_extractor": "distillbench-careless"})
+    assert careless["frechet_inception_distance"] != pytest.approx(theirs["frechet_inception_distance"], rel=0.5)
+    # Their cache goes by names alone: other data under an old name are not looked at. Hence cache=False here, and hashes in ours.
+    cached = settings | {
+        "cache": True,
+        "cache_root": str(tmp_path),
+        "input2_cache_name": "reference",
+        "isc": False,
+        "kid": False,
+        "prc": False,
+    }
+    first, stale = fidelity(**cached), fidelity(**cached | {"input2": Bare(train)})
+    assert stale["frechet_inception_distance"] == first["frechet_inception_distance"] > 0.1
 
 
 @pytest.mark.parametrize("metric", (frechet_distance, kid, scores))

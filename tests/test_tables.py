@@ -167,6 +167,14 @@ def test_the_second_extractor_is_named():
     assert (ROOT / "results" / "../docs/protocol.md").is_file()
 
 
+def test_other_weights_than_the_published_are_said():
+    given = [record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0)]
+    said = "x (000000000000, not the published weight file: its scores compare with nobody else's)"
+    assert said not in tables.markdown("T", tables.build_rows(given), given, None, "p.png")
+    given[0].metrics["evaluation"]["published_weights"] = False
+    assert said in tables.markdown("T", tables.build_rows(given), given, None, "p.png")
+
+
 def test_row_keys_are_those_of_the_format():
     rows = json.loads((ROOT / "results/table2.json").read_text())["rows"]
     base = {"benchmark", "group", "method", "variant", "nfe", "headline", "seeds", "status", "division", "fidelity", "budget", "reported"}

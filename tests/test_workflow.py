@@ -125,6 +125,7 @@ def test_kill_9_at_random_moments_changes_no_metric(checkout: Checkout, run: int
         )  # fmt: skip
         victim = VICTIMS[(run + kill) % len(VICTIMS)]
         time.sleep(chance.uniform(3, 20))
+        assert process.poll() is None, "it ended before the kill"
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)
         elif victim == "snakemake":
@@ -133,7 +134,7 @@ def test_kill_9_at_random_moments_changes_no_metric(checkout: Checkout, run: int
             os.kill(one_of(process, victim), signal.SIGKILL)
             time.sleep(chance.uniform(0, 5))
             os.killpg(process.pid, signal.SIGTERM)  # it would retry by itself; the next kill shall meet another command
-        assert process.wait(timeout=120), "it ended before the kill"
+        process.wait(timeout=120)
     done = checkout.snakemake("results/tiny-ring.md")
     assert done.returncode == 0, done.stderr
     assert checkout.metrics() == expected
@@ -154,6 +155,7 @@ def one_of(process: subprocess.Popen, victim: str) -> int:
         found = workers if victim == "worker" else [p for p in commands if p not in workers]
         if found:
             return found[0]
+        time.sleep(0.1)
     raise AssertionError("it ended before the kill")
 
 
@@ -191,12 +193,11 @@ def test_updates_trained_twice_are_counted(tmp_path: Path):
         (tmp_path / journal.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return repeated(tmp_path)
 
-    start, steps = {"start": 0, "steps": 40}, [{"step": i} for i in range(40)]  # a checkpoint every 2
-    end = [*steps[38:], {"checkpoint": 40}]
-    killed = [start, *steps[:2], {"checkpoint": 2}, *steps[2:4]]
-    assert of(*killed, start | {"start": 4}, *[x for i in range(4, 38, 2) for x in (*steps[i : i + 2], {"checkpoint": i + 2})], *end) == (1, 0)
-    again = [x for i in range(2, 38, 2) for x in (*steps[i : i + 2], {"checkpoint": i + 2})]
-    assert of(*killed, start | {"start": 2}, *again, *end) == (1, 2)
-    for bad in ([*killed, start, *steps], [*killed, start | {"start": 2}, steps[1]], [*killed, *steps[4:6]], killed):
+    start, step = {"start": 0, "steps": 40}, lambda i: {"step": i}  # a checkpoint every 2
+    rest = lambda k: [line for i in range(k, 40, 2) for line in (step(i), step(i + 1), {"checkpoint": i + 2})]
+    killed = [start, step(0), step(1), {"checkpoint": 2}, step(2), step(3)]
+    assert of(*killed, start | {"start": 4}, *rest(4)) == (1, 0)  # the line of its last checkpoint was lost
+    assert of(*killed, start | {"start": 2}, *rest(2)) == (1, 2)
+    for bad in ([*killed, start, *rest(0)], [*killed, start | {"start": 2}, step(1)], [*killed, step(4), step(5)], killed):
         with pytest.raises(AssertionError):
             of(*bad)
