@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from distillbench.config import Benchmark, canonical, digest, root
 from distillbench.errors import UserError
@@ -99,7 +99,7 @@ class Cell:
 
     def result(self) -> dict[str, Any] | None:
         """The record, or None while the cell is not fresh."""
-        return json.loads(self.record.read_text()) if self.record.is_file() else None
+        return read_record(self.record)
 
     def labels(self) -> dict[str, Any]:
         """What a table says about the cell's arm besides its numbers."""
@@ -113,6 +113,25 @@ class Cell:
             yield
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A result.json, or None where there is none; UserError where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        found["status"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: not valid JSON of a record: delete it and rerun") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}): make it readable, then rerun") from None
+    return found
+
+
+_held: set[IO[str]] = set()
+# A lock lives as long as any copy of its file is open: a process that a method forks must not keep it.
+os.register_at_fork(after_in_child=lambda: [f.close() for f in _held])
+
+
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold the file `path` for this process alone; says so when it has to wait."""
@@ -123,9 +142,14 @@ def lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process to release {path}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"waiting for another process to release {path}", file=sys.stderr, flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+        _held.add(f)
+        try:
+            yield
+        finally:
+            _held.discard(f)
 
 
 def is_locked(path: Path) -> bool:

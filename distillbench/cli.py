@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from distillbench import config, plan, progress, registry
-from distillbench.cell import Cell, lock, write_atomically, write_json
+from distillbench.cell import Cell, lock, remove_progress, write_atomically, write_json
 from distillbench.dispatch import ONE_THREAD
 from distillbench.errors import UserError, nearest
-from distillbench.progress import reporter
+from distillbench.progress import reporter, say
 from distillbench.scoring import check_extractors, evaluate_cells, evaluate_path, samples_of
 from distillbench.watch import INTERRUPTED, Pulse, supervise
 
@@ -74,6 +74,20 @@ def list_() -> None:
         out.print(f"{what}: {', '.join(sorted(p.stem for p in (config.root() / folder).glob('*.yaml')))}")
 
 
+def is_evaluated(cell: Cell) -> bool:
+    """Its metrics are there, and of the current evaluation."""
+    from eval import records
+
+    return records.is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor)
+
+
+def again(cell: Cell) -> str:
+    """What to delete where a student was refused for its teacher's sake: its key does not tell how the teacher ended."""
+    teacher = None if cell.arm is None else cell.teacher.result()
+    failed = teacher is not None and teacher["status"] != "done"
+    return f"; to try again delete {cell.teacher.record} and {cell.record}" if failed else ""
+
+
 @app.command()
 def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
     """Train and sample the cells of an arm. Interrupted, the same command continues from the last checkpoint."""
@@ -82,25 +96,26 @@ def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
     for one in order:
         if (record := one.result()) is not None and record["status"] != "done":
             print(f"{one.label}: {record['status']} before; to try again delete {one.record}", file=sys.stderr)
+        elif record is not None:
+            remove_progress(one.folder)  # where a process was killed between its record and this
 
     def work(pulse: Pulse) -> None:
         """Give every cell its record, in a process of its own."""
         from distillbench.train import run_cell
 
-        pulse.enter(next((i for i, one in enumerate(order) if one.arm is cells[0].arm and one.result() is None), 0))
-        with pulse.limits():
-            warning = plan.check(plan.Job(tuple(cells)))
-        if warning:
-            print(f"distillbench: {warning}", file=sys.stderr)
+        if (first := next((i for i, one in enumerate(order) if one.arm is cells[0].arm and one.result() is None), None)) is not None:
+            pulse.enter(first)
+            with pulse.limits():
+                warning = plan.check(plan.Job(tuple(cells)))
+            if warning:
+                say(f"distillbench: {warning}")
         for index, one in enumerate(order):
             with one.locked():
                 pulse.enter(index)
-                if (record := one.result()) is None:
+                if one.result() is None:
                     record = run_cell(one, reporter(one.label), pulse)
                     text = "done" if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
-                    print(f"{one.label}: {text} in {record['cost']['seconds']:g} s", file=sys.stderr)
-            if record["status"] != "done" and one.arm is not cells[0].arm:
-                raise UserError(f"{one.label} ended as {record['status']} ({record['reason']}): its students have nothing to start from")
+                    say(f"{one.label}: {text} in {record['cost']['seconds']:g} s{again(one)}")
 
     supervise(order, work)
 
@@ -115,7 +130,7 @@ def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
     PATH is one of
 
     \b
-    - a folder of .png, .jpg, .bmp or .webp in the order of their names, 2 before
+    - a folder of .png, .jpg or .webp in the order of their names, 2 before
       10; or of class folders 0, 1, ..., whose images are taken in turn
     - .npz: arr_0 uint8 [N,H,W,C] and, optionally, arr_1 [N], the classes asked
       for (the layout of ADM's batches)
@@ -219,17 +234,13 @@ def status(
     REFUSED: it has a record that says why; see `distillbench logs`.
     """
     from distillbench import overview
-    from eval.records import is_evaluated
-
-    def evaluated(cell: Cell) -> bool:
-        return is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor)
 
     jobs = plan.jobs(config.table(table))
     if not long:
-        out.print(overview.matrix(jobs, evaluated))
+        out.print(overview.matrix(jobs, is_evaluated))
         return
     for cell in (cell for job in jobs for cell in job.cells):
-        result, state = cell.result() or {}, overview.state_of(cell, evaluated)
+        result, state = cell.result() or {}, overview.state_of(cell, is_evaluated)
         reason = f": {result['reason']}" if result.get("reason") else ""
         seconds = f", {result['cost']['seconds']:g} s" if result else ""
         out.print(f"{cell.label}: {state}{reason}{seconds}  {cell.folder.relative_to(config.root())}", soft_wrap=True, markup=False)
@@ -284,16 +295,24 @@ def table_(
     folder = results / "records" / name
     if not (check or render):
         cells = [c for j in plan.jobs(table) for c in j.cells]
-        missing = next((c for c in cells if c.result() is None), None)
-        if missing:
-            raise UserError(f"{missing.label} is not trained: run `snakemake --cores all results/{name}.md`")
+        for c in cells:
+            if (result := c.result()) is None or (result["status"] == "done" and not is_evaluated(c)):
+                lacks = "trained" if result is None else "evaluated"
+                raise UserError(f"{c.label} is not {lacks}: run `snakemake --cores all results/{name}.md`")
         with lock(results / "runs" / f"{name}.lock"):
-            same, total = records.publish(folder, [(c.folder, c.labels()) for c in cells])
+            try:
+                same, total = records.publish(folder, [(c.folder, c.labels()) for c in cells])
+            except ValueError as e:
+                raise UserError(str(e)) from None
         print(f"{name}: {same} of {total} cells have exactly the metrics published before", file=sys.stderr)
     reported = yaml.safe_load((config.root() / table.reported).read_text()) if table.reported else None
-    found, differing = records.read(folder), []
+    try:
+        found, others = records.read(folder), external.read_external(results / "external", table.benchmarks)
+    except ValueError as e:
+        raise UserError(str(e)) from None
     if not found:
         raise UserError(f"{folder}: no published records: run `snakemake --cores all results/{name}.md`")
+    differing: list[str] = []
 
     def write(path: Path, data: bytes) -> None:
         if not check:
@@ -301,10 +320,6 @@ def table_(
         elif not path.is_file() or path.read_bytes() != data:
             differing.append(path.name)
 
-    try:
-        others = external.read_external(results / "external", table.benchmarks)
-    except ValueError as e:
-        raise UserError(str(e)) from None
     tables.write(name, table.title, found, others, reported, table.compare, results, write)
     write(results / f"{name}.png", figures.picture(found))
     if check:
@@ -329,11 +344,11 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        print(f"distillbench: {e}", file=sys.stderr)
+        say(f"distillbench: {e}")
         sys.exit(2)
     except SystemExit as e:
         if e.code == INTERRUPTED:  # typer's answer to Ctrl-C
-            print("\ndistillbench: interrupted; the same command continues", file=sys.stderr)
+            say("\ndistillbench: interrupted; the same command continues")
         raise
     finally:
         progress.stop()

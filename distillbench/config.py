@@ -237,6 +237,8 @@ def read(path: Path, model: type[M]) -> M:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}): make it a readable file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     try:

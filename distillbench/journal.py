@@ -51,7 +51,7 @@ class Journal:
     def start(self, step: int, steps: int) -> None:
         """A process begins training at `step`."""
         self.cut()
-        self.add(start=step, steps=steps, time=round(time.time()))
+        self.add(start=step, steps=steps, time=round(time.time(), 2))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distillbench import config, journal, registry
-from distillbench.cell import Cell, hardware, is_locked
+from distillbench.cell import Cell, hardware, is_locked, read_record
 from distillbench.errors import UserError, nearest
 from distillbench.plan import Job
 
@@ -92,10 +91,12 @@ def matrix(jobs: list[Job], evaluated: Callable[[Cell], bool]) -> Group:
 
 
 def summary(states: list[tuple[Cell, State]]) -> str:
-    """n of m cells done, how many failed, and about how long the rest takes."""
-    finished = [s for c, s in states if c.result() is not None]
-    failed = [s for s in finished if s.word not in ("done", "trained")]
-    text = f"{len(finished) - len(failed)} of {len(states)} cells done" + (f", {len(failed)} failed" if failed else "")
+    """n of m cells done, how many only trained or failed, and about how long the rest takes."""
+    finished = [s.word for c, s in states if c.result() is not None]
+    done, trained = finished.count("done"), finished.count("trained")
+    text = f"{done} of {len(states)} cells done" + (f", {trained} trained but not evaluated" if trained else "")
+    if failed := len(finished) - done - trained:
+        text += f", {failed} failed"
     rest = seconds_left(states)
     if not rest:
         return text
@@ -155,8 +156,7 @@ def find(name: str) -> Path:
 
 def story(folder: Path) -> Group:
     """What happened in a cell: record, starts and deaths, last steps, traceback, files."""
-    path = folder / "result.json"
-    record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    record = read_record(folder / "result.json")
     head = f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name}: "
     if record is None:
         state = progress_of(folder)

@@ -75,7 +75,7 @@ def note_cells(table: Table, wanted: list[Job], complete: bool) -> None:
 
 def is_trained(cell: Cell) -> bool:
     """The record exists; nothing else decides."""
-    return cell.record.is_file()
+    return cell.result() is not None
 
 
 def arms(table: Table) -> list[registry.Arm]:
@@ -101,14 +101,12 @@ def check(job: Job) -> str | None:
 
     A method folder that does not import is no user error: its row will say so, and so does the warning returned.
     """
-    from distillbench.watch import Hung, TimedOut
-
     cell = job.cells[0]
     if cell.arm is None:
         return None
     try:
         method = registry.load(cell.arm.folder)
-    except (Exception, SystemExit, TimedOut, Hung) as e:  # whatever a foreign module does
+    except BaseException as e:  # whatever a foreign module does; Ctrl-C is noted elsewhere (`Pulse.interrupted`)
         return does_not_import(job, f"{type(e).__name__}: {e}")
     registry.configuration(cell.arm, cell.benchmark, method)
     return None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distillbench.data import Images
+    from eval.records import Record
 
 out = Console(highlight=False)
 
@@ -137,7 +138,7 @@ def evaluate_path(
 
     from distillbench import data as data_sets
     from distillbench.seeds import Rng
-    from eval import external, records
+    from eval import external
     from eval.samples import read_points, read_samples
 
     torch.set_num_threads(1)
@@ -184,18 +185,28 @@ def evaluate_path(
         make_folder(target.parent)
         write_json(target, record)
         tables = sorted(p.stem for p in (config.root() / "workflows/tables").glob("*.yaml"))
-        there = [t for t in tables if b.name in config.table(t).benchmarks and records.read(config.root() / "results/records" / t)]
+        there = [t for t in tables if b.name in config.table(t).benchmarks and published(t)]
         then = "".join(f"; `distillbench table {t} --render` shows it" for t in there)
         print(f"{target.relative_to(config.root())} written{then}", file=sys.stderr)
 
 
+def published(table: str) -> list[Record]:
+    """The published records of a table; UserError names a damaged one."""
+    from eval import records
+
+    try:
+        return records.read(config.root() / "results/records" / table)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
 def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
     """The scores, beside the fixed rows and the teacher of a published table of this evaluation; no heading is ever cut."""
-    from eval import records, tables
+    from eval import tables
 
-    folders = sorted((config.root() / "results/records").glob("*"))
-    published = [[r for r in records.read(f) if r.result["benchmark"] == b.name] for f in folders]
-    current = [p for p in published if p and tables.differs(record, tables.protocol(p)[b.name]) is None]
+    names = sorted(p.name for p in (config.root() / "results/records").glob("*"))
+    there = [[r for r in published(name) if r.result["benchmark"] == b.name] for name in names]
+    current = [p for p in there if p and tables.differs(record, tables.protocol(p)[b.name]) is None]
     head, lines = tables.beside(current[0] if current else [], record, b.sampling.count)
     wrapped = lambda words, width: textwrap.fill(words, width, break_long_words=False)  # eight columns in a terminal's 80
     view = RichTable(box=None, pad_edge=False)
@@ -216,6 +227,6 @@ def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
         if about["cross_extractor"]:
             both[about["cross_extractor"]] = about["cross_extractor_sha256"][:12]
         out.print(f"extractor {', second '.join(map(' '.join, both.items()))}, evaluation {about['key']}", soft_wrap=True)
-    if not current and any(published):
+    if not current and any(there):
         why = "published rows are of another evaluation or other data, so not beside"
         out.print(f"{why}: `snakemake --cores all results/TABLE.md` renews them", soft_wrap=True)

@@ -6,9 +6,10 @@ watcher reads it ten times a second:
 - Nothing finished for `stall_s`, or the cell's time is up: the watcher sends SIGALRM, which raises Hung or TimedOut in the
   method's Python code. Native code that never returns to Python does not see it: 10 s later (or `stall_s`, if that is less)
   the watcher sends SIGABRT, on which faulthandler writes down the line, and writes the record itself. A method that takes
-  SIGALRM for itself is ended in this second way. Time in which the worker or the watcher is stopped (Ctrl-Z) is no stall.
+  SIGALRM for itself is ended in this second way. Time in which the worker or the watcher is stopped (Ctrl-Z) counts for neither;
+  the time of earlier processes of the cell, up to the checkpoint it continues from, counts for the second.
 - The worker dies without a record (SIGSEGV, abort, os._exit): it is started again and continues from its checkpoint. A second
-  death of a cell that began at the same step costs the cell its row.
+  death of a cell that began at the same step costs the cell its row. Outside of a cell a second death ends the command.
 - The worker is killed by someone (SIGKILL, SIGTERM, SIGHUP, ...): no record ever comes of that; the command ends and the same
   command continues. A SIGKILL while the kernel's count of out-of-memory kills rose is a death as above, and becomes `oom`.
 - The watcher itself is killed: the kernel kills the worker (Linux).
@@ -148,6 +149,11 @@ def line_of(error: BaseException, cell: Cell) -> str:
     return _innermost([(f.filename, f.lineno or 0) for f in reversed(frames)], cell)
 
 
+def _line_in(text: str, cell: Cell) -> str:
+    """The same from the words of faulthandler."""
+    return _innermost([(f, int(line)) for f, line in re.findall(r'File "(.+)", line (\d+)', text)], cell)
+
+
 def _innermost(frames: list[tuple[str, int]], cell: Cell) -> str:
     own = [f for f in frames if cell.arm is not None and Path(f[0]).is_relative_to(cell.arm.folder.path)]
     real = [f for f in frames if not f[0].startswith("<")]  # no `<frozen importlib._bootstrap>`
@@ -188,13 +194,21 @@ def supervise(cells: list[Cell], work: Callable[[Pulse], None]) -> None:
             dump.seek(0)
             text = dump.read().decode(errors="replace")
         index = max(pulse.cell - 1, 0)
+        began = pulse.cell > 0 and cells[index].result() is None
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         oom = code == -signal.SIGKILL and _oom_kills() > kills
         if code < 0 and -code in SOMEBODY and not oom and not verdict:
             raise UserError(f"{cells[index].label}: the process was killed ({name}); the same command continues")
-        key = (index, pulse.begun)
+        key = (pulse.cell, pulse.begun if began else -1)
         deaths[key] = deaths.get(key, 0) + 1
         final = bool(verdict) or deaths[key] >= DEATHS
+        if not began:  # no method's doing
+            if final:
+                line = _line_in(text, cells[index])
+                name += f" ({line})" if line else ""
+                raise UserError(f"the process died {DEATHS} times before any cell began: {name}: see that `import torch` works, then rerun")
+            say(f"the process died before any cell began ({name}); starting it again")
+            continue
         _note_death(cells[index], pulse, name, verdict, oom, text, final)
 
 
@@ -203,8 +217,7 @@ def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, te
     with cell.locked():
         if cell.result() is not None:
             return
-        found = [(f, int(line)) for f, line in re.findall(r'File "(.+)", line (\d+)', text)]
-        line = _innermost(found, cell)
+        line = _line_in(text, cell)
         at = f"{pulse.where()}{f' ({line})' if line else ''}"
         if verdict:
             status, reason = reason_of(verdict, cell, pulse, line)

@@ -26,6 +26,7 @@ def decode(entry: dict[str, Any]) -> np.ndarray:
 def picture(records: list[Record]) -> bytes:
     """PNG of the lowest seed: a strip of images, or a scatter of points, per teacher and student at every NFE."""
     strips = []
+    records = [r for r in records if r.metrics is not None]
     seeds = {b: min(r.result["seed"] for r in records if r.result["benchmark"] == b) for b in {r.result["benchmark"] for r in records}}
     order = {"teacher": 0, "from_scratch": 1, "distillation": 2}
     for r in sorted(records, key=lambda r: (r.result["benchmark"], order[r.result["group"]], r.arm)):
@@ -38,10 +39,11 @@ def picture(records: list[Record]) -> bytes:
     images = [(label, a) for label, a in strips if a.ndim == 4]
     points = [(label, a) for label, a in strips if a.ndim == 2]
     heights = [2.6 * -(-len(points) // COLUMNS), 0.46 * len(images) + 0.1 * bool(images)]
-    fig = plt.figure(figsize=(10, sum(heights)))
+    fig = plt.figure(figsize=(10, sum(heights) or 0.5))  # blank where every cell failed
     parts = [(draw, own, h) for draw, own, h in zip((_scatters, _strips), (points, images), heights) if own]
-    for part, (draw, own, _) in zip(fig.subfigures(len(parts), 1, squeeze=False, height_ratios=[h for *_, h in parts])[:, 0], parts):
-        draw(part, own)
+    if parts:
+        for part, (draw, own, _) in zip(fig.subfigures(len(parts), 1, squeeze=False, height_ratios=[h for *_, h in parts])[:, 0], parts):
+            draw(part, own)
     out = io.BytesIO()
     fig.savefig(out, format="png", dpi=110, metadata={"Software": None})
     plt.close(fig)

@@ -68,8 +68,12 @@ def evaluation_key(*extractors: str | None) -> str:
 
 
 def is_evaluated(metrics: Path, *extractors: str | None) -> bool:
-    """Whether a metrics.json stands and was made by this evaluation, under these extractors."""
-    return metrics.is_file() and json.loads(metrics.read_text())["evaluation"]["key"] == evaluation_key(*extractors)
+    """Whether a metrics.json stands, whole, and was made by this evaluation, under these extractors."""
+    try:
+        key = json.loads(metrics.read_text())["evaluation"]["key"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return key == evaluation_key(*extractors)
 
 
 @dataclass(frozen=True)
@@ -98,34 +102,59 @@ def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]]) -> tuple[int
     """Replace the records of a table by those of (cell's folder, labels of its arm).
 
     Labels are merged into the published result, so that a corrected label needs no new run. Returns how many cells have
-    exactly the metrics published before, and how many have metrics.
+    exactly the metrics published before, and how many have metrics. The caller holds a lock; ValueError where the disk is full or
+    not writable, and then the folder is as it was.
     """
-    before = {(r.result["benchmark"], r.arm, r.result["seed"]): r.metrics for r in read(folder)}
-    fresh, old = (folder.with_name(f".{folder.name}.{what}.{os.getpid()}") for what in ("new", "old"))
-    same = total = 0
-    for cell, labels in cells:
-        result = json.loads((cell / "result.json").read_text()) | labels
-        arm = Record(result, None).arm
-        target = fresh / result["benchmark"] / arm / f"seed{result['seed']}"
-        target.mkdir(parents=True)
-        (target / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        if result["status"] == "done":
-            for name in ("metrics.json", "draws.json"):
-                if (cell / name).is_file():
-                    shutil.copyfile(cell / name, target / name)
-            total += 1
-            same += before.get((result["benchmark"], arm, result["seed"])) == json.loads((cell / "metrics.json").read_text())
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    fresh, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
+    try:
+        _settle(folder, fresh, old)  # what a killed process left
+        before = {(r.result["benchmark"], r.arm, r.result["seed"]): r.metrics for r in read(folder)}
+        same = total = 0
+        for cell, labels in cells:
+            result = json.loads((cell / "result.json").read_text()) | labels
+            arm = Record(result, None).arm
+            target = fresh / result["benchmark"] / arm / f"seed{result['seed']}"
+            target.mkdir(parents=True)
+            (target / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            if result["status"] == "done":
+                metrics, draws = _read(cell / "metrics.json"), cell / "draws.json"
+                shutil.copyfile(cell / "metrics.json", target / "metrics.json")
+                if draws.is_file() and _read(draws)["evaluation"]["key"] == metrics["evaluation"]["key"]:  # else of an older evaluation
+                    shutil.copyfile(draws, target / "draws.json")
+                total += 1
+                same += before.get((result["benchmark"], arm, result["seed"])) == metrics
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except OSError as e:
+        raise ValueError(f"{e.filename or folder}: cannot be written ({e.strerror}): make room or make it writable, then rerun") from None
+    finally:
+        _settle(folder, fresh, old)
     return same, total
 
 
+def _settle(folder: Path, fresh: Path, old: Path) -> None:
+    """No leftovers beside `folder`, and the old records back where the new ones did not come."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def read(folder: Path) -> list[Record]:
-    """The published records of a table in the order benchmark, arm, seed; none where there is no such folder."""
+    """The published records of a table in the order benchmark, arm, seed; none where there is no such folder.
+
+    ValueError names a file that is damaged."""
     out = []
     for path in sorted(folder.glob("*/*/seed*/result.json")):
         metrics = path.with_name("metrics.json")
-        out.append(Record(json.loads(path.read_text()), json.loads(metrics.read_text()) if metrics.is_file() else None))
+        out.append(Record(_read(path), _read(metrics) if metrics.is_file() else None))
     return sorted(out, key=lambda r: (r.result["benchmark"], r.arm, r.result["seed"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path}: not valid JSON: take it from git again, or delete it and publish the table anew") from None
+    return found

@@ -9,13 +9,16 @@ import signal
 import stat
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from distillbench import config, journal, registry
-from distillbench.cell import NUMERICAL, Cell
+from distillbench import config, journal, plan, registry, watch
+from distillbench.cell import NUMERICAL, Cell, describe
 from distillbench.checkpoint import write_tensors
+from distillbench.errors import UserError
+from eval import records
 from tests.conftest import BIN, Checkout
 
 
@@ -158,6 +161,14 @@ FILES = [
 ]
 
 
+def test_a_file_that_is_a_folder_is_named(checkout: Checkout):
+    path = checkout.folder / "methods/dmd/config.yaml"
+    path.unlink()
+    path.mkdir()
+    done = checkout.run("distillbench", "list")
+    assert done.returncode == 2 and done.stderr == f"distillbench: {path}: cannot be read (Is a directory): make it a readable file\n"
+
+
 @pytest.mark.parametrize("path,old,new,message", FILES, ids=[f"{p}: {n}" for p, _, n, _ in FILES])
 def test_a_mistake_in_a_file_is_one_line_before_any_work(checkout: Checkout, path: str, old: str, new: str, message: str):
     edit(checkout.folder / path, old, new)
@@ -171,6 +182,83 @@ def test_the_workflow_refuses_a_mistake_before_any_work(checkout: Checkout):
     done = checkout.snakemake("results/tiny.md")
     assert done.returncode == 2 and "did you mean 'pair_batch'?" in done.stderr and "Traceback" not in done.stderr
     assert not (checkout.folder / "results/runs").exists()
+
+
+def fake(benchmark: str, metrics: str | None = None) -> list[Cell]:
+    """Every cell of the table `benchmark`, recorded as done; metrics.json with this text, if it is given."""
+    cells = [c for job in plan.jobs(config.table(benchmark)) for c in job.cells]
+    for one in cells:
+        one.folder.mkdir(parents=True)
+        watch.finish(one, describe(one), {"steps": 1, "flops": 1.0}, 1, None)
+        if metrics is not None:
+            one.metrics.write_text(metrics)
+    return cells
+
+
+@pytest.mark.parametrize("metrics", [None, '{"evaluation": {"key": "an older one"}, "rows": []}', '{"evalu'])
+def test_a_cell_that_this_evaluation_has_not_seen_is_not_published(checkout: Checkout, metrics: str | None):
+    fake("tiny-ring", metrics)
+    done = checkout.run("distillbench", "table", "tiny-ring")
+    assert done.returncode == 2 and not (checkout.folder / "results/records").exists()
+    message = "tiny-ring/teacher seed 0 is not evaluated: run `snakemake --cores all results/tiny-ring.md`"
+    assert done.stderr == f"distillbench: {message}\n"
+
+
+def test_a_damaged_record_is_named_by_every_command(checkout: Checkout):
+    first = fake("tiny-ring")[0]
+    record = first.record
+    for text in ("", "null", "{}", '{"status": "do'):
+        record.write_text(text)
+        with pytest.raises(UserError, match="delete it and rerun"):
+            first.result()
+        first.metrics.write_text(text)
+        assert not records.is_evaluated(first.metrics)
+    names = ("status", "tiny-ring"), ("plan", "tiny-ring"), ("table", "tiny-ring"), ("train", "tiny-ring", "teacher")
+    for command in (*names, ("evaluate", "tiny-ring", "teacher"), ("logs", str(record.parent))):
+        if command[0] == "logs":
+            record.with_name("lock").touch()
+        done = checkout.run("distillbench", *command)
+        assert done.returncode == 2 and done.stderr == f"distillbench: {record}: not valid JSON of a record: delete it and rerun\n"
+
+
+def test_records_are_replaced_whole_or_not_at_all(checkout: Checkout, monkeypatch: pytest.MonkeyPatch):
+    """A full disk or a kill in any of its steps, and what a killed process left behind."""
+    metrics = json.dumps({"evaluation": {"key": records.evaluation_key(None, None)}, "rows": []})
+    cells = [(c.folder, {"title": "old"}) for c in fake("tiny-ring", metrics)]
+    folder = checkout.folder / "results/records/tiny-ring"
+    assert records.publish(folder, cells) == (0, len(cells))
+    assert records.publish(folder, cells) == (len(cells), len(cells))
+
+    def titles() -> set[str]:
+        assert [p.name for p in folder.parent.iterdir()] == ["tiny-ring"]
+        return {r.result["title"] for r in records.read(folder)}
+
+    renamed = [(c, {"title": "new"}) for c, _ in cells]
+    for name, stop, raised in (
+        ("rename", OSError(28, "No space left on device"), ValueError), ("rename", KeyboardInterrupt(), KeyboardInterrupt),
+        ("mkdir", OSError(30, "Read-only file system"), ValueError), ("write_text", OSError(122, "Disk quota exceeded"), ValueError),
+    ):  # fmt: skip
+        original, calls = getattr(Path, name), []
+
+        def failing(self: Path, *args, original=original, calls=calls, stop=stop, **kwargs):
+            calls.append(self)
+            if len(calls) == 2:  # of the renames the one that brings the new records
+                raise stop
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as m:
+            m.setattr(Path, name, failing)
+            with pytest.raises(raised) as error:
+                records.publish(folder, renamed)
+        assert titles() == {"old"} and (raised is not ValueError or "cannot be written (" in str(error.value))
+    folder.rename(folder.with_name(".tiny-ring.old"))  # killed between the two renames
+    folder.with_name(".tiny-ring.new").mkdir()
+    assert records.publish(folder, renamed) == (len(cells), len(cells)) and titles() == {"new"}
+
+    damaged = next(folder.rglob("metrics.json"))
+    damaged.write_text("{")
+    done = checkout.run("distillbench", "table", "tiny-ring", "--render")
+    assert done.returncode == 2 and done.stderr.startswith(f"distillbench: {damaged}: not valid JSON: ")
 
 
 def test_a_foreign_checkpoint_is_named(checkout: Checkout):
