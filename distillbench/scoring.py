@@ -202,11 +202,11 @@ def published(table: str) -> list[Record]:
 
 def print_external(record: dict[str, Any], b: config.Benchmark) -> None:
     """The scores, beside the fixed rows and the teacher of a published table of this evaluation; no heading is ever cut."""
-    from eval import tables
+    from eval import rows, tables
 
     names = sorted(p.name for p in (config.root() / "results/records").glob("*"))
     there = [[r for r in published(name) if r.result["benchmark"] == b.name] for name in names]
-    current = [p for p in there if p and tables.differs(record, tables.protocol(p)[b.name]) is None]
+    current = [p for p in there if p and rows.differs(record, rows.protocol(p)[b.name]) is None]
     head, lines = tables.beside(current[0] if current else [], record, b.sampling.count)
     wrapped = lambda words, width: textwrap.fill(words, width, break_long_words=False)  # eight columns in a terminal's 80
     view = RichTable(box=None, pad_edge=False)

@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import faulthandler
 import mmap
 import os
 import re
-import resource
 import signal
 import sys
 import tempfile
@@ -41,12 +39,14 @@ from distillbench import progress
 from distillbench.cell import Cell, describe, provenance, write_atomically, write_json
 from distillbench.errors import UserError
 from distillbench.journal import Journal
+from distillbench.memory import is_out_of_memory as is_out_of_memory  # what the loop asks of the watch
+from distillbench.memory import limit_memory as limit_memory
+from distillbench.memory import oom_kills
 from distillbench.progress import say
 
 POLL = 0.1  # seconds between two looks of the watcher
 LONGEST_GRACE = 10.0  # seconds for Python code to react to SIGALRM
 DEATHS = 2  # of a cell at the same step, before it is recorded
-MEMORY_SHARE = 0.8  # of what is available when a cell starts
 INTERRUPTED = 130
 SOMEBODY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
@@ -184,7 +184,7 @@ def supervise(cells: list[Cell], work: Callable[[Pulse], None]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         with tempfile.TemporaryFile() as dump:
-            pulse, kills = Pulse.shared(), _oom_kills()
+            pulse, kills = Pulse.shared(), oom_kills()
             watcher = _Watcher(pulse, cells)
             code, verdict = watcher.watch(partial(_fork, work, pulse, dump)), watcher.verdict
             if pulse.ended and not code:
@@ -196,7 +196,7 @@ def supervise(cells: list[Cell], work: Callable[[Pulse], None]) -> None:
         index = max(pulse.cell - 1, 0)
         began = pulse.cell > 0 and cells[index].result() is None
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        oom = code == -signal.SIGKILL and _oom_kills() > kills
+        oom = code == -signal.SIGKILL and oom_kills() > kills
         if code < 0 and -code in SOMEBODY and not oom and not verdict:
             raise UserError(f"{cells[index].label}: the process was killed ({name}); the same command continues")
         key = (pulse.cell, pulse.begun if began else -1)
@@ -349,62 +349,3 @@ class _Watcher:
                 elif forced and now - forced > LONGEST_GRACE:
                     self._send(signal.SIGKILL)
             time.sleep(POLL)
-
-
-def limit_memory() -> None:
-    """A process that asks for more than a share of the memory there is gets a MemoryError, instead of the kernel killing it and
-    its neighbours (Linux; counts private writable memory, as RLIMIT_DATA does)."""
-    used = _number("/proc/self/status", r"VmData:\s+(\d+) kB")
-    free = _available()
-    if used is not None and free is not None:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = int(1024 * used + MEMORY_SHARE * free)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch says so in the text of a RuntimeError on a CPU."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, RuntimeError) and any(s in text for s in ("DefaultCPUAllocator", "can't allocate memory", "bad_alloc")))
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    )
-
-
-def _available() -> int | None:
-    """Bytes that this process and its children may still use: of the machine, and of the control groups it is in."""
-    free, swap = (_number("/proc/meminfo", rf"{name}:\s+(\d+) kB") for name in ("MemAvailable", "SwapFree"))
-    if free is None:
-        return None
-    rooms = [1024 * (free + (swap or 0))]
-    for line in _text("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            old = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-            for group in (here := old / path.lstrip("/"), *here.parents):
-                limit, now = (_number(group / name, r"^(\d+)$") for name in names)
-                if limit is not None and now is not None:
-                    cache = _number(group / "memory.stat", r"^inactive_file (\d+)$") or 0  # given back when needed
-                    rooms.append(max(limit - now + cache, 0))
-                if group == old:
-                    break
-    return min(rooms)
-
-
-def _oom_kills() -> int:
-    """Processes that the kernel has killed for lack of memory since it started; 0 where it does not say."""
-    return _number("/proc/vmstat", r"oom_kill (\d+)") or 0
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def _number(path: str | Path, pattern: str) -> int | None:
-    found = re.search(pattern, _text(path).strip(), re.MULTILINE)
-    return int(found[1]) if found else None

@@ -31,7 +31,8 @@ from eval import records
 from eval.evaluate import Against, evaluate_images, fixed_rows, floor
 from eval.extractors import load_extractor
 from eval.fixed_rows import FAILURES, GENERATORS
-from eval.tables import DIAGNOSTICS, SHOWN, build_rows, summarise
+from eval.rows import build_rows, summarise
+from eval.tables import DIAGNOSTICS, SHOWN
 from eval.train_digits_extractor import alternate, digits_u8
 
 ROOT = Path(__file__).parents[1]

@@ -56,8 +56,8 @@ def test_key_follows_everything_that_determines_the_result(checkout: Checkout):
 def test_every_module_that_computes_is_in_the_key():
     from distillbench import cell as module
 
-    others = {"__init__", "cell", "checkpoint", "cli", "config", "dispatch", "errors", "journal", "overview", "plan", "progress"}
-    others |= {"registry", "scoring", "watch"}
+    others = {"__init__", "cell", "checkpoint", "cli", "config", "dispatch", "errors", "journal", "memory", "overview", "plan"}
+    others |= {"progress", "registry", "scoring", "watch"}
     files = {p.stem for p in module.Path(module.__file__).parent.glob("*.py")}
     assert files == set(NUMERICAL) | others
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from distillbench import cli, scoring
 from distillbench import data as data_sets
 from distillbench.config import DigitsData
-from eval import evaluate, external, records, tables
+from eval import evaluate, external, records
+from eval.rows import build_rows, protocol
 from eval.samples import content_sha256, read_samples
 from tests.test_tables import ROOT, copy_of_the_published
 
@@ -831,12 +832,12 @@ MADE = {
 @pytest.mark.parametrize("benchmark,data,score", [("digits", "reference_sha256", "fid"), ("gaussians-ring", "data", "sliced_w2")])
 def test_a_record_of_another_evaluation_or_of_other_data_has_a_row_without_numbers(benchmark, data, score):
     given = records.read(ROOT / f"results/records/{'table2' if benchmark == 'digits' else 'gaussians'}")
-    shared = tables.protocol(given)[benchmark]
+    shared = protocol(given)[benchmark]
     about = {"key": shared["evaluation"], data: shared[data]}
     made = MADE | {"benchmark": benchmark, "row": {score: 1.0}, "count": shared["samples"]}
     plain, (current,), (stale,), (elsewhere,) = (
-        tables.build_rows(given),
-        *([r for r in tables.build_rows(given, [made | {"evaluation": about | other}]) if r["group"] == "external"]
+        build_rows(given),
+        *([r for r in build_rows(given, [made | {"evaluation": about | other}]) if r["group"] == "external"]
           for other in ({}, {"key": "0" * 12}, {data: "0" * 64})),
     )  # fmt: skip
     assert (current["status"], current[f"{score}_mean"], current["seeds"]) == ("done", 1.0, 1)
@@ -844,7 +845,7 @@ def test_a_record_of_another_evaluation_or_of_other_data_has_a_row_without_numbe
     assert elsewhere["status"] == "scored against other data: run evaluate again" and elsewhere["seeds"] == 0
     for row in (stale, elsewhere):
         assert not [value for name, value in row.items() if name.endswith(("_mean", "_sd")) and value is not None]
-    assert tables.build_rows(given, [made | {"benchmark": "elsewhere"}]) == plain  # another benchmark's record changes nothing
+    assert build_rows(given, [made | {"benchmark": "elsewhere"}]) == plain  # another benchmark's record changes nothing
     assert set(plain[0]) <= set(current)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from distillbench import config, journal, plan, progress, registry, train, watch
+from distillbench import config, journal, memory, plan, progress, registry, train, watch
 from distillbench.cell import LAST, PREVIOUS, Cell, describe, is_locked, lock, provenance, write_atomically, write_json
 from distillbench.checkpoint import Damaged, checksum, read_tensors, save_progress, write_tensors
 from distillbench.errors import UserError
@@ -476,7 +476,7 @@ def children(pid: int) -> list[int]:
 OOM = """
 import itertools, sys
 from distillbench import cli, watch
-if {counted}: watch._oom_kills = itertools.count().__next__
+if {counted}: watch.oom_kills = itertools.count().__next__
 sys.argv = "distillbench train tiny-ring kills_itself --seeds 0".split()
 cli.main()
 """
@@ -499,13 +499,13 @@ def test_a_kill_for_lack_of_memory_is_told_from_a_kill_by_somebody(here: Checkou
 
 LIMITED = """
 import torch
-from distillbench import watch
-watch._available = lambda: 1 << 28
-if {limit}: watch.limit_memory()
+from distillbench import memory
+memory.available = lambda: 1 << 28
+if {limit}: memory.limit_memory()
 try:
     torch.empty(1 << 29).fill_(0)[0]
 except RuntimeError as e:
-    print(watch.is_out_of_memory(e))
+    print(memory.is_out_of_memory(e))
 layer = torch.nn.Linear(64, 64)
 layer(torch.randn(8, 64)).sum().backward()
 """
@@ -519,19 +519,19 @@ def test_a_greedy_process_gets_an_error_and_its_neighbours_live(here: Checkout):
 
 def test_memory_that_is_left_is_that_of_the_machine_and_of_the_control_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     texts = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  1000 kB\nSwapFree: 24 kB\n", "/proc/self/cgroup": ""}
-    monkeypatch.setattr(watch, "_text", lambda path: texts.get(str(path), ""))
-    assert watch._available() == 1 << 20
+    monkeypatch.setattr(memory, "_text", lambda path: texts.get(str(path), ""))
+    assert memory.available() == 1 << 20
     texts["/proc/self/cgroup"] = "0::/slurm/job_1/step_0\n"
     texts |= {"/sys/fs/cgroup/slurm/job_1/memory.max": "500000", "/sys/fs/cgroup/slurm/job_1/memory.current": "300000"}
-    assert watch._available() == 200000
+    assert memory.available() == 200000
     texts["/sys/fs/cgroup/slurm/job_1/memory.stat"] = "anon 1\ninactive_file 100000\n"  # cache of files is given back
     texts["/sys/fs/cgroup/slurm/job_1/step_0/memory.max"] = "max"
-    assert watch._available() == 300000
+    assert memory.available() == 300000
     texts["/proc/self/cgroup"] = "5:cpu:/a\n4:memory:/a\n"
     texts |= {"/sys/fs/cgroup/memory/a/memory.limit_in_bytes": "70000", "/sys/fs/cgroup/memory/a/memory.usage_in_bytes": "60000"}
-    assert watch._available() == 10000
+    assert memory.available() == 10000
     texts.clear()
-    assert watch._available() is None
+    assert memory.available() is None
 
 
 def test_a_beat_is_cheap():

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distillbench import config
+from distillbench import config, plan
+from distillbench.errors import UserError
 from eval import records, tables
+from eval.rows import IMAGES, build_rows, reported_rows
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted(p.name for p in (ROOT / "results/records").glob("*"))
@@ -94,7 +96,7 @@ def test_rows_against_hand_computed_values():
         record("c", 0, "distillation", {1: 2.0}), record("c", 1, "distillation", None), record("c", 2, "distillation", None),
         *(record("x", s, "distillation", None) for s in range(3)),
     ]  # fmt: skip
-    found = {(r["method"], r["nfe"]): r for r in tables.build_rows(given)}
+    found = {(r["method"], r["nfe"]): r for r in build_rows(given)}
     a = found["a", 1]
     assert a["fid_mean"] == 4 and a["fid_sd"] == 2 and a["seeds"] == 3
     gaps = [(11 + s - (2 + 2 * s)) / 10 for s in range(3)]  # seed k against teacher k
@@ -103,7 +105,7 @@ def test_rows_against_hand_computed_values():
     assert c["seeds"] == 1 and c["fid_sd"] is None and c["status"] == "2 of 3 FAILED: KeyError: 'x'"
     x = found["x", None]
     assert x["status"] == "FAILED: KeyError: 'x'" and x["fid_mean"] is None and x["seeds"] == 0
-    assert [r["method"] for r in tables.build_rows(given)][:3] == ["class_means", "teacher", "teacher"]
+    assert [r["method"] for r in build_rows(given)][:3] == ["class_means", "teacher", "teacher"]
 
 
 MORE = {"fid_cross": 0.25, "class_accuracy": 0.875, "label_tv": 0.125, "diversity": 1.5, "c2st": 0.625, "noise_distance": 0.375}
@@ -111,7 +113,7 @@ MORE = {"fid_cross": 0.25, "class_accuracy": 0.875, "label_tv": 0.125, "diversit
 
 def page(given: list[records.Record]) -> dict[str, dict[str, dict[str, str]]]:
     """Heading of a table -> method -> column -> text."""
-    text = tables.markdown("T", tables.build_rows(given), given, None, "p.png")
+    text = tables.markdown("T", build_rows(given), given, None, "p.png")
     out: dict[str, dict[str, dict[str, str]]] = {}
     head, heading = None, ""
     for line in text.splitlines():
@@ -143,7 +145,7 @@ def test_diagnostics_are_a_second_table():
         "teacher": "–", "follows": "0.375", "matches": "–", "class means": "–"
     }  # fmt: skip
     assert "dead" in main and "dead" not in second
-    twins = {r["method"]: r for r in tables.build_rows(given)}
+    twins = {r["method"]: r for r in build_rows(given)}
     assert all(twins["matches"][f"{m}_mean"] == value for m, value in MORE.items())  # the twins keep every number
 
 
@@ -162,7 +164,7 @@ def test_records_from_before_a_score_still_render():
 def test_the_second_extractor_is_named():
     given = [record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0, more=MORE)]
     given[0].metrics["evaluation"] |= {"cross_extractor": "other", "cross_extractor_sha256": "abcdef" * 9}
-    text = tables.markdown("T", tables.build_rows(given), given, None, "p.png")
+    text = tables.markdown("T", build_rows(given), given, None, "p.png")
     assert "‘FID, 2nd extractor’ is FID in the features of other (abcdefabcdef)" in text and "docs/protocol.md" in text
     assert (ROOT / "results" / "../docs/protocol.md").is_file()
 
@@ -170,15 +172,15 @@ def test_the_second_extractor_is_named():
 def test_other_weights_than_the_published_are_said():
     given = [record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0)]
     said = "x (000000000000, not the published weight file: its scores compare with nobody else's)"
-    assert said not in tables.markdown("T", tables.build_rows(given), given, None, "p.png")
+    assert said not in tables.markdown("T", build_rows(given), given, None, "p.png")
     given[0].metrics["evaluation"]["published_weights"] = False
-    assert said in tables.markdown("T", tables.build_rows(given), given, None, "p.png")
+    assert said in tables.markdown("T", build_rows(given), given, None, "p.png")
 
 
 def test_row_keys_are_those_of_the_format():
     rows = json.loads((ROOT / "results/table2.json").read_text())["rows"]
     base = {"benchmark", "group", "method", "variant", "nfe", "headline", "seeds", "status", "division", "fidelity", "budget", "reported"}
-    both = {f"{m}_{k}" for m in tables.IMAGES for k in ("mean", "sd")}
+    both = {f"{m}_{k}" for m in IMAGES for k in ("mean", "sd")}
     for row in rows:
         assert base | both <= set(row)
     measured = [r for r in rows if r["status"] == "done"]
@@ -187,7 +189,7 @@ def test_row_keys_are_those_of_the_format():
 
 def test_reported_rows_carry_the_papers_numbers_and_none_of_ours():
     reported = yaml.safe_load((ROOT / "workflows/tables/reported/imagenet.yaml").read_text())
-    rows = tables.reported_rows(reported)
+    rows = reported_rows(reported)
     assert len(rows) == 40 and all(r["fid_mean"] is None and r["seeds"] == 0 for r in rows)
     assert [r["reported"]["fid"] for r in rows if r["method"] == "MeanFlow-XL/2"] == [3.43, 2.20]
 
@@ -195,3 +197,22 @@ def test_reported_rows_carry_the_papers_numbers_and_none_of_ours():
 def test_schemas_for_editors_are_current():
     for path, model in config.SCHEMAS.items():
         assert json.loads((ROOT / path).read_text()) == model.model_json_schema(), "run `distillbench schema`"
+
+
+def test_differences_stand_in_the_page_and_its_twin(tmp_path: Path):
+    given = [record("teacher", s, "teacher", {8: 1.0}, fixed=11.0) for s in range(3)]
+    given += [record(arm, s, "distillation", {1: fid + s / 10}) for arm, fid in (("a", 1.0), ("b", 2.0)) for s in range(3)]
+    tables.write("t", "T", given, [], None, [("a", "b")], tmp_path, lambda path, data: path.write_bytes(data) and None)
+    found = json.loads((tmp_path / "t.json").read_text())["differences"]
+    assert {r["metric"] for r in found} == {"fid", "recall"} and found[0]["ratio"] == pytest.approx(1.1 / 2.1, rel=0.01)
+    text = (tmp_path / "t.md").read_text()
+    assert "## Differences between arms" in text and "| a / b  | FID      | 0.52" in text
+    tables.write("t", "T", given, [], None, [], tmp_path, lambda path, data: path.write_bytes(data) and None)
+    assert "Differences" not in (tmp_path / "t.md").read_text() and "differences" not in json.loads((tmp_path / "t.json").read_text())
+
+
+def test_a_comparison_with_an_arm_of_no_row_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    table = config.table("pilot").model_copy(update={"compare": [("freeflow", "freeflow@hun")]})
+    with pytest.raises(UserError, match=r"pilot\.yaml: key 'compare': 'freeflow@hun' is no arm of this table, did you mean 'freeflow@"):
+        plan.arms(table)
