@@ -35,7 +35,8 @@ def effects(records: list[Record], pairs: list[tuple[str, str]]) -> list[dict[st
     for benchmark in sorted({r.result["benchmark"] for r in records}):
         values = {
             arm: {
-                m: [row[m] for r in records if r.arm == arm and r.result["benchmark"] == benchmark for row in _headline(r)] for m in METRICS
+                m: [row.get(m) for r in records if r.arm == arm and r.result["benchmark"] == benchmark for row in _headline(r)]
+                for m in METRICS
             }
             for arm in {a for pair in pairs for a in pair}
         }

@@ -214,5 +214,5 @@ def test_differences_stand_in_the_page_and_its_twin(tmp_path: Path):
 def test_a_comparison_with_an_arm_of_no_row_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     table = config.table("pilot").model_copy(update={"compare": [("freeflow", "freeflow@hun")]})
-    with pytest.raises(UserError, match=r"pilot\.yaml: key 'compare': 'freeflow@hun' is no arm of this table, did you mean 'freeflow@"):
+    with pytest.raises(UserError, match=r"pilot\.yaml: key 'compare': 'freeflow@hun' is no arm of this table, did you mean 'freeflow'"):
         plan.arms(table)
