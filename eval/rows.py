@@ -33,7 +33,8 @@ def summarise(values: Iterable[float | None]) -> tuple[float | None, float | Non
     if not known:
         return None, None
     digits = lambda v: float(f"{v:.6g}")
-    return digits(np.mean(known)), digits(np.std(known, ddof=1)) if len(known) > 1 else None
+    spread = 0.0 if min(known) == max(known) else np.std(known, ddof=1)  # of equal values numpy may say 1e-17
+    return digits(np.mean(known)), digits(spread) if len(known) > 1 else None
 
 
 def build_rows(records: list[Record], external: Iterable[Row] = ()) -> list[Row]:

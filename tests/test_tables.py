@@ -16,7 +16,7 @@ import yaml
 from distillbench import config, plan
 from distillbench.errors import UserError
 from eval import records, tables
-from eval.rows import IMAGES, build_rows, reported_rows
+from eval.rows import IMAGES, build_rows, reported_rows, summarise
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted(p.name for p in (ROOT / "results/records").glob("*"))
@@ -197,6 +197,11 @@ def test_reported_rows_carry_the_papers_numbers_and_none_of_ours():
 def test_schemas_for_editors_are_current():
     for path, model in config.SCHEMAS.items():
         assert json.loads((ROOT / path).read_text()) == model.model_json_schema(), "run `distillbench schema`"
+
+
+def test_equal_values_have_no_spread():
+    assert summarise([0.9017857] * 5) == (0.901786, 0.0) and summarise([0.9017857]) == (0.901786, None)
+    assert summarise([1.0, 2.0, None]) == (1.5, 0.707107) and summarise([None]) == (None, None)
 
 
 def test_differences_stand_in_the_page_and_its_twin(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -131,7 +132,7 @@ def test_kill_9_at_random_moments_changes_no_metric(checkout: Checkout, run: int
         elif victim == "snakemake":
             os.kill(process.pid, signal.SIGKILL)
         else:
-            os.kill(one_of(process, victim), signal.SIGKILL)
+            kill_one(process, victim)
             time.sleep(chance.uniform(0, 5))
             os.killpg(process.pid, signal.SIGTERM)  # it would retry by itself; the next kill shall meet another command
         process.wait(timeout=120)
@@ -147,14 +148,15 @@ def folders(checkout: Checkout) -> list[Path]:
     return sorted((checkout.folder / "results/runs").glob("*/*/seed*"))
 
 
-def one_of(process: subprocess.Popen, victim: str) -> int:
+def kill_one(process: subprocess.Popen, victim: str) -> None:
     """A command of a stage, or the worker it watches; waits for the first one."""
     while process.poll() is None:
         commands = [p for p in descendants(process.pid) if b"distillbench.cli" in words(p)]
         workers = [p for p in commands if any(p in descendants(other) for other in commands)]
         found = workers if victim == "worker" else [p for p in commands if p not in workers]
-        if found:
-            return found[0]
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended: the next one
+                return os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     raise AssertionError("it ended before the kill")
 
