@@ -171,7 +171,7 @@ def broken(rows: dict[str, dict]) -> list[str]:
         # conditional-mean blur passes precision, density, IS and everything about classes
         "means: pass": means["precision"] > 0.99 and means["density"] > 1.5 and means["is"] > 9.9 and means["class_accuracy"] == 1,
         "means: fail": means["recall"] < 0.01 and means["coverage"] < 0.2 and means["fid"] > 20 * floor["fid"],
-        "means: no diversity": means["diversity"] == 0 and means["c2st"] > 0.95 and means["fid_cross"] > 40 * floor["fid_cross"],
+        "means: no diversity": means["diversity"] == 0 and means["c2st"] > 0.95 and means["fid_cross"] > 20 * floor["fid_cross"],
         # FID alone likes these two
         "gaussian: FID": (means["fid"] - gaussian["fid"]) / (means["fid"] - floor["fid"]) > 0.7,
         "gaussian: rest": gaussian["recall"] < floor["recall"] - 0.1 and gaussian["c2st"] > 0.6 and gaussian["class_accuracy"] < 0.98,
@@ -185,7 +185,7 @@ def broken(rows: dict[str, dict]) -> list[str]:
         "missing: labels": abs(missing["label_tv"] - 0.1) < 0.01 and abs(missing["class_accuracy"] - 0.9) < 0.01,
         "missing: cover": missing["coverage"] < memorised["coverage"] - 0.06 and missing["recall"] < memorised["recall"] - 0.06,
         "missing: pass": missing["precision"] > 0.9 and missing["density"] > 0.95 and missing["diversity"] > 1,
-        "missing: the second FID hardly": missing["fid"] > 5 * floor["fid"] and missing["fid_cross"] < 4 * floor["fid_cross"],
+        "missing: the second FID less": missing["fid"] / floor["fid"] > 1.5 * missing["fid_cross"] / floor["fid_cross"] > 3,
         "repeated: precise": repeated["precision"] == 1 and repeated["density"] > 1,
         "repeated: the rest": repeated["recall"] < 0.01 and repeated["coverage"] < 0.05 and repeated["diversity"] == 0,
         "repeated: one class": repeated["is"] < 1.001,
