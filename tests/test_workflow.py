@@ -102,7 +102,7 @@ def test_a_workflow_killed_with_its_teacher_still_makes_the_table(checkout: Chec
 
 
 VICTIMS = ("worker", "command", "snakemake", "group")  # a command is the watcher of the worker that it forks
-KILLS = 5  # in each of 4 runs
+RUNS, KILLS = 4, 5  # kills in each run
 
 
 def longer(checkout: Checkout) -> Checkout:
@@ -122,11 +122,25 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", range(4))
-def test_kill_9_at_random_moments_changes_no_metric(checkout: Checkout, uninterrupted: dict[str, bytes], run: int):
+def test_twenty_kills_at_random_moments_change_no_metric(checkout: Checkout, uninterrupted: dict[str, bytes]):
     """Three methods, killed again and again: every metrics.json equals the uninterrupted one, and nothing is trained twice that a
     checkpoint holds. The first kill of a run falls into its start-up, the others from a student's first step on."""
     longer(checkout)
+    resumes = 0
+    for run in range(RUNS):
+        log = killed_again_and_again(checkout, run)
+        done = checkout.snakemake("results/tiny-ring.md")
+        assert done.returncode == 0, done.stderr
+        assert checkout.metrics() == uninterrupted and len(uninterrupted) == 2 * (1 + len(registry.discover()))
+        counts = {f"{folder.parent.name}/{folder.name[:5]}": repeated(folder) for folder in folders(checkout)}
+        print(f"run {run}: killed {', '.join(log)}; cells (resumes, updates trained again): {counts}")
+        resumes += sum(n for n, _ in counts.values())
+        shutil.rmtree(checkout.folder / "results")
+    assert resumes > 0  # or nothing was tested
+
+
+def killed_again_and_again(checkout: Checkout, run: int) -> list[str]:
+    """Start the workflow and kill a part of it, KILLS times; who and when."""
     chance, log = random.Random(run), []
     for kill in range(KILLS):
         began, victim = time.time(), VICTIMS[(run + kill) % len(VICTIMS)]
@@ -149,12 +163,7 @@ def test_kill_9_at_random_moments_changes_no_metric(checkout: Checkout, uninterr
             os.killpg(process.pid, signal.SIGTERM)  # it would retry by itself; the next kill shall meet another command
         process.wait(timeout=120)
         log.append(f"{victim} after {time.time() - began:.0f} s")
-    done = checkout.snakemake("results/tiny-ring.md")
-    assert done.returncode == 0, done.stderr
-    assert checkout.metrics() == uninterrupted and len(uninterrupted) == 2 * (1 + len(registry.discover()))
-    counts = {f"{folder.parent.name}/{folder.name[:5]}": repeated(folder) for folder in folders(checkout)}
-    print(f"run {run}: killed {', '.join(log)}; cells (resumes, updates trained again): {counts}")
-    assert sum(resumes for resumes, _ in counts.values()) > 0
+    return log
 
 
 def student_trains(folder: Path, since: float) -> bool:
