@@ -154,7 +154,7 @@ def test_other_mix_ups_are_noticed(monkeypatch):
 
     def planted(change) -> list[str]:
         with monkeypatch.context() as context:
-            context.setattr(evaluate, "image_metrics", lambda *arguments: real(*change(*arguments)))
+            context.setattr(evaluate, "image_metrics", lambda *arguments, **named: real(*change(*arguments), **named))
             return mixed_up(metrics(context))
 
     assert planted(lambda *a: a) == []
