@@ -26,16 +26,16 @@ def decode(entry: dict[str, Any]) -> np.ndarray:
 def picture(records: list[Record]) -> bytes:
     """PNG of the lowest seed: a strip of images, or a scatter of points, per teacher and student at every NFE."""
     strips = []
-    records = [r for r in records if r.metrics is not None]
-    seeds = {b: min(r.result["seed"] for r in records if r.result["benchmark"] == b) for b in {r.result["benchmark"] for r in records}}
+    done = [(r, r.metrics["gallery"]) for r in records if r.metrics is not None]
+    seeds = {b: min(r.result["seed"] for r, _ in done if r.result["benchmark"] == b) for b in {r.result["benchmark"] for r, _ in done}}
     order = {"teacher": 0, "from_scratch": 1, "distillation": 2}
-    for r in sorted(records, key=lambda r: (r.result["benchmark"], order[r.result["group"]], r.arm)):
-        if r.metrics is None or r.result["seed"] != seeds[r.result["benchmark"]]:
+    for r, gallery in sorted(done, key=lambda one: (one[0].result["benchmark"], order[one[0].result["group"]], one[0].arm)):
+        if r.result["seed"] != seeds[r.result["benchmark"]]:
             continue
         nfes = sorted(r.result["nfe"], reverse=r.result["group"] == "teacher")
         for nfe in nfes:
             label = f"{r.result['benchmark']}: {r.arm}, {nfe} NFE" if len(seeds) > 1 else f"{r.arm}, {nfe} NFE"
-            strips.append((label, decode(r.metrics["gallery"][f"nfe{nfe}"])))
+            strips.append((label, decode(gallery[f"nfe{nfe}"])))
     images = [(label, a) for label, a in strips if a.ndim == 4]
     points = [(label, a) for label, a in strips if a.ndim == 2]
     heights = [2.6 * -(-len(points) // COLUMNS), 0.46 * len(images) + 0.1 * bool(images)]
