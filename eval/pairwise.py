@@ -25,7 +25,10 @@ class Cloud:
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
-        self.mean = sum(part.double().sum(0) for part in features.split(ROWS)) / len(features)  # float64 [D]
+        total = torch.zeros(features.shape[1], dtype=torch.float64)
+        for rows in self.spans():
+            total += features[rows].double().sum(0)
+        self.mean = total / len(features)  # float64 [D]
         self.centre = self.mean.to(features.dtype)  # float32 features minus a float32 centre lose next to nothing
 
     def __len__(self) -> int:
@@ -34,7 +37,10 @@ class Cloud:
     @cached_property
     def squares(self) -> Tensor:
         """Squared distances from the centre, float64 [N]."""
-        return torch.cat([self._from_centre(rows).square().sum(1) for rows in self.spans()])
+        out = torch.empty(len(self), dtype=torch.float64)
+        for rows in self.spans():
+            out[rows] = self._from_centre(rows).square_().sum(1)
+        return out
 
     def spans(self) -> list[slice]:
         return [slice(start, min(start + ROWS, len(self))) for start in range(0, len(self), ROWS)]
@@ -44,7 +50,10 @@ class Cloud:
 
     def along(self, directions: Tensor) -> Tensor:
         """Inner products [N,a] of centred rows with directions [D,a], in float64."""
-        return torch.cat([self._from_centre(rows) @ directions for rows in self.spans()])
+        out = torch.empty(len(self), directions.shape[1], dtype=torch.float64)
+        for rows in self.spans():
+            out[rows] = self._from_centre(rows) @ directions
+        return out
 
     def covariance(self) -> Tensor:
         """Unbiased, float64 [D,D]: summed over centred float64 blocks, as float32 would spoil it beyond 1e-7."""
