@@ -32,7 +32,7 @@ class DigitsData(Strict):
     """scikit-learn's 8x8 digits (they come with the package)."""
 
     kind: Literal["digits"]
-    exchanged: bool = Field(False, description="train on the reference half: for choosing settings (docs/tuning.md)")
+    inner: bool = Field(False, description="split the training half once more, for choosing settings: no reported digit is seen")
 
     def fingerprint(self) -> str:
         spec = importlib.util.find_spec("sklearn")

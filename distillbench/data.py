@@ -63,17 +63,22 @@ def alternate(labels: np.ndarray) -> np.ndarray:
 
 def load(spec: DigitsData | MixtureData) -> Images | Mixture:
     """The data set a benchmark names."""
-    return _digits(spec.exchanged) if isinstance(spec, DigitsData) else _mixture(spec)
+    return _digits(spec.inner) if isinstance(spec, DigitsData) else _mixture(spec)
 
 
-def _digits(exchanged: bool) -> Images:
+def _digits(inner: bool) -> Images:
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     images = torch.from_numpy(raw.images / 8 - 1).float()[:, None]  # 0..16 -> [-1, 1]
     labels = torch.from_numpy(raw.target).long()
-    train = torch.from_numpy(alternate(raw.target) != exchanged)
-    return Images(images[train], labels[train], images[~train], labels[~train], 10)
+    train = alternate(raw.target)
+    reference = ~train
+    if inner:  # the training half takes the place of the whole; the other half is not looked at
+        half = np.flatnonzero(train)
+        first = alternate(raw.target[half])
+        train, reference = half[first], half[~first]
+    return Images(images[train], labels[train], images[reference], labels[reference], 10)
 
 
 def _mixture(spec: MixtureData) -> Mixture:

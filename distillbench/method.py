@@ -41,6 +41,7 @@ class Needs:
     data: bool = False  # real images
     teacher: bool = True
     pairs: Pairs | None = None
+    features: Literal["self_supervised", "random"] | None = None  # frozen features for a discriminator: `task.features`
     cycle: int = 1  # train steps after which the pattern of updates repeats
 
     def __post_init__(self) -> None:
@@ -103,10 +104,11 @@ class Task:
 
     def __init__(
         self, shape: tuple[int, ...], classes: int, network: dict[str, int], teacher: Any, teacher_weights: nn.Module | None,
-        seed: int, device: torch.device, meter: Meter,
+        seed: int, device: torch.device, meter: Meter, features: nn.Module | None = None,
     ):  # fmt: skip
         self.shape, self.classes, self.device, self.meter = shape, classes, device, meter
         self.teacher = teacher  # has .velocity(x, t, cond); None when the method does not need one
+        self.features = features  # images [B, *shape] -> list of tokens [B, T, width], frozen; None unless needed
         self._network, self._teacher_weights, self._seed = network, teacher_weights, seed
         self._roles: dict[nn.Module, str] = {}
         self.players: dict[str, Player] = {}
@@ -126,6 +128,8 @@ class Task:
     def player(self, name: str, config: PlayerConfig, *networks: nn.Module) -> Player:
         """Register what one optimiser moves. The player named 'student' is the one saved and sampled."""
         for i, net in enumerate(networks):
+            if net not in self._roles:  # a module of the method's own
+                self.meter.watch(net.to(self.device), lambda net=net: self._roles[net])  # type: ignore[misc]
             self._roles[net] = name if i == 0 else f"{name}.{i}"
         self.players[name] = Player(name, networks, config, self.meter)
         return self.players[name]

@@ -51,7 +51,8 @@ class VelocityNetwork(nn.Module):
     """v(x, t, label), or u(x, t, s, label) with `second_time`, optionally conditioned on a guidance weight.
 
     x: [B, *shape] float32; t, s, guidance: [B]; labels: [B] int64 in [0, classes], where `classes` is the null label.
-    Returns a tensor like x; with `features=True` also the list of block outputs [B, width] for heads.
+    Returns a tensor like x; with `features=k` instead the outputs [B, width] of the first k blocks, for heads, and evaluates
+    nothing after them.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int, width: int, depth: int, second_time: bool = False, guidance: bool = False):
@@ -71,8 +72,8 @@ class VelocityNetwork(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, s: Tensor | None = None,
-        guidance: Tensor | None = None, features: bool = False,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
+        guidance: Tensor | None = None, features: int = 0,
+    ) -> Tensor | list[Tensor]:  # fmt: skip
         c = self.time(t)
         if self.label is not None:
             c = c + self.label(labels)
@@ -85,12 +86,13 @@ class VelocityNetwork(nn.Module):
         c = F.silu(c)
         h = self.enter(x.reshape(x.shape[0], -1))
         outputs = []
-        for block in self.blocks:
+        for block in self.blocks[: features or None]:
             h = block(h, c)
             outputs.append(h)
+        if features:
+            return outputs
         shift, scale = self.modulation(c).chunk(2, 1)
-        v = self.leave(F.layer_norm(h, (h.shape[1],)) * (scale + 1.0) + shift).reshape(x.shape[0], *self.shape)
-        return (v, outputs) if features else v
+        return self.leave(F.layer_norm(h, (h.shape[1],)) * (scale + 1.0) + shift).reshape(x.shape[0], *self.shape)
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

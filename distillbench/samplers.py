@@ -1,6 +1,6 @@
-"""Samplers from noise at t=1 to data at t=0: Euler and Heun for velocities, jumps for flow maps.
+"""Samplers from noise at t=1 to data at t=0: Euler and Heun for velocities, jumps for flow maps, re-noising for denoisers.
 
-`velocity(x, t)` and `flow_map(x, t, s)` take x [B, ...] and times [B]; every sampler returns [B, ...].
+`velocity(x, t)`, `denoise(x, t)` and `average(x, t, s)` take x [B, ...] and times [B]; every sampler returns [B, ...].
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distillbench.paths import jump, over
+from distillbench.paths import jump, noised, over
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,6 +49,31 @@ def jumps(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, st
     for t, s in pairwise(times):
         x = jump(x, average(x, t, s), t, s)
     return x
+
+
+def renoising(denoise: Velocity, noise: Tensor, steps: int, fresh: Callable[[], Tensor], done: int | None = None) -> Tensor:
+    """x0 = denoise(x_t, t), then x_t' = (1-t') x0 + t' e with fresh e, over t = 1, 1 - 1/steps, ...; the last x0.
+
+    Stochastic sampling of DMD2 (arXiv 2405.14867, section 4.4), ADD and consistency models; `steps` evaluations, or the first
+    `done` of them. `fresh()` draws e like x.
+    """
+    times = grid(steps, noise)[:-1][:done]
+    x = denoise(noise, times[0])
+    for t in times[1:]:
+        x = denoise(noised(x, fresh(), t), t)
+    return x
+
+
+def simulated_input(denoise: Velocity, noise: Tensor, steps: int, k: int, fresh: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """(x_t, t) that the k-th of `steps` evaluations of `renoising` would see, k = 0: (noise, 1); k evaluations without gradient.
+
+    Backward simulation (DMD2, section 4.5): the student is trained on its own intermediate samples, not on noised data.
+    """
+    t = grid(steps, noise)[k]
+    if k == 0:
+        return noise, t
+    with torch.no_grad():
+        return noised(renoising(denoise, noise, steps, fresh, done=k), fresh(), t), t
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import time
 import traceback
@@ -15,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from distillbench import data as data_sets
-from distillbench import registry, watch
+from distillbench import features, registry, watch
 from distillbench.cell import Cell, describe, remove_leftovers, remove_progress, write_atomically
 from distillbench.checkpoint import load_progress, read_tensors, save_progress, write_tensors
 from distillbench.errors import Diverged, OverBudget, Refused, UserError, nearest
@@ -29,6 +30,7 @@ from distillbench.watch import Pulse
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 CHECKPOINTS = 20  # per run
+FEATURES_SHARE = 0.05  # of the budget, for training a discriminator's features without labels
 REFERENCE = "reference"  # the teacher's own set of samples, from a noise stream of its own
 # Errors of files and terminals, not of the code that meets them.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO, errno.EROFS, errno.ESTALE)
@@ -46,6 +48,9 @@ class Run:
     meter: Meter
     device: torch.device
     pairs: dict[str, Tensor] | None = None
+
+
+Prepared = dict[str, dict[str, Tensor]]  # what set-up makes and is charged for: regression `pairs`, weights of the `features`
 
 
 def weights_file(cell: Cell) -> str:
@@ -78,7 +83,12 @@ def build(cell: Cell, meter: Meter | None = None) -> Run:
         # A closed form costs nothing, but stands for a network: it is charged as one.
         stands_for = VelocityNetwork(data.shape, data.classes, **b.network.model_dump())
         meter.watch(network, lambda: "teacher", row_flops(stands_for) if exact is not None else 0)
-    task = Task(data.shape, data.classes, b.network.model_dump(), teacher, weights, cell.seed, device, meter)
+    frozen: torch.nn.Module | None = None
+    if needs.features is not None:
+        torch.manual_seed(derive(cell.seed, "features"))
+        frozen = features.untrained(data.shape).requires_grad_(False).to(device)
+        meter.watch(frozen, lambda: "features")
+    task = Task(data.shape, data.classes, b.network.model_dump(), teacher, weights, cell.seed, device, meter, frozen)
     torch.manual_seed(derive(cell.seed, "build"))
     method = cls(task, config)
     return Run(cell, data, method, needs, task, meter, device)
@@ -142,19 +152,50 @@ def first_bad(error: BaseException) -> str:
     return ""
 
 
-def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-    """Meter set-up and one cycle on a throw-away copy; returns the plan (steps the budget buys) and the pairs."""
-    pulse, meter, pairs = pulse or Pulse(), Meter(), None
-    with meter.measured():  # whatever a method computes in its constructor counts
-        run = build(cell, meter)
+def prepare(run: Run, progress: Progress, pulse: Pulse) -> Prepared:
+    """Regression pairs and trained features, as the needs say; metered, since a method pays for what it asks for."""
+    cell, made = run.cell, Prepared()
     if (wanted := run.needs.pairs) is not None:
         progress("regression pairs", 0, wanted.count)
         with run.meter.measured(), pulse.patience():
-            pairs = make_pairs(
+            made["pairs"] = make_pairs(
                 run.task.teacher, wanted, run.data.shape, run.data.classes, cell.benchmark.guidance,
                 Rng(cell.seed, "pairs", device=run.device),
             )  # fmt: skip
-    run.pairs = pairs
+    if run.needs.features == "self_supervised" and isinstance(run.data, data_sets.Images):  # else it stays random
+        progress("features", 0, 1)
+        network, data = run.task.features, run.data
+        assert network is not None
+
+        def pretrain(network: torch.nn.Module, updates: int) -> None:
+            torch.manual_seed(derive(cell.seed, "pretrain"))
+            features.pretrain(network, data, Rng(cell.seed, "pretrain", device=run.device), run.device, updates)
+
+        with pulse.patience():
+            with (one := Meter()).measured():
+                pretrain(copy.deepcopy(network), 1)
+            with run.meter.measured():
+                pretrain(network, int(FEATURES_SHARE * cell.benchmark.budget.flops // one.flops))
+        made["features"] = network.state_dict()
+    return made
+
+
+def furnish(run: Run, made: Prepared) -> Run:
+    """A built run with what `prepare` made."""
+    run.pairs = made.get("pairs")
+    if "features" in made:
+        assert run.task.features is not None
+        run.task.features.load_state_dict(made["features"])
+    return run
+
+
+def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[dict[str, Any], Prepared]:
+    """Meter set-up and one cycle on a throw-away copy; returns the plan (steps the budget buys) and what set-up made."""
+    pulse, meter = pulse or Pulse(), Meter()
+    with meter.measured():  # whatever a method computes in its constructor counts
+        run = build(cell, meter)
+    made = prepare(run, progress, pulse)
+    furnish(run, made)
     setup_flops, setup_rows = run.meter.flops, dict(run.meter.rows)
     run.meter.calls.clear()
     run.meter.rows.clear()
@@ -192,7 +233,7 @@ def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[d
         },
         "updates": {name: int(player.updates * share) for name, player in run.task.players.items()},
         "images": int(steps * run.needs.batch),
-    }, pairs  # fmt: skip
+    }, made  # fmt: skip
 
 
 def train(run: Run, plan: dict[str, Any], progress: Progress, pulse: Pulse | None = None) -> None:
@@ -234,6 +275,8 @@ def sample(run: Run, nfe: int, count: int, progress: Progress, name: str = "eval
         raise UserError(f"{run.cell.arm_name}: nfe {nfe} is not supported, {nearest(str(nfe), map(str, run.needs.nfe))}")
     shape, classes, b = run.data.shape, run.data.classes, run.cell.benchmark
     rng, noise_rng = Rng(run.cell.seed, name, "method", nfe, device=run.device), Rng(run.cell.seed, name, "noise")
+    if pulse is not None:
+        pulse.beat(watch.SAMPLING, 0)
     noise, parts = noise_rng.normal(count, *shape), []
     for i in range(0, count, b.sampling.batch):
         part = noise[i : i + b.sampling.batch].to(run.device)
@@ -278,11 +321,10 @@ def run_cell(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> dict
             teacher = None if cell.arm is None else cell.teacher.result()
             if teacher is not None and teacher["status"] != "done":
                 raise Refused(f"its teacher ended as {teacher['status']}: {teacher['reason']}")
-            plan, pairs = price(cell, progress, pulse)
+            plan, made = price(cell, progress, pulse)
             frozen = {"cell": cell.label, "key": cell.key, "plan": plan, "recipe": cell.recipe}
             write_atomically(cell.folder / "config.yaml", yaml.safe_dump(frozen, sort_keys=False).encode())
-            run = build(cell)
-            run.pairs = pairs
+            run = furnish(build(cell), made)
             train(run, plan, progress, pulse)
             network, count = saved_player(run).averaged(), cell.benchmark.sampling.count
             samples = {f"nfe{n}": sample(run, n, count, progress, pulse=pulse) for n in run.needs.nfe}
@@ -317,12 +359,9 @@ def judged(error: BaseException, cell: Cell, pulse: Pulse) -> tuple[str, str]:
     if isinstance(error, (watch.TimedOut, watch.Hung)):
         verdict = watch.TIMED_OUT if isinstance(error, watch.TimedOut) else watch.HUNG
         return watch.reason_of(verdict, cell, pulse, watch.line_of(error, cell))
-    if isinstance(error, OverBudget):
-        return "over_budget", str(error)
-    if isinstance(error, Refused):
-        return "refused", str(error)
-    if isinstance(error, (Diverged, FloatingPointError)):
-        return "diverged", str(error)
+    for kind, status in ((OverBudget, "over_budget"), (Refused, "refused"), (Diverged, "diverged"), (FloatingPointError, "diverged")):
+        if isinstance(error, kind):
+            return status, " ".join(str(error).split())
     oom = isinstance(error, torch.OutOfMemoryError) or watch.is_out_of_memory(error)
     return "oom" if oom else "failed", one_line(error, cell)
 

@@ -86,13 +86,12 @@ def test_guidance_is_charged(checkout):
 @pytest.mark.parametrize("name", ["meanflow", "dmd"])
 def test_the_plan_is_what_the_whole_run_costs(checkout, name):  # design.md: everything a method asks for is charged
     made = cell(name)
-    plan, pairs = train.price(made, quiet)
-    run = train.build(made)
+    plan, prepared = train.price(made, quiet)
+    run = train.furnish(train.build(made), prepared)
     with FlopCounterMode(display=False) as counter, run.meter.counting():
         if run.needs.pairs:
             again = make_pairs(run.task.teacher, run.needs.pairs, run.data.shape, run.data.classes, 1.0, Rng(made.seed, "pairs"))
-            assert all(torch.equal(again[k], pairs[k]) for k in again)
-        run.pairs = pairs
+            assert all(torch.equal(again[k], prepared["pairs"][k]) for k in again)
         train.train(run, plan, quiet)
     assert plan["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert (
