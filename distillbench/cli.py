@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from distillbench import config, plan, progress, registry
-from distillbench.cell import Cell, lock, remove_progress, write_atomically, write_json
+from distillbench.cell import Cell, lock, write_atomically, write_json
 from distillbench.dispatch import ONE_THREAD
 from distillbench.errors import UserError, nearest
 from distillbench.progress import reporter, say
 from distillbench.scoring import check_extractors, evaluate_cells, evaluate_path, samples_of
-from distillbench.watch import INTERRUPTED, Pulse, supervise
+from distillbench.watch import INTERRUPTED
+from distillbench.work import train_cells
 
 app = typer.Typer(
     help="""Train, sample and evaluate distillation methods under one protocol.
@@ -40,6 +41,10 @@ app = typer.Typer(
     distillbench evaluate PATH                  metrics of samples made elsewhere; trains nothing
 
     distillbench sample digits dmd --seed 0 --nfe 1 --output dmd.png
+
+    distillbench new my_method                  a small working method to start from
+
+    distillbench check my_method                does it keep the contract?
     """,
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
@@ -81,43 +86,57 @@ def is_evaluated(cell: Cell) -> bool:
     return records.is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor)
 
 
-def again(cell: Cell) -> str:
-    """What to delete where a student was refused for its teacher's sake: its key does not tell how the teacher ended."""
-    teacher = None if cell.arm is None else cell.teacher.result()
-    failed = teacher is not None and teacher["status"] != "done"
-    return f"; to try again delete {cell.teacher.record} and {cell.record}" if failed else ""
-
-
 @app.command()
 def train(benchmark: BenchmarkName, arm: ArmName, seeds: Seeds = None) -> None:
     """Train and sample the cells of an arm. Interrupted, the same command continues from the last checkpoint."""
-    cells = cells_of(benchmark, arm, seeds)
-    order = [one for cell in cells for one in ((cell,) if cell.arm is None else (cell.teacher, cell))]
-    for one in order:
-        if (record := one.result()) is not None and record["status"] != "done":
-            print(f"{one.label}: {record['status']} before; to try again delete {one.record}", file=sys.stderr)
-        elif record is not None:
-            remove_progress(one.folder)  # where a process was killed between its record and this
+    train_cells(cells_of(benchmark, arm, seeds))
 
-    def work(pulse: Pulse) -> None:
-        """Give every cell its record, in a process of its own."""
-        from distillbench.train import run_cell
 
-        if (first := next((i for i, one in enumerate(order) if one.arm is cells[0].arm and one.result() is None), None)) is not None:
-            pulse.enter(first)
-            with pulse.limits():
-                warning = plan.check(plan.Job(tuple(cells)))
-            if warning:
-                say(f"distillbench: {warning}")
-        for index, one in enumerate(order):
-            with one.locked():
-                pulse.enter(index)
-                if one.result() is None:
-                    record = run_cell(one, reporter(one.label), pulse)
-                    text = "done" if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
-                    say(f"{one.label}: {text} in {record['cost']['seconds']:g} s{again(one)}")
+@app.command()
+def new(target: Annotated[str, typer.Argument(help="name of the method, or a path that ends in it")]) -> None:
+    """Write a method that works, with places marked for your idea: methods/NAME, or the folder at a path.
 
-    supervise(order, work)
+    docs/adding-a-method.md walks through the rest.
+    """
+    from distillbench.new import write_folder
+
+    path, name = write_folder(target)
+    print(f"{path} written: look for YOUR IDEA in method.py, then `distillbench check {name if '/' not in target else path}`")
+    if name not in registry.discover():
+        print(f"for the tables to find it, add it to distillbench.yaml: method_paths: [{os.path.relpath(path, config.root())}]")
+
+
+@app.command()
+def check(target: Annotated[str, typer.Argument(help="a method's name, or the path of its folder")]) -> None:
+    """Does a method keep the contract? A line for each promise that it breaks; exit code 1 if there is one.
+
+    Files: imports, the README's equation table, claims, settings on every benchmark. Runs: every arm trains a cycle and samples
+    at every NFE it declares, on images and on a mixture; then 200 steps on the mixture, where cost, streams of random numbers,
+    the use of what `needs` declares, the teacher, progress towards it, a repeated and a resumed run are looked at. Less than a
+    minute on one core.
+    """
+    from distillbench.scoring import check_method
+
+    if not check_method(target):
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    method: Annotated[str, typer.Argument(help="a method whose config.yaml has a `search`")],
+    show: Annotated[bool, typer.Option("--show", help="list the trials; run nothing")] = False,
+) -> None:
+    """Try the settings that a method's `search` declares, where no table looks; every trial stays in its tuning.json.
+
+    At most 12 trials: all combinations, or the settings as they are and 11 combinations drawn by the method's name. They run on
+    digits-tuning: one half of the training half teaches, the other is compared with, under the extractor of the cross-check
+    column and on a seed of their own. The best by FID at the headline NFE is named; writing it into config.yaml is up to you.
+    Interrupted, the same command continues.
+    """
+    from distillbench import tuning
+
+    folder = registry.arm(method.partition("@")[0]).folder
+    tuning.show(folder) if show else tuning.run(folder)
 
 
 @app.command(
@@ -301,7 +320,7 @@ def table_(
                 raise UserError(f"{c.label} is not {lacks}: run `snakemake --cores all results/{name}.md`")
         with lock(results / "runs" / f"{name}.lock"):
             try:
-                same, total = records.publish(folder, [(c.folder, c.labels()) for c in cells])
+                same, total = records.publish(folder, [(c.folder, c.labels()) for c in cells], table.draws)
             except ValueError as e:
                 raise UserError(str(e)) from None
         print(f"{name}: {same} of {total} cells have exactly the metrics published before", file=sys.stderr)

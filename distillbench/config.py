@@ -145,6 +145,7 @@ class MethodFile(Strict):
     config: dict[str, Any] = {}
     benchmarks: dict[str, dict[str, Any]] = Field({}, description="settings per family or name of a benchmark")
     variants: dict[str, Variant] = {}
+    search: dict[str, list[Any]] = Field({}, description="values that `distillbench tune` tries, by key of config, e.g. student.lr")
 
 
 class Reported(Strict):
@@ -188,6 +189,7 @@ class Table(Strict):
     variants: list[str] = Field([], description="more rows, as method@variant")
     seeds: list[int] | None = Field(None, min_length=1, description="instead of those of the benchmarks")
     compare: list[tuple[str, str]] = Field([], description="pairs of arms whose metrics are shown as ratios, each with an interval")
+    draws: bool = Field(False, description="publish repeated draws of single checkpoints as well (draws.json)")
     reported: str | None = Field(None, description="file with the papers' own numbers, shown in a section of their own")
 
 

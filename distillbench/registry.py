@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from distillbench.errors import UserError, nearest
 if TYPE_CHECKING:
     from distillbench.method import Method
 
-TEXTS = ("README.md", "claims.yaml", "config.yaml")
+TEXTS = ("README.md", "claims.yaml", "config.yaml", "tuning.json")
 RESERVED = ("teacher",)  # an arm that is not a method
 
 
@@ -42,6 +42,7 @@ class Arm:
 
     folder: MethodFolder
     variant: str | None
+    changes: dict[str, Any] = field(default_factory=dict)  # of a trial, over all other settings
 
     @property
     def name(self) -> str:
@@ -69,7 +70,14 @@ class Arm:
             if source is not None:
                 for layer in (source.config, source.benchmarks.get(benchmark.family), source.benchmarks.get(benchmark.name)):
                     out = merged(out, layer or {})
-        return out
+        return merged(out, self.changes)
+
+
+def read_folder(path: Path) -> MethodFolder:
+    """The method in a folder; UserError on what is wrong with its settings or claims."""
+    claims = path / "claims.yaml"
+    papers = read(claims, ClaimsFile) if claims.is_file() else ClaimsFile()
+    return MethodFolder(path.name, path, read(path / "config.yaml", MethodFile), papers)
 
 
 def discover() -> dict[str, MethodFolder]:
@@ -87,9 +95,7 @@ def discover() -> dict[str, MethodFolder]:
         if path.name in found or path.name in RESERVED or "@" in path.name:
             why = f"is also the name of {found[path.name].path}" if path.name in found else "is reserved"
             raise UserError(f"{path}: the method name '{path.name}' {why}: rename the folder")
-        claims = path / "claims.yaml"
-        papers = read(claims, ClaimsFile) if claims.is_file() else ClaimsFile()
-        found[path.name] = MethodFolder(path.name, path, read(path / "config.yaml", MethodFile), papers)
+        found[path.name] = read_folder(path)
     return found
 
 

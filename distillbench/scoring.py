@@ -91,6 +91,35 @@ def metrics_of(cell: Cell) -> dict[str, Any]:
     return {"format": 1, "key": cell.key} | found
 
 
+def check_method(target: str) -> bool:
+    """Print what `distillbench check` finds, stage by stage; whether nothing was found."""
+    import time
+
+    import torch
+
+    from distillbench import check, registry
+    from eval.mixtures import sliced_wasserstein
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    if "/" in target or (Path(target) / "method.py").is_file():
+        path = Path(target).absolute()
+        if not (path / "method.py").is_file():
+            raise UserError(f"check {target}: no method.py there: name a method, or the folder that holds one")
+        folder = registry.read_folder(path)
+    else:
+        folder = registry.arm(target.partition("@")[0]).folder
+    start, bad = time.monotonic(), 0
+    for about, findings in check.run(folder, sliced_wasserstein, reporter(f"check {folder.name}")):
+        out.print(f"{'FAILED' if findings else 'ok    '}  {about}", soft_wrap=True, markup=False)
+        for finding in findings:
+            out.print(f"  {finding}", soft_wrap=True, markup=False)
+        bad += len(findings)
+    verdict = f"{bad} finding{'s' if bad > 1 else ''}" if bad else "keeps the contract"
+    out.print(f"{folder.name}: {verdict}, {time.monotonic() - start:.0f} s", soft_wrap=True)
+    return not bad
+
+
 def evaluate_cells(cells: list[Cell], draws: int | None) -> None:
     """metrics.json of cells that have none of this evaluation; with `draws` draws.json instead."""
     from eval.records import is_evaluated

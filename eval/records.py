@@ -98,8 +98,8 @@ class Record:
         return self.result["method"] + (f"@{self.result['variant']}" if self.result["variant"] else "")
 
 
-def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]]) -> tuple[int, int]:
-    """Replace the records of a table by those of (cell's folder, labels of its arm).
+def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]], with_draws: bool) -> tuple[int, int]:
+    """Replace the records of a table by those of (cell's folder, labels of its arm); `with_draws`: repeated draws as well.
 
     Labels are merged into the published result, so that a corrected label needs no new run. Returns how many cells have
     exactly the metrics published before, and how many have metrics. The caller holds a lock; ValueError where the disk is full or
@@ -119,7 +119,9 @@ def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]]) -> tuple[int
             if result["status"] == "done":
                 metrics, draws = _read(cell / "metrics.json"), cell / "draws.json"
                 shutil.copyfile(cell / "metrics.json", target / "metrics.json")
-                if draws.is_file() and _read(draws)["evaluation"]["key"] == metrics["evaluation"]["key"]:  # else of an older evaluation
+                if (
+                    with_draws and draws.is_file() and _read(draws)["evaluation"]["key"] == metrics["evaluation"]["key"]
+                ):  # else of an older evaluation
                     shutil.copyfile(draws, target / "draws.json")
                 total += 1
                 same += before.get((result["benchmark"], arm, result["seed"])) == metrics

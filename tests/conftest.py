@@ -54,6 +54,8 @@ class Checkout:
             else:
                 shutil.copyfile(source, folder / name)
         self.write("distillbench.yaml", "method_paths: []\n")
+        for name in ("check-mixture", "check-digits"):
+            self.write(f"workflows/benchmarks/{name}.yaml", (ROOT / f"workflows/benchmarks/{name}.yaml").read_text())
         for name, text in (("tiny", DIGITS), ("tiny-ring", RING)):
             self.write(f"workflows/benchmarks/{name}.yaml", text)
             self.write(f"workflows/tables/{name}.yaml", TABLE.format(name=name))

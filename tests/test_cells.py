@@ -226,8 +226,8 @@ def test_records_are_replaced_whole_or_not_at_all(checkout: Checkout, monkeypatc
     metrics = json.dumps({"evaluation": {"key": records.evaluation_key(None, None)}, "rows": []})
     cells = [(c.folder, {"title": "old"}) for c in fake("tiny-ring", metrics)]
     folder = checkout.folder / "results/records/tiny-ring"
-    assert records.publish(folder, cells) == (0, len(cells))
-    assert records.publish(folder, cells) == (len(cells), len(cells))
+    assert records.publish(folder, cells, False) == (0, len(cells))
+    assert records.publish(folder, cells, False) == (len(cells), len(cells))
 
     def titles() -> set[str]:
         assert [p.name for p in folder.parent.iterdir()] == ["tiny-ring"]
@@ -249,11 +249,11 @@ def test_records_are_replaced_whole_or_not_at_all(checkout: Checkout, monkeypatc
         with monkeypatch.context() as m:
             m.setattr(Path, name, failing)
             with pytest.raises(raised) as error:
-                records.publish(folder, renamed)
+                records.publish(folder, renamed, False)
         assert titles() == {"old"} and (raised is not ValueError or "cannot be written (" in str(error.value))
     folder.rename(folder.with_name(".tiny-ring.old"))  # killed between the two renames
     folder.with_name(".tiny-ring.new").mkdir()
-    assert records.publish(folder, renamed) == (len(cells), len(cells)) and titles() == {"new"}
+    assert records.publish(folder, renamed, False) == (len(cells), len(cells)) and titles() == {"new"}
 
     damaged = next(folder.rglob("metrics.json"))
     damaged.write_text("{")

@@ -1,0 +1,421 @@
+"""`distillbench check`: does a method keep the contract? On CPU in less than a minute, on tiny benchmarks of its own.
+
+Every check yields findings, one line each: where, what was expected, what was seen. Training runs are real: the same `build`,
+`price`, `one_step`, checkpoints and `sample` that a cell goes through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from distillbench import config, pages, registry, train
+from distillbench.cell import Cell
+from distillbench.checkpoint import load_progress, save_progress
+from distillbench.errors import UserError
+from distillbench.meter import Meter
+from distillbench.method import Batch, Condition
+from distillbench.progress import Report
+from distillbench.registry import Arm, MethodFolder
+from distillbench.seeds import Rng
+from distillbench.train import Run
+from distillbench.watch import Pulse
+
+MIXTURE, DIGITS = "check-mixture", "check-digits"  # workflows/benchmarks
+STEPS, EARLY, LATER = 200, 20, 40  # of training; where a run is compared with another, and a checkpoint taken
+COUNT = 1000  # samples
+UNMETERED = 0.01  # tolerated share of forward FLOPs outside the networks that the harness knows, and of cost above the plan
+PROGRESS = 0.95  # the distance to the teacher's samples must fall at least to this share
+CODE = (".py", ".pyc", ".so")
+Distance = Callable[[Tensor, Tensor], float]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One broken promise."""
+
+    where: str
+    expected: str
+    seen: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: expected {self.expected}; saw {self.seen}"
+
+
+class Counting(TorchDispatchMode):
+    """FLOPs by torch's formulas while it is entered: all, those of forward passes, and those outside of watched networks.
+
+    Unlike torch's FlopCounterMode it decomposes nothing, so a run under it has the same bits as one without.
+    """
+
+    def __init__(self, depth: list[int]):
+        super().__init__()
+        self.depth, self.all, self.forward, self.outside = depth, 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            self.all += flops
+            if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+                self.forward += flops
+                self.outside += 0 if self.depth[0] else flops
+        return out
+
+
+class Watching(Meter):
+    """A meter that also knows when a network it watches is being evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = [0]
+
+    def watch(self, network: nn.Module, role: Callable[[], str], row_flops: int = 0) -> None:
+        super().watch(network, role, row_flops)
+        depth = self.depth
+
+        def enter(_module: nn.Module, _args: Any) -> None:
+            depth[0] += 1
+
+        def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
+            depth[0] -= 1
+
+        network.register_forward_pre_hook(enter)
+        network.register_forward_hook(leave, always_call=True)
+
+
+@dataclass(frozen=True)
+class Seen(Batch):
+    """A batch that notes which of its fields are read."""
+
+    read: set[str] = field(default_factory=set)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("x", "pairs", "cond"):
+            object.__getattribute__(self, "read").add(name)
+        return object.__getattribute__(self, name)
+
+
+_opened: list[str] | None = None  # files opened while a method's code runs
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    if event == "open" and _opened is not None and isinstance(arguments[0], (str, bytes)):
+        path = arguments[0].decode() if isinstance(arguments[0], bytes) else arguments[0]
+        if not path.endswith(CODE) and not path.startswith(("/dev/", "/proc/", "/sys/")):
+            _opened.append(path)
+
+
+@contextmanager
+def method_code() -> Iterator[list[str]]:
+    """Note every file that is opened in this block, other than code."""
+    global _opened
+    if not getattr(sys, "_distillbench_audit", False):
+        sys.addaudithook(_audit)
+        sys._distillbench_audit = True  # type: ignore[attr-defined]
+    found: list[str] = []
+    _opened = found
+    try:
+        yield found
+    finally:
+        _opened = None
+
+
+def global_state() -> tuple[Any, ...]:
+    """Of every stream that a method must not draw from."""
+    numpy: Any = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), numpy[1].tobytes(), numpy[2], random.getstate()
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    """Copies of everything that moves."""
+    state = {f"{n}.{k}": v.clone() for n, p in run.task.players.items() for k, v in p.state_dict().items()}
+    return state | {f"method.{k}": v.clone() for k, v in run.method.state_dict().items()}
+
+
+def first_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
+    """The first entry in which two states differ."""
+    return next((k for k in a if k not in b or not torch.equal(a[k], b[k])), None) or next((k for k in b if k not in a), None)
+
+
+def fingerprint(module: nn.Module | None) -> str:
+    parts = [v.detach().cpu().contiguous().numpy().tobytes() for v in module.state_dict().values()] if module is not None else []
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+class Check:
+    """One method under examination; `findings` collects what is wrong."""
+
+    def __init__(self, folder: MethodFolder, distance: Distance, report: Report):
+        self.folder, self.distance, self.report, self.findings = folder, distance, report, list[Finding]()
+        root = config.root()
+        self.where = str(folder.path.relative_to(root)) if folder.path.is_relative_to(root) else str(folder.path)
+        self.code = f"{self.where}/method.py"
+
+    def find(self, where: str, expected: str, seen: object) -> None:
+        """Note a finding, once: variants mostly repeat what the method itself does."""
+        words = " ".join(str(seen).split())[:300]
+        if (expected, words) not in [(f.expected, f.seen) for f in self.findings]:
+            self.findings.append(Finding(where, expected, words))
+
+    @contextmanager
+    def no_file_opened(self, where: str) -> Iterator[None]:
+        with method_code() as opened:
+            yield
+        for path in opened[:1]:
+            self.find(where, "no file opened: data come in batch.x, if `needs` asks for them", path)
+
+    # What stands in the files.
+
+    def files(self) -> None:
+        siblings = set(registry.discover()) - {self.folder.name}
+        for path in sorted(self.folder.path.rglob("*.py")):
+            for line, name, why in pages.forbidden(path, siblings):
+                self.find(f"{self.where}/{path.relative_to(self.folder.path)}:{line}", f"no import of {name}", f"one ({why})")
+        readme = self.folder.path / "README.md"
+        if not readme.is_file() or not pages.targets(readme):
+            self.find(f"{self.where}/README.md", "a table from equations to code, `method.py:function`", "no such entry")
+        else:
+            for target in pages.unresolved(readme, config.root()):
+                self.find(f"{self.where}/README.md", "every entry of the equation table to exist", f"`{target}`, which does not")
+        for claim in self.folder.claims.claims:
+            try:
+                config.benchmark(claim.benchmark)
+                for name in claim.arms:
+                    own = name.partition("@")
+                    if own[0] != self.folder.name or (own[2] and own[2] not in self.folder.file.variants):
+                        registry.arm(name)
+            except UserError as e:
+                self.find(f"{self.where}/claims.yaml", f"claim {claim.id} to name a benchmark and arms that exist", e)
+
+    def settings(self) -> None:
+        """The configuration of every arm fits on every benchmark."""
+        with self.no_file_opened(self.code):
+            cls = registry.load(self.folder)
+        for path in sorted((config.root() / "workflows/benchmarks").glob("*.yaml")):
+            for variant in (None, *self.folder.file.variants):
+                try:
+                    cls.needs(registry.configuration(Arm(self.folder, variant), config.read(path, config.Benchmark), cls))
+                except (UserError, ValueError) as e:
+                    self.find(f"{self.where}/config.yaml", f"settings{f' of @{variant}' if variant else ''} that fit", e)
+                    return
+
+    # What happens when it runs.
+
+    def cell(self, benchmark: str, variant: str | None = None) -> Cell:
+        """Its cell on a benchmark of the check, with a trained teacher."""
+        cell = Cell(config.benchmark(benchmark), Arm(self.folder, variant), 0)
+        with cell.teacher.locked():
+            if cell.teacher.result() is None:
+                train.run_cell(cell.teacher, self.report)
+        return cell
+
+    def started(self, cell: Cell, made: train.Prepared, total: int, per_cycle: dict[str, int]) -> Run:
+        """A fresh run of `total` steps."""
+        run = train.furnish(train.build(cell, Watching()), made)
+        for name, player in run.task.players.items():
+            player.total_updates = max(1, per_cycle[name] * total // run.needs.cycle)
+        return run
+
+    def training(self) -> None:
+        """A run of 200 steps: cost, streams, files, needs, teacher, progress; then repeated and resumed."""
+        cell = self.cell(MIXTURE)
+        plan, made = train.price(cell, self.report)
+        cycle = train.build(cell).needs.cycle
+        bought = plan["steps"] // cycle
+        per_cycle = {name: count // bought for name, count in plan["updates"].items()}
+        total, early, later = (-(-steps // cycle) * cycle for steps in (STEPS, EARLY, LATER))
+        run = self.started(cell, made, total, per_cycle)
+        if "student" not in run.task.players:
+            return self.find(self.code, "a player named 'student': it is the one that is saved and sampled", sorted(run.task.players))
+        meter = run.meter
+        assert isinstance(meter, Watching)
+        teacher = (fingerprint(run.task.teacher.network if run.task.teacher else None), fingerprint(run.task.features))
+        before, read = self.samples(run), set[str]()
+        counting, streams, snapshots, logs = Counting(meter.depth), False, {}, []
+        inner = run.method.train_step
+
+        def train_step(batch: Batch, step: Any) -> dict[str, Tensor]:
+            nonlocal streams
+            state = global_state()
+            out = inner(Seen(**{f.name: getattr(batch, f.name) for f in fields(batch)}, read=read), step)
+            streams = streams or global_state() != state
+            return out
+
+        run.method.train_step = train_step  # type: ignore[method-assign]
+        with self.no_file_opened(self.code), meter.counting(), counting:
+            for i in range(total):
+                logs.append(train.one_step(run, i, total))
+                if i + 1 in (early, later):
+                    snapshots[i + 1] = weights(run)
+                self.report("training", i, total)
+        del run.method.train_step
+        self.logged(logs)
+        if streams:
+            self.find(self.code, "numbers from step.rng(name) alone, which differ between ranks and repeat", "draws from a global stream")
+        if counting.outside > UNMETERED * counting.forward:
+            share = f"{counting.outside / counting.forward:.1%} of the forward FLOPs elsewhere"
+            self.find(self.code, "every network to be of task.network or in a task.player", share)
+        planned = (plan["flops"] - plan["setup_flops"]) / bought * (total // cycle)
+        spent = counting.all + meter.flops  # the latter is what an exact teacher is charged for
+        if spent > (1 + UNMETERED) * planned:
+            seen = f"{spent / planned:.2f} times that over {total} steps"
+            self.find(self.code, "all cycles of needs.cycle steps to cost what the first does: it is what the budget is divided by", seen)
+        for name, player in run.task.players.items():
+            if player.updates != player.total_updates:
+                self.find(self.code, f"{player.total_updates} updates of '{name}' in {total} steps, by the first cycle", player.updates)
+        self.declared(run, plan, read)
+        if teacher != (fingerprint(run.task.teacher.network if run.task.teacher else None), fingerprint(run.task.features)):
+            self.find(self.code, "teacher and features as they were", "their weights have changed")
+        distances = [self.distance(x.flatten(1), self.goal(run)) for x in (before, self.samples(run))]
+        if not distances[1] <= PROGRESS * distances[0]:
+            seen = f"sliced W2 to its samples {distances[0]:.3f} at first, {distances[1]:.3f} after {total} steps"
+            self.find(self.code, "progress towards the teacher", seen)
+        self.repeated(cell, made, total, per_cycle, snapshots, logs, early, later)
+
+    def logged(self, logs: list[dict[str, Tensor]]) -> None:
+        for name, value in logs[0].items():
+            if not isinstance(value, Tensor) or value.numel() != 1 or value.requires_grad:
+                self.find(self.code, f"'{name}' in the log to be a detached scalar", type(value).__name__)
+        if any(log.keys() != logs[0].keys() for log in logs):
+            self.find(self.code, "the same names in the log of every step", "others in some steps")
+
+    def declared(self, run: Run, plan: dict[str, Any], read: set[str]) -> None:
+        needs, roles = run.needs, plan["calls_per_cycle"]
+        unused = {
+            "data=True": needs.data and "x" not in read,
+            "pairs": needs.pairs is not None and "pairs" not in read,
+            "features": needs.features is not None and "features" not in roles,
+            "teacher=True": needs.teacher and needs.pairs is None and "teacher" not in roles and not self.from_teacher(run),
+        }
+        for name, idle in unused.items():
+            if idle:
+                self.find(self.code, f"needs({name}) to be used: a table says what a method was given", "it is not")
+        if run.data.classes and "cond" not in read and "pairs" not in read:
+            self.find(self.code, "batch.cond to be read: the data have classes", "it is not")
+
+    def from_teacher(self, run: Run) -> bool:
+        """Some network starts from the teacher's weights."""
+        fresh, source = train.build(run.cell), run.task._teacher_weights
+        parts = [source.state_dict()["enter.weight"]] if source is not None else []
+        own = [n.state_dict() for n in fresh.task._roles]
+        return any(torch.equal(p, o["enter.weight"]) for p in parts for o in own if "enter.weight" in o)
+
+    def repeated(
+        self, cell: Cell, made: train.Prepared, total: int, per_cycle: dict[str, int], snapshots: dict[int, dict[str, Tensor]],
+        logs: list[dict[str, Tensor]], early: int, later: int,
+    ) -> None:  # fmt: skip
+        """The same seed again, with other global streams, and from a checkpoint."""
+        np.random.seed(12345)
+        random.seed(12345)
+        run = self.started(cell, made, total, per_cycle)
+        for i in range(early):
+            log = train.one_step(run, i, total)
+            if (name := first_difference(logs[i], log)) is not None:
+                return self.find(self.code, "two runs with one seed to agree", f"another '{name}' at step {i}")
+        if (name := first_difference(snapshots[early], weights(run))) is not None:
+            return self.find(self.code, "two runs with one seed to agree", f"another {name} after {early} steps")
+        with tempfile.TemporaryDirectory() as folder:
+            save_progress(Path(folder), cell.key, early, 0.0, run.task.players, run.method.state_dict())
+            again = self.started(cell, made, total, per_cycle)
+            load_progress(Path(folder), cell.key, again.task.players, again.method, again.device)
+        for i in range(early, later):
+            train.one_step(again, i, total)
+        if (name := first_difference(snapshots[later], weights(again))) is not None:
+            seen = f"another {name} at step {later} after a resume at {early}: keep what changes in a player, or in state_dict"
+            self.find(self.code, "a resumed run to equal an uninterrupted one", seen)
+
+    def samples(self, run: Run, nfe: int | None = None) -> Tensor:
+        return train.sample(run, nfe or run.needs.headline_nfe, COUNT, self.report)
+
+    def goal(self, run: Run) -> Tensor:
+        """The teacher's own samples."""
+        teacher = train.restore(run.cell.teacher)
+        return train.sample(teacher, teacher.needs.headline_nfe, COUNT, self.report, "goal").flatten(1)
+
+    def sampling(self) -> None:
+        """A cycle of updates and every NFE of every arm, on images and on mixtures."""
+        for benchmark in (DIGITS, MIXTURE):
+            for variant in (None, *self.folder.file.variants):
+                cell, name = self.cell(benchmark, variant), f"{self.code}{f' @{variant}' if variant else ''}"
+                try:
+                    self.arm(cell, name)
+                except Exception as e:
+                    self.find(name, "no error", train.one_line(e, cell))
+
+    def arm(self, cell: Cell, name: str) -> None:
+        run = train.build(cell)
+        made = train.prepare(run, self.report, Pulse())
+        with self.no_file_opened(name):  # the constructor once more, alone
+            type(run.method)(run.task, registry.configuration(cell.arm, cell.benchmark, type(run.method)))  # type: ignore[arg-type]
+        run = train.furnish(train.build(cell), made)
+        network = run.task.teacher.network if run.task.teacher else None
+        teacher = fingerprint(network)
+        for player in run.task.players.values():
+            player.total_updates = STEPS
+        with self.no_file_opened(name):
+            for i in range(run.needs.cycle):
+                train.one_step(run, i, STEPS)
+            for nfe in run.needs.nfe:
+                self.drawn(run, name, nfe)
+        if teacher != fingerprint(network):
+            self.find(name, "the teacher as it was", f"other weights after a cycle on {cell.benchmark.name}")
+
+    def drawn(self, run: Run, name: str, nfe: int) -> None:
+        shape, classes = run.data.shape, run.data.classes
+        noise = Rng(0, "check").normal(64, *shape)
+        labels = torch.arange(64) % classes if classes else None
+        kept, draws = noise.clone(), []
+        for _ in range(2):
+            state = global_state()
+            with torch.no_grad():
+                draws.append(run.method.sample(noise, Condition(labels, run.cell.benchmark.guidance), nfe, Rng(0, "check sampler")))
+            if global_state() != state:
+                return self.find(name, f"sample at nfe={nfe} to draw from its rng alone", "draws from a global stream")
+        x = draws[0]
+        if not isinstance(x, Tensor) or x.shape != noise.shape or x.dtype != noise.dtype:
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            return self.find(name, f"sample at nfe={nfe} to return {noise.dtype} {list(noise.shape)}", got)
+        if not torch.equal(*draws):
+            self.find(name, f"sample at nfe={nfe} to repeat with the same noise and rng", "another result")
+        if not torch.equal(kept, noise):
+            self.find(name, f"sample at nfe={nfe} to leave the noise it is given alone", "it was changed in place")
+        largest = float(x.abs().max())
+        if not largest < 30:
+            self.find(name, f"samples at nfe={nfe} of the data's size, about 1", f"values up to {largest:.3g}")
+        train.sample(run, nfe, 64, self.report)  # counts the evaluations, looks at values
+
+
+STAGES: tuple[tuple[str, str], ...] = (
+    ("files", "imports, README, claims"),
+    ("settings", "settings of every arm on every benchmark"),
+    ("sampling", "every arm: a cycle of updates, samples at every NFE"),
+    ("training", f"{STEPS} steps on a mixture: cost, streams, needs, teacher, progress, repeat, resume"),
+)
+
+
+def run(folder: MethodFolder, distance: Distance, report: Report) -> Iterator[tuple[str, list[Finding]]]:
+    """(what was examined, findings) of each stage in turn. Whatever a method raises is a finding."""
+    check = Check(folder, distance, report)
+    for name, about in STAGES:
+        before = len(check.findings)
+        try:
+            getattr(check, name)()
+        except UserError as e:
+            check.find(check.where, "what the harness can use", e)
+        except (Exception, SystemExit) as e:
+            check.find(check.code, "no error", train.one_line(e, Cell(config.benchmark(MIXTURE), Arm(folder, None), 0)))
+        yield about, check.findings[before:]

@@ -1,0 +1,142 @@
+"""`distillbench tune`: the search a method declares, on data, a seed and an extractor that no table reports.
+
+`tuning.json` in a method's folder, one for each method, renewed after every trial:
+
+    {"format": 1, "benchmark": name, "seeds": [...], "extractor": name, "objective": "fid at nfe 1",
+     "space": {"student.lr": [...], ...}, "winner": {changed settings}, "cost": {"flops": of all trials, "seconds": ...},
+     "trials": [{"changes": {...}, "status": "done", "key": of the cell, "updates": of the student, "fid": mean over seeds,
+                 "fid_teacher", "recall", "coverage", "memorisation", "flops": of all seeds, "seconds", "commit", "dirty"}]}
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from distillbench import config
+from distillbench.cell import Cell, write_json
+from distillbench.errors import UserError, nearest
+from distillbench.registry import Arm, MethodFolder
+from distillbench.work import train_cells
+
+BENCHMARK = "digits-tuning"
+TRIALS = 12
+SHOWN = ("fid", "fid_teacher", "recall", "coverage", "memorisation")
+out = Console(highlight=False)
+
+
+def trials(folder: MethodFolder) -> list[dict[str, Any]]:
+    """The changes of every trial, flat; the first changes nothing. UserError where a key names no setting."""
+    path, space = folder.path / "config.yaml", folder.file.search
+    if not space:
+        raise UserError(f"{path}: key 'search' is missing: list the values to try, e.g. search: {{student.lr: [5.0e-4, 1.0e-3]}}")
+    settings = flat(Arm(folder, None).settings(config.benchmark(BENCHMARK)))
+    for key, values in space.items():
+        if key not in settings:
+            raise UserError(f"{path}: key 'search.{key}' is no setting of config, {nearest(key, settings)}")
+        if not values:
+            raise UserError(f"{path}: key 'search.{key}' is empty: list the values to try")
+    combinations = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    others = [c for c in combinations if any(settings[k] != v for k, v in c.items())]
+    if len(others) > TRIALS - 1:
+        others = random.Random(folder.name).sample(others, TRIALS - 1)
+    return [{}, *({k: v for k, v in c.items() if settings[k] != v} for c in others)]
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"student": {"lr": 1}} -> {"student.lr": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def nested(changes: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    out: dict[str, Any] = {}
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        inner = out
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return out
+
+
+def cells(folder: MethodFolder, changes: dict[str, Any]) -> list[Cell]:
+    b = config.benchmark(BENCHMARK)
+    return [Cell(b, Arm(folder, None, nested(changes)), seed) for seed in b.seeds]
+
+
+def run(folder: MethodFolder) -> None:
+    """Train and score every trial, writing tuning.json after each."""
+    from distillbench.scoring import check_extractors, evaluate_cells
+
+    b = config.benchmark(BENCHMARK)
+    check_extractors([b])
+    planned, done, nfe = trials(folder), list[dict[str, Any]](), None
+    for number, changes in enumerate(planned, 1):
+        out.print(f"{folder.name}: trial {number} of {len(planned)}: {words(changes)}", soft_wrap=True)
+        own = cells(folder, changes)
+        train_cells(own)
+        evaluate_cells(own, None)
+        done.append(trial(own, changes))
+        nfe = next((r["headline_nfe"] for r in map(Cell.result, own) if r and r["headline_nfe"]), nfe)
+        finished = [t for t in done if t["status"] == "done"]
+        write_json(
+            folder.path / "tuning.json",
+            {
+                "format": 1,
+                "benchmark": b.name,
+                "seeds": b.seeds,
+                "extractor": b.extractor,
+                "objective": f"fid at nfe {nfe}",
+                "space": folder.file.search,
+                "winner": min(finished, key=lambda t: t["fid"])["changes"] if finished else None,
+                "cost": {k: sum(t[k] for t in done) for k in ("flops", "seconds")},
+                "trials": done,
+            },
+        )
+    show(folder)
+
+
+def trial(own: list[Cell], changes: dict[str, Any]) -> dict[str, Any]:
+    """What tuning.json says of a trial: its cells as they ended, scores as means over the seeds."""
+    records = [r for r in map(Cell.result, own) if r is not None]
+    failed = next((r for r in records if r["status"] != "done"), None)
+    line: dict[str, Any] = {"changes": changes, "status": failed["status"] if failed else "done", "key": [c.key for c in own]}
+    if failed:
+        line["reason"] = failed["reason"]
+    else:
+        found = [row for c, r in zip(own, records) for row in json.loads(c.metrics.read_text())["rows"] if row["nfe"] == r["headline_nfe"]]
+        line["updates"] = records[0]["cost"]["updates"]["student"]
+        line |= {name: float(f"{sum(row[name] for row in found) / len(found):.5g}") for name in SHOWN}
+    return line | {
+        "flops": sum(r["cost"]["flops"] for r in records),
+        "seconds": round(sum(r["cost"]["seconds"] for r in records), 1),
+        "commit": records[0]["provenance"]["commit"],
+        "dirty": any(r["provenance"]["dirty"] for r in records),
+    }
+
+
+def words(changes: dict[str, Any]) -> str:
+    return ", ".join(f"{k}: {v}" for k, v in changes.items()) or "as in config.yaml"
+
+
+def show(folder: MethodFolder) -> None:
+    """Print the trials with what is known of them, the best first."""
+    path, planned = folder.path / "tuning.json", trials(folder)
+    known = json.loads(path.read_text())["trials"] if path.is_file() else []
+    table = RichTable("trial", "status", "updates", *SHOWN, "seconds", box=None)
+    for t in sorted(known, key=lambda t: t.get("fid", float("inf"))):
+        scores = [f"{t[name]:.3f}" if name in t else "–" for name in SHOWN]
+        table.add_row(words(t["changes"]), t["status"], str(t.get("updates", "–")), *scores, f"{t['seconds']:g}")
+    for changes in planned:
+        if changes not in [t["changes"] for t in known]:
+            table.add_row(words(changes), "to do")
+    out.print(table)

@@ -1,0 +1,47 @@
+"""Training of cells under supervision: what `distillbench train` and `distillbench tune` do. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+
+from distillbench import plan
+from distillbench.cell import Cell, remove_progress
+from distillbench.progress import reporter, say
+from distillbench.watch import Pulse, supervise
+
+
+def again(cell: Cell) -> str:
+    """What to delete where a student was refused for its teacher's sake: its key does not tell how the teacher ended."""
+    teacher = None if cell.arm is None else cell.teacher.result()
+    failed = teacher is not None and teacher["status"] != "done"
+    return f"; to try again delete {cell.teacher.record} and {cell.record}" if failed else ""
+
+
+def train_cells(cells: list[Cell]) -> None:
+    """Give every cell of one arm its record, each after its teacher; what has a record is left as it is."""
+    order = [one for cell in cells for one in ((cell,) if cell.arm is None else (cell.teacher, cell))]
+    for one in order:
+        if (record := one.result()) is not None and record["status"] != "done":
+            print(f"{one.label}: {record['status']} before; to try again delete {one.record}", file=sys.stderr)
+        elif record is not None:
+            remove_progress(one.folder)  # where a process was killed between its record and this
+
+    def work(pulse: Pulse) -> None:
+        """Give every cell its record, in a process of its own."""
+        from distillbench.train import run_cell
+
+        if (first := next((i for i, one in enumerate(order) if one.arm is cells[0].arm and one.result() is None), None)) is not None:
+            pulse.enter(first)
+            with pulse.limits():
+                warning = plan.check(plan.Job(tuple(cells)))
+            if warning:
+                say(f"distillbench: {warning}")
+        for index, one in enumerate(order):
+            with one.locked():
+                pulse.enter(index)
+                if one.result() is None:
+                    record = run_cell(one, reporter(one.label), pulse)
+                    text = "done" if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
+                    say(f"{one.label}: {text} in {record['cost']['seconds']:g} s{again(one)}")
+
+    supervise(order, work)

@@ -1,0 +1,124 @@
+"""`distillbench new` and `check`: the template keeps the contract, and every broken copy of it is caught, each for its own fault."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distillbench import check, registry
+from distillbench.errors import UserError
+from distillbench.new import write_folder
+from eval.mixtures import sliced_wasserstein
+from tests.conftest import ROOT, Checkout
+from tests.test_cells import edit
+
+STEP = """        loss = regression_loss(self.generate(self.net, z, cond.labels), y)
+"""
+LOSS = "    return (x - y).square().mean()\n"
+SAMPLE = "        return self.generate(self.student.averaged(), noise, cond.labels)\n"
+NETWORK = '        self.net = task.network("teacher")\n'
+IMPORT = "import torch\nfrom pydantic"
+TWELVE: dict[str, tuple[list[tuple[str, str]], str]] = {
+    "unmetered": (
+        [
+            (NETWORK, NETWORK + "        self.extra = torch.nn.Linear(self.net.shape[-1] ** 2, 300)\n"),
+            (STEP, STEP + "        loss = loss + 0 * self.extra(z[:, 0, :4, :4].flatten(1)).sum() if z.shape[-1] == 4 else loss\n"),
+        ],
+        "expected every network to be of task.network or in a task.player; saw",
+    ),
+    "global_rng": ([(STEP, "        z = z + 1e-3 * torch.randn_like(z)\n" + STEP)], "saw draws from a global stream"),
+    "forgotten_state": (
+        [
+            (NETWORK, NETWORK + "        self.scale = torch.ones(())\n"),
+            (STEP, STEP + "        self.scale = 0.9 * self.scale + 0.1 * loss.detach()\n        loss = loss * (1 + self.scale)\n"),
+        ],
+        "after a resume at 20: keep what changes in a player, or in state_dict",
+    ),
+    "wrong_nfe": (
+        [(SAMPLE, "        x = self.generate(self.student.averaged(), noise, cond.labels)\n" + SAMPLE.replace("noise", "noise + 0 * x"))],
+        "sample made 2 network evaluations at nfe=1",
+    ),
+    "reads_reference": (
+        [
+            (IMPORT, "import torch\nfrom sklearn.datasets import load_digits\nfrom pydantic"),
+            (NETWORK, NETWORK + "        self.reference = torch.from_numpy(load_digits().images)\n"),
+        ],
+        "digits.csv.gz",
+    ),
+    "changes_teacher": (
+        [(STEP, STEP + "        with torch.no_grad():\n            [p.mul_(1.001) for p in self.task.teacher.network.parameters()]\n")],
+        "expected the teacher as it was; saw other weights after a cycle on check-digits",
+    ),
+    "wrong_sign": ([(LOSS, "    return -(x - y).square().clamp(max=9).mean()\n")], "expected progress towards the teacher; saw sliced W2"),
+    "over_budget": (
+        [(STEP, STEP + "        if step.index % 3 == 2:\n            self.generate(self.net, z, cond.labels)\n")],
+        "times that over 200 steps",
+    ),
+    "nan": (
+        [(STEP, STEP + "        loss = loss / (0 if step.index == 150 else 1)\n")],
+        "Diverged: student: loss is inf at update 150, step 150",
+    ),
+    "wrong_shape": ([(SAMPLE, SAMPLE.rstrip() + "[:, :, 1:]\n")], "expected sample at nfe=1 to return torch.float32 [64, 1, 8, 8]"),
+    "imports_sibling": (
+        [(IMPORT, "import distillbench_method_dmd\nimport torch\nfrom pydantic")],
+        "expected no import of distillbench_method_dmd",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout with a method `demo` as `distillbench new` writes it, and the teachers of the check."""
+    made = Checkout(tmp_path_factory.mktemp("check"))
+    made.write("workflows/benchmarks/digits.yaml", (ROOT / "workflows/benchmarks/digits.yaml").read_text())  # claims name it
+    done = made.run("distillbench", "new", "demo")
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+def found(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(made.folder)
+    stages = check.run(registry.read_folder(made.folder / "methods" / name), sliced_wasserstein, lambda *_: None)
+    return [str(f) for _, findings in stages for f in findings]
+
+
+def copy(made: Checkout, name: str, changes: list[tuple[str, str]]) -> Path:
+    path = made.folder / "methods" / name
+    shutil.copytree(made.folder / "methods/demo", path)
+    edit(path / "README.md", "methods/demo/", f"methods/{name}/") if name != "missing_target" else None
+    for old, new in changes:
+        edit(path / "method.py", old, new)
+    return path
+
+
+def test_the_template_keeps_the_contract_and_gets_its_rows(made: Checkout):
+    done = made.run("distillbench", "check", "demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "demo: keeps the contract" in done.stdout and "FAILED" not in done.stdout
+    made.write("workflows/tables/tiny-ring.yaml", "{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [demo]}\n")
+    table = made.snakemake("results/tiny-ring.md")
+    assert table.returncode == 0 and "| Demo " in (made.folder / "results/tiny-ring.md").read_text(), table.stderr
+
+
+@pytest.mark.parametrize("name", TWELVE)
+def test_a_broken_copy_is_caught(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch):
+    changes, expected = TWELVE[name]
+    path = copy(made, name, changes)
+    lines = found(made, name, monkeypatch)
+    shutil.rmtree(path)
+    print("\n".join(lines))
+    assert any(expected in line for line in lines), lines
+    assert all(line.startswith(f"methods/{name}/") for line in lines)
+
+
+def test_an_equation_that_points_nowhere_is_caught(made: Checkout, monkeypatch: pytest.MonkeyPatch):
+    path = copy(made, "missing_target", [])
+    page = (path / "README.md").read_text().replace("methods/demo/", "methods/missing_target/")
+    (path / "README.md").write_text(page.replace(":regression_loss", ":regresion_loss"))
+    lines = found(made, "missing_target", monkeypatch)
+    shutil.rmtree(path)
+    where, what = "methods/missing_target/README.md", "methods/missing_target/method.py:regresion_loss"
+    assert lines == [f"{where}: expected every entry of the equation table to exist; saw `{what}`, which does not"]
