@@ -132,11 +132,15 @@ def show(folder: MethodFolder) -> None:
     """Print the trials with what is known of them, the best first."""
     path, planned = folder.path / "tuning.json", trials(folder)
     known = json.loads(path.read_text())["trials"] if path.is_file() else []
-    table = RichTable("trial", "status", "updates", *SHOWN, "seconds", box=None)
+    table = RichTable(box=None, pad_edge=False)
+    for name in ("FID", "to teacher", "recall", "coverage", "memor.", "updates", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("settings", overflow="fold")
     for t in sorted(known, key=lambda t: t.get("fid", float("inf"))):
         scores = [f"{t[name]:.3f}" if name in t else "–" for name in SHOWN]
-        table.add_row(words(t["changes"]), t["status"], str(t.get("updates", "–")), *scores, f"{t['seconds']:g}")
+        what = words(t["changes"]) + ("" if t["status"] == "done" else f" ({t['status']}: {t['reason']})")
+        table.add_row(*scores, str(t.get("updates", "–")), f"{t['seconds']:.0f}", what)
     for changes in planned:
         if changes not in [t["changes"] for t in known]:
-            table.add_row(words(changes), "to do")
+            table.add_row(*["–"] * 7, f"{words(changes)} (to do)")
     out.print(table)

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from distillbench import check, registry
 from distillbench.errors import UserError
@@ -122,3 +121,34 @@ def test_an_equation_that_points_nowhere_is_caught(made: Checkout, monkeypatch: 
     shutil.rmtree(path)
     where, what = "methods/missing_target/README.md", "methods/missing_target/method.py:regresion_loss"
     assert lines == [f"{where}: expected every entry of the equation table to exist; saw `{what}`, which does not"]
+
+
+def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.MonkeyPatch):
+    """Its README is looked up beside its code, and it says how the tables find it."""
+    done = made.run("distillbench", "new", "../paper/outside_method")
+    assert done.returncode == 0 and "method_paths: [../paper/outside_method]" in done.stdout
+    path = made.folder.parent / "paper/outside_method"
+    monkeypatch.chdir(made.folder)
+    examined = check.Check(registry.read_folder(path), sliced_wasserstein, lambda *_: None)
+    edit(path / "claims.yaml", "benchmark: digits", "benchmark: digtis")
+    examined.files()
+    assert examined.findings == []  # claims were read before the edit
+    examined = check.Check(registry.read_folder(path), sliced_wasserstein, lambda *_: None)
+    examined.files()
+    (finding,) = examined.findings
+    assert "unknown benchmark 'digtis', did you mean 'digits'?" in str(finding)
+
+
+def test_what_new_and_check_refuse(made: Checkout, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(made.folder)
+    for name, why in {
+        "demo": "is there already",
+        "My-Method": "use small letters, digits and _, e.g. my_method",
+        "teacher": "is taken",
+        "../paper/dmd": "'dmd' is taken",
+    }.items():
+        with pytest.raises(UserError, match=why):
+            write_folder(name)
+    for name, why in {"demmo": "did you mean 'demo'?", "workflows/": "no method.py there"}.items():
+        done = made.run("distillbench", "check", name)
+        assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1

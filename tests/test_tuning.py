@@ -1,0 +1,78 @@
+"""`distillbench tune`: which trials, on what, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from distillbench import config, data, registry, tuning
+from distillbench.errors import UserError
+from tests.conftest import DIGITS, Checkout
+from tests.test_cells import edit
+
+SEARCH = "search: {student.lr: [1.0e-3, 2.0e-3]}\nvariants:"
+
+
+@pytest.fixture
+def tunable(checkout: Checkout) -> Checkout:
+    tiny = DIGITS.replace("tiny", "digits-tuning").replace("kind: digits", "kind: digits, inner: true").replace("[0, 1]", "[100]")
+    checkout.write("workflows/benchmarks/digits-tuning.yaml", tiny.replace("digits-gelu-64", "digits-simclr-64"))
+    path = checkout.folder / "methods/dmd/config.yaml"
+    if "search:" not in path.read_text():
+        edit(path, "variants:", SEARCH)
+    return checkout
+
+
+def folder(name: str = "dmd") -> registry.MethodFolder:
+    return registry.discover()[name]
+
+
+def with_search(**space: list) -> registry.MethodFolder:
+    found = folder()
+    return registry.MethodFolder(found.name, found.path, found.file.model_copy(update={"search": space}), found.claims)
+
+
+def test_at_most_twelve_trials_and_the_first_changes_nothing(tunable: Checkout):
+    few = tuning.trials(with_search(**{"student.lr": [1e-3, 2e-3], "batch": [32, 64]}))
+    assert few == [{}, {"batch": 32}, {"student.lr": 2e-3, "batch": 32}, {"student.lr": 2e-3}]
+    many = with_search(**{"student.lr": [1e-4 * i for i in range(1, 9)], "batch": [16, 32, 64, 128]})
+    trials = tuning.trials(many)
+    assert len(trials) == 12 == len({json.dumps(t) for t in trials}) and trials[0] == {} and trials == tuning.trials(many)
+    for space, why in {"student.rl": "is no setting of config, did you mean 'student.lr'?", "batch": "is empty"}.items():
+        with pytest.raises(UserError, match=why):
+            tuning.trials(with_search(**{space: [] if space == "batch" else [1]}))
+    with pytest.raises(UserError, match="'search' is missing"):
+        tuning.trials(with_search())
+
+
+def test_the_inner_split_sees_no_reported_digit():
+    whole, inner = (data.load(config.DigitsData(kind="digits", inner=flag)) for flag in (False, True))
+    rows = lambda x: {t.numpy().tobytes() for t in x}
+    assert len(inner.train) + len(inner.reference) == len(whole.train) and abs(len(inner.train) - len(inner.reference)) <= 10
+    assert torch.equal(torch.cat([inner.train, inner.reference]).sum(0), whole.train.sum(0))
+    assert not rows(whole.reference) & (rows(inner.train) | rows(inner.reference))  # planted: an exchanged split shares all of them
+    assert np.all(np.abs(np.bincount(inner.train_labels) - np.bincount(inner.reference_labels)) <= 1)
+
+
+def test_every_trial_is_kept_and_the_winner_named(tunable: Checkout):
+    done = tunable.run("distillbench", "tune", "dmd")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tunable.folder / "methods/dmd/tuning.json").read_text())
+    trials = found["trials"]
+    assert len(trials) == len(tuning.trials(folder())) and found["seeds"] == [100] and found["extractor"] == "digits-simclr-64"
+    assert found["winner"] == min(trials, key=lambda t: t["fid"])["changes"]
+    assert found["cost"]["flops"] == sum(t["flops"] for t in trials) > 0
+    for trial in trials:  # traceable to its cell, whose metrics it repeats
+        (path,) = tunable.folder.glob(f"results/runs/digits-tuning/dmd/seed100-{trial['key'][0]}/metrics.json")
+        assert json.loads(path.read_text())["rows"][0]["fid"] == pytest.approx(trial["fid"], rel=1e-4)
+    again = tunable.run("distillbench", "tune", "dmd")  # nothing is trained twice, and what it finds is the same
+    assert again.returncode == 0 and "training" not in again.stderr
+    assert json.loads((tunable.folder / "methods/dmd/tuning.json").read_text()) == found
+    shown = tunable.run("distillbench", "tune", "dmd", "--show")
+    assert shown.returncode == 0 and "as in config.yaml" in shown.stdout
+
+    cell = tuning.cells(folder(), {})[0]
+    assert cell.key in trials[0]["key"], "the file beside the code is no part of a cell's key"
