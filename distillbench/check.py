@@ -6,27 +6,23 @@ Every check yields findings, one line each: where, what was expected, what was s
 
 from __future__ import annotations
 
-import hashlib
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
 
 from distillbench import config, pages, registry, train
 from distillbench.cell import Cell
 from distillbench.checkpoint import load_progress, save_progress
 from distillbench.errors import UserError
-from distillbench.meter import Meter
+from distillbench.instruments import Counting, Seen, Watching, fingerprint, first_difference, global_state, method_code, weights
 from distillbench.method import Batch, Condition
 from distillbench.progress import Report
 from distillbench.registry import Arm, MethodFolder
@@ -39,7 +35,6 @@ STEPS, EARLY, LATER = 200, 20, 40  # of training; where a run is compared with a
 COUNT = 1000  # samples
 UNMETERED = 0.01  # tolerated share of forward FLOPs outside the networks that the harness knows, and of cost above the plan
 PROGRESS = 0.95  # the distance to the teacher's samples must fall at least to this share
-CODE = (".py", ".pyc", ".so")
 Distance = Callable[[Tensor, Tensor], float]
 
 
@@ -53,107 +48,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.where}: expected {self.expected}; saw {self.seen}"
-
-
-class Counting(TorchDispatchMode):
-    """FLOPs by torch's formulas while it is entered: all, those of forward passes, and those outside of watched networks.
-
-    Unlike torch's FlopCounterMode it decomposes nothing, so a run under it has the same bits as one without.
-    """
-
-    def __init__(self, depth: list[int]):
-        super().__init__()
-        self.depth, self.all, self.forward, self.outside = depth, 0, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            flops = formula(*args, **(kwargs or {}), out_val=out)
-            self.all += flops
-            if torch._C._current_graph_task_id() == -1:  # no backward pass is running
-                self.forward += flops
-                self.outside += 0 if self.depth[0] else flops
-        return out
-
-
-class Watching(Meter):
-    """A meter that also knows when a network it watches is being evaluated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.depth = [0]
-
-    def watch(self, network: nn.Module, role: Callable[[], str], row_flops: int = 0) -> None:
-        super().watch(network, role, row_flops)
-        depth = self.depth
-
-        def enter(_module: nn.Module, _args: Any) -> None:
-            depth[0] += 1
-
-        def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
-            depth[0] -= 1
-
-        network.register_forward_pre_hook(enter)
-        network.register_forward_hook(leave, always_call=True)
-
-
-@dataclass(frozen=True)
-class Seen(Batch):
-    """A batch that notes which of its fields are read."""
-
-    read: set[str] = field(default_factory=set)
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("x", "pairs", "cond"):
-            object.__getattribute__(self, "read").add(name)
-        return object.__getattribute__(self, name)
-
-
-_opened: list[str] | None = None  # files opened while a method's code runs
-
-
-def _audit(event: str, arguments: tuple) -> None:
-    if event == "open" and _opened is not None and isinstance(arguments[0], (str, bytes)):
-        path = arguments[0].decode() if isinstance(arguments[0], bytes) else arguments[0]
-        if not path.endswith(CODE) and not path.startswith(("/dev/", "/proc/", "/sys/")):
-            _opened.append(path)
-
-
-@contextmanager
-def method_code() -> Iterator[list[str]]:
-    """Note every file that is opened in this block, other than code."""
-    global _opened
-    if not getattr(sys, "_distillbench_audit", False):
-        sys.addaudithook(_audit)
-        sys._distillbench_audit = True  # type: ignore[attr-defined]
-    found: list[str] = []
-    _opened = found
-    try:
-        yield found
-    finally:
-        _opened = None
-
-
-def global_state() -> tuple[Any, ...]:
-    """Of every stream that a method must not draw from."""
-    numpy: Any = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), numpy[1].tobytes(), numpy[2], random.getstate()
-
-
-def weights(run: Run) -> dict[str, Tensor]:
-    """Copies of everything that moves."""
-    state = {f"{n}.{k}": v.clone() for n, p in run.task.players.items() for k, v in p.state_dict().items()}
-    return state | {f"method.{k}": v.clone() for k, v in run.method.state_dict().items()}
-
-
-def first_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
-    """The first entry in which two states differ."""
-    return next((k for k in a if k not in b or not torch.equal(a[k], b[k])), None) or next((k for k in b if k not in a), None)
-
-
-def fingerprint(module: nn.Module | None) -> str:
-    parts = [v.detach().cpu().contiguous().numpy().tobytes() for v in module.state_dict().values()] if module is not None else []
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Check:
@@ -243,7 +137,7 @@ class Check:
             return self.find(self.code, "a player named 'student': it is the one that is saved and sampled", sorted(run.task.players))
         meter = run.meter
         assert isinstance(meter, Watching)
-        teacher = (fingerprint(run.task.teacher.network if run.task.teacher else None), fingerprint(run.task.features))
+        frozen = fingerprint(run)
         before, read = self.samples(run), set[str]()
         counting, streams, snapshots, logs = Counting(meter.depth), False, {}, []
         inner = run.method.train_step
@@ -278,20 +172,18 @@ class Check:
             if player.updates != player.total_updates:
                 self.find(self.code, f"{player.total_updates} updates of '{name}' in {total} steps, by the first cycle", player.updates)
         self.declared(run, plan, read)
-        if teacher != (fingerprint(run.task.teacher.network if run.task.teacher else None), fingerprint(run.task.features)):
-            self.find(self.code, "teacher and features as they were", "their weights have changed")
-        distances = [self.distance(x.flatten(1), self.goal(run)) for x in (before, self.samples(run))]
+        if frozen != fingerprint(run):
+            self.find(self.code, "teacher and features as they were", f"other weights after {total} steps on {MIXTURE}")
+        distances = [self.distance(x, self.goal(run)) for x in (before, self.samples(run))]
         if not distances[1] <= PROGRESS * distances[0]:
             seen = f"sliced W2 to its samples {distances[0]:.3f} at first, {distances[1]:.3f} after {total} steps"
             self.find(self.code, "progress towards the teacher", seen)
         self.repeated(cell, made, total, per_cycle, snapshots, logs, early, later)
 
     def logged(self, logs: list[dict[str, Tensor]]) -> None:
-        for name, value in logs[0].items():
+        for name, value in {k: v for log in logs for k, v in log.items()}.items():
             if not isinstance(value, Tensor) or value.numel() != 1 or value.requires_grad:
                 self.find(self.code, f"'{name}' in the log to be a detached scalar", type(value).__name__)
-        if any(log.keys() != logs[0].keys() for log in logs):
-            self.find(self.code, "the same names in the log of every step", "others in some steps")
 
     def declared(self, run: Run, plan: dict[str, Any], read: set[str]) -> None:
         needs, roles = run.needs, plan["calls_per_cycle"]
@@ -338,8 +230,9 @@ class Check:
             seen = f"another {name} at step {later} after a resume at {early}: keep what changes in a player, or in state_dict"
             self.find(self.code, "a resumed run to equal an uninterrupted one", seen)
 
-    def samples(self, run: Run, nfe: int | None = None) -> Tensor:
-        return train.sample(run, nfe or run.needs.headline_nfe, COUNT, self.report)
+    def samples(self, run: Run) -> Tensor:
+        """At the headline NFE."""
+        return train.sample(run, run.needs.headline_nfe, COUNT, self.report).flatten(1)
 
     def goal(self, run: Run) -> Tensor:
         """The teacher's own samples."""
@@ -362,8 +255,7 @@ class Check:
         with self.no_file_opened(name):  # the constructor once more, alone
             type(run.method)(run.task, registry.configuration(cell.arm, cell.benchmark, type(run.method)))  # type: ignore[arg-type]
         run = train.furnish(train.build(cell), made)
-        network = run.task.teacher.network if run.task.teacher else None
-        teacher = fingerprint(network)
+        frozen = fingerprint(run)
         for player in run.task.players.values():
             player.total_updates = STEPS
         with self.no_file_opened(name):
@@ -371,8 +263,8 @@ class Check:
                 train.one_step(run, i, STEPS)
             for nfe in run.needs.nfe:
                 self.drawn(run, name, nfe)
-        if teacher != fingerprint(network):
-            self.find(name, "the teacher as it was", f"other weights after a cycle on {cell.benchmark.name}")
+        if frozen != fingerprint(run):
+            self.find(name, "teacher and features as they were", f"other weights after a cycle on {cell.benchmark.name}")
 
     def drawn(self, run: Run, name: str, nfe: int) -> None:
         shape, classes = run.data.shape, run.data.classes

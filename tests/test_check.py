@@ -49,7 +49,7 @@ TWELVE: dict[str, tuple[list[tuple[str, str]], str]] = {
     ),
     "changes_teacher": (
         [(STEP, STEP + "        with torch.no_grad():\n            [p.mul_(1.001) for p in self.task.teacher.network.parameters()]\n")],
-        "expected the teacher as it was; saw other weights after a cycle on check-digits",
+        "expected teacher and features as they were; saw other weights after a cycle on check-digits",
     ),
     "wrong_sign": ([(LOSS, "    return -(x - y).square().clamp(max=9).mean()\n")], "expected progress towards the teacher; saw sliced W2"),
     "over_budget": (

@@ -9,22 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from distillbench import pages
+
 ROOT = Path(__file__).parents[1]
 OURS = {"distillbench", "eval", "methods", "workflows"}
 TORCH_FREE = ("distillbench.plan", "distillbench.dispatch", "distillbench.cell", "distillbench.registry", "eval.records")
-
-
-def imports(path: Path) -> set[str]:
-    """Every module a file names in an import, at any depth; relative imports count as the file's own folder."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
-            if node.level == 0:
-                found |= {f"{node.module}.{a.name}" for a in node.names}
-    return found
 
 
 def violations(root: Path) -> list[str]:
@@ -32,12 +21,14 @@ def violations(root: Path) -> list[str]:
     out = []
     for path in [p for top in ("methods", "distillbench", "eval") for p in sorted((root / top).rglob("*.py"))]:
         place = path.relative_to(root)
-        for name in sorted(imports(path)):
+        if place.parts[0] == "methods":
+            siblings = {p.parent.name for p in path.parents[1].glob("*/method.py")} - {place.parts[1]}
+            out += [f"{place} imports {name}" for _, name, _ in pages.forbidden(path, siblings)]
+            continue
+        for name in sorted({name for _, name in pages.imports(path)}):
             top = name.partition(".")[0]
             bad = False
-            if place.parts[0] == "methods":
-                bad = name.startswith(("distillbench.cli", "distillbench.plan", ".")) or top in OURS - {"distillbench"}
-            elif place.parts[0] == "distillbench":
+            if place.parts[0] == "distillbench":
                 bad = top == "methods" or (top == "eval" and place.name not in ("cli.py", "scoring.py"))
             elif place.parts[0] == "eval":
                 bad = top in OURS - {"eval"}
@@ -57,6 +48,8 @@ def test_nobody_crosses_a_wall():
         ("methods/a/method.py", "from methods.b.method import loss"),
         ("methods/a/method.py", "from .helper import loss"),
         ("methods/a/method.py", "def f():\n    import eval.tables"),
+        ("methods/a/method.py", "from distillbench.data import load"),
+        ("methods/a/method.py", "from sklearn.datasets import load_digits"),
         ("distillbench/train.py", "from eval import metrics"),
         ("distillbench/train.py", "import methods.dmd.method"),
         ("eval/metrics.py", "from distillbench import paths"),
@@ -73,7 +66,7 @@ def test_distillbench_knows_no_method_by_name():
     names = [p.parent.name for p in (ROOT / "methods").glob("*/method.py")]
     for path in (ROOT / "distillbench").glob("*.py"):
         strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-        assert not [s for s in strings if s in names], path
+        assert not [s for s in strings if s in names and (s, path.name) != ("add", "jvp.py")], path  # there it is torch's function
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
 
-from distillbench import config, registry
+from distillbench import config, pages, registry
 from distillbench.config import Benchmark
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(p.parent for p in (ROOT / "methods").glob("*/method.py"))
-TARGET = re.compile(r"`([\w/]+\.py):([\w.]+)`")
-
-
-def defined(path: Path) -> set[str]:
-    """Functions, classes and methods of a file: f, C, C.f."""
-    out = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            out.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            out |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
-    return out
-
-
-def unresolved(page: str) -> list[str]:
-    return [f"{file}:{name}" for file, name in TARGET.findall(page) if not (ROOT / file).is_file() or name not in defined(ROOT / file)]
 
 
 @pytest.mark.parametrize("folder", METHODS, ids=lambda p: p.name)
 def test_the_page_points_at_code_that_exists(folder: Path):
-    page = (folder / "README.md").read_text()
-    assert len(TARGET.findall(page)) >= 4
-    assert unresolved(page) == []
-    assert unresolved("`methods/dmd/method.py:no_such_function`") and unresolved("`methods/none/method.py:f`")
+    assert len(pages.targets(folder / "README.md")) >= 4
+    assert pages.unresolved(folder / "README.md", ROOT) == []
+
+
+def test_a_page_that_points_nowhere_is_found(tmp_path: Path):
+    (tmp_path / "method.py").write_text("class A:\n    def f(self): ...\n")
+    page = tmp_path / "README.md"
+    page.write_text("| `methods/dmd/method.py:critic_loss` | `method.py:A.f` | `method.py:A.g` | `methods/none/method.py:f` |")
+    assert pages.unresolved(page, ROOT) == ["method.py:A.g", "methods/none/method.py:f"]
 
 
 @pytest.mark.parametrize("folder", METHODS, ids=lambda p: p.name)
