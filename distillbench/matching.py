@@ -12,10 +12,12 @@ from torch import Tensor
 
 from distillbench.paths import over
 
+FLOOR = 1e-6  # of `residual`: a sample that the teacher reconstructs exactly has a finite gradient
+
 
 def residual(v_real: Tensor, x: Tensor, e: Tensor) -> Tensor:
-    """[B, 1, ...] mean |v_real - (e - x)| = mean |x - x0_real| / t over all elements of a sample: DMD's normaliser over t."""
-    return (v_real - (e - x)).abs().mean(dim=tuple(range(1, x.dim())), keepdim=True)
+    """[B, 1, ...] mean |v_real - (e - x)| = mean |x - x0_real| / t over all elements of a sample, DMD's normaliser over t, >= FLOOR."""
+    return (v_real - (e - x)).abs().mean(dim=tuple(range(1, x.dim())), keepdim=True).clamp_min(FLOOR)
 
 
 # Factor of (v_real - v_fake) in dL/dx; above each the general form it equals for x_t = alpha x + sigma e.

@@ -42,7 +42,7 @@ class Needs:
     teacher: bool = True
     pairs: Pairs | None = None
     features: Literal["self_supervised", "random"] | None = None  # frozen features for a discriminator: `task.features`
-    cycle: int = 1  # train steps after which the pattern of updates repeats
+    cycle: int = 1  # train steps after which the pattern of updates, and so their cost, repeats
 
     def __post_init__(self) -> None:
         if list(self.nfe) != sorted(set(self.nfe)) or not self.nfe or self.nfe[0] < 1 or self.headline_nfe not in self.nfe:

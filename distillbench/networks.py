@@ -52,7 +52,7 @@ class VelocityNetwork(nn.Module):
 
     x: [B, *shape] float32; t, s, guidance: [B]; labels: [B] int64 in [0, classes], where `classes` is the null label.
     Returns a tensor like x; with `features=k` instead the outputs [B, width] of the first k blocks, for heads, and evaluates
-    nothing after them.
+    nothing after them; ValueError where there are fewer.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int, width: int, depth: int, second_time: bool = False, guidance: bool = False):
@@ -74,6 +74,8 @@ class VelocityNetwork(nn.Module):
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, s: Tensor | None = None,
         guidance: Tensor | None = None, features: int = 0,
     ) -> Tensor | list[Tensor]:  # fmt: skip
+        if features > len(self.blocks):
+            raise ValueError(f"features={features} of a network with {len(self.blocks)} blocks")
         c = self.time(t)
         if self.label is not None:
             c = c + self.label(labels)

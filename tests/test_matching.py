@@ -123,3 +123,12 @@ def test_descent_moves_a_gaussian_to_the_teacher(weighting, m0, a0):  # conventi
 
     assert closer(1.0) == (True, True)
     assert closer(-1.0) == (False, False)  # planted: the sign of g
+
+
+def test_a_perfectly_reconstructed_sample_has_a_finite_gradient():  # specs/dmd2.md test 1
+    x, e, v_fake = torch.randn(3, 4, 1, 2, 2).unbind(0)
+    t = torch.full((4,), 0.5)
+    g = matching_gradient(e - x, v_fake, x, e, t, "residual")
+    assert g.isfinite().all() and g.abs().max() > 0
+    planted = ((e - x) - v_fake) / ((e - x) - (e - x)).abs().mean(dim=(1, 2, 3), keepdim=True)  # without the floor
+    assert not planted.isfinite().all()
