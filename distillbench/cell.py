@@ -255,7 +255,7 @@ def provenance(cell: Cell) -> dict[str, Any]:
     recipe = cell.recipe
     return {
         "commit": git("rev-parse", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain", "--", ".", ":!results")),
+        "dirty": bool(git("status", "--porcelain", "--", ".", ":!results", ":!methods/*/tuning.json")),
         "hashes": {k: recipe[k] for k in ("ground", "data", "method", "teacher") if k in recipe},
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy")},
         "hardware": hardware(),
