@@ -98,7 +98,7 @@ def run(folder: MethodFolder) -> None:
                 "objective": f"fid at nfe {nfe}",
                 "space": folder.file.search,
                 "winner": min(finished, key=lambda t: t["fid"])["changes"] if finished else None,
-                "cost": {k: sum(t[k] for t in done) for k in ("flops", "seconds")},
+                "cost": {k: round(sum(t[k] for t in done), 1) for k in ("flops", "seconds")},
                 "trials": done,
             },
         )
