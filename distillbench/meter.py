@@ -13,6 +13,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
+class NoModules:
+    """In place of torch's tracker of modules in FlopCounterMode: we need the total, and its hooks fail where a loss is differentiated
+    in a leaf that some module was given (R1 on images, spectrally normalised weights)."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class Meter:
     """Counts while a block of it is open: calls and rows by role ('student', 'student.tangent', 'critic.backward')."""
 
@@ -50,7 +61,9 @@ class Meter:
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Count calls, rows and FLOPs (torch's own counter: matrix products and convolutions) inside the block."""
-        with self.counting(), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = NoModules()  # type: ignore[assignment]
+        with self.counting(), counter:
             yield
         self.flops += counter.get_total_flops()
 

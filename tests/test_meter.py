@@ -48,6 +48,24 @@ def test_the_meter_counts_only_while_it_is_open():
     assert meter.calls == {"net": 2} and meter.rows == {"net": 11} and meter.flops == 2 * 7 * 3 * 5
 
 
+def test_gradients_in_a_leaf_that_a_module_was_given_are_metered():
+    """As R1 on images and spectral norms need; torch's counter alone fails there."""
+    meter, net = Meter(), nn.utils.parametrizations.spectral_norm(nn.Linear(3, 5))
+
+    def penalty() -> None:
+        x = torch.randn(4, 3, requires_grad=True)
+        (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        torch.autograd.grad(g.square().sum(), list(net.parameters()), allow_unused=True)
+        with torch.no_grad():
+            net(x * 1)
+
+    with meter.measured():
+        penalty()
+    assert meter.flops > 3 * 2 * 4 * 3 * 5
+    with pytest.raises(RuntimeError, match="leaf node"), FlopCounterMode(display=False):  # planted: its tracker of modules
+        penalty()
+
+
 CYCLES = {
     "meanflow": {"student": 1, "student.tangent": 1, "student.backward": 1, "teacher": 1},
     "meanflow@scratch": {"student": 1, "student.tangent": 1, "student.backward": 1},
