@@ -94,7 +94,7 @@ def test_the_distillation_gradient_in_velocities(weighting):  # tests 1, 2
     assert all((gradient - planted).abs().max() > 1e-3 for planted in (through, other, -expected / x.numel()))
 
 
-def test_sds_in_noise_is_dreamfusions_gradient():  # test 2: w (eps_psi - e) dx_t/dx = w(t) (1-t) (v - (e - x))
+def test_sds_in_noise_is_dreamfusions_gradient():  # test 2: w (eps_psi - e) = w(t) (1-t) (v - (e - x))
     x, e, v, t = double(6, 3), double(6, 3, seed=1), double(6, 3, seed=2), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
     eps = paths.noise(paths.noised(x, e, t), v, t)
     tt, leaf = t[:, None], x.clone().requires_grad_()

@@ -97,6 +97,7 @@ def test_the_template_keeps_the_contract_and_gets_its_rows(made: Checkout):
     done = made.run("distillbench", "check", "demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo: keeps the contract" in done.stdout and "FAILED" not in done.stdout
+    assert "tiny-ring/demo: seeds 0, 1" in made.run("distillbench", "plan", "tiny-ring").stdout  # beside all others; alone it is quicker
     made.write("workflows/tables/tiny-ring.yaml", "{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [demo]}\n")
     table = made.snakemake("results/tiny-ring.md")
     assert table.returncode == 0 and "| Demo " in (made.folder / "results/tiny-ring.md").read_text(), table.stderr

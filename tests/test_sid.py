@@ -586,8 +586,10 @@ def test_critic_and_discriminator_move_together_under_the_same_noise(monkeypatch
     x0, data = images(), batch(x=images())
     m.train_step(data, step())
     (fake, _), (real, options) = asked[:2]
-    _, x, e, _ = calls[0][0][0]
+    _, x, e, weight = calls[0][0][0]
     t = over(fake[1], x)
+    torch.testing.assert_close(weight, method.edm_weight(fake[1], m.config.data_std))  # of law: edm
+    assert not torch.allclose(weight, torch.ones_like(weight), atol=0.1)  # planted: unit weight
     assert torch.equal(real[1], fake[1]) and torch.equal(real[2], fake[2]) and options == {"features": 2}
     torch.testing.assert_close(fake[0], (1 - t) * x + t * e)
     torch.testing.assert_close(real[0], (1 - t) * x0[:N] + t * e)  # the same e
@@ -610,6 +612,7 @@ def test_phases_of_sida(monkeypatch):  # test 10, in shares of the run
         first, second = sid[i][1].item(), m.config.adversarial * gan[i][1].item()
         assert loss == pytest.approx(first if i < 2 else 0.5 * first + 0.5 * second, rel=1e-5, abs=1e-7)
         assert second > 1e-4  # the two sums differ
+        assert gan[i][0][1] is sid[i][0][3]  # one W for both
     fresh, _ = made(**SIDA)
     fresh.train_step(batch(x=images()), step(0, 1))
     assert fresh.student.updates == 0  # planted: with a cycle of one step the meter would see no update of the student

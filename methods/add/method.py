@@ -17,7 +17,7 @@ from distillbench.players import PlayerConfig
 from distillbench.samplers import renoising
 from distillbench.seeds import Rng
 
-# c(t) of Eq. 4 (App. A). "sds" is c = (1-t) w(t) / (2t) with DreamFusion's w(t) = t^2, so that nothing is divided by t.
+# c(t) of Eq. 4 (App. A). "sds" is c = (1-t) w(t) / (2t) with w(t) = t^2, so that nothing is divided by t.
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"exponential": lambda t: 1 - t, "sds": lambda t: (1 - t) * t / 2}
 
 
@@ -73,15 +73,16 @@ class ADD(Method):
         @field_validator("levels")
         @classmethod
         def _law(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
-            if min(levels) < 0 or abs(sum(levels) - 1) > 1e-6:
-                raise ValueError("not probabilities that sum to 1")
+            if min(levels) <= 0 or abs(sum(levels) - 1) > 1e-6:  # samplers may visit any of them
+                raise ValueError("not positive probabilities that sum to 1")
             return levels
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
         n = len(config.levels)
         nfe = tuple(k for k in range(1, n + 1) if n % k == 0)  # samplers all of whose levels are trained
-        return Needs(batch=config.batch, nfe=nfe, headline_nfe=1, data=True, features=config.features if config.adversarial else None)
+        data = config.adversarial or n > 1  # the distillation loss at s = 1 alone sees none
+        return Needs(batch=config.batch, nfe=nfe, headline_nfe=1, data=data, features=config.features if config.adversarial else None)
 
     def __init__(self, task: Task, config: Config):
         self.task, self.config = task, config
@@ -112,10 +113,9 @@ class ADD(Method):
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Section 3.1: the student, then the heads on the same samples."""
-        assert batch.x is not None
         c, n, labels, x_0, logged = self.config, batch.size, batch.cond.labels, batch.x, {}
-        s, e = draw_level(step.rng("s"), n, c.levels), step.rng("e").normal(*x_0.shape)
-        x = self.denoise(self.net, labels)(noised(x_0, e, s), s)
+        s, e = draw_level(step.rng("s"), n, c.levels), step.rng("e").normal(n, *self.task.shape)
+        x = self.denoise(self.net, labels)(e if x_0 is None else noised(x_0, e, s), s)
 
         loss = x.new_zeros(())
         if c.adversarial:  # Eq. 2
@@ -131,7 +131,7 @@ class ADD(Method):
             loss, logged["distillation"] = loss + c.distillation * distillation, distillation.detach()
         self.student.update(loss)
 
-        if c.adversarial:  # Eq. 3: the features are frozen, those of the samples need no second evaluation
+        if c.adversarial:  # Eq. 3, real images against samples: the features are frozen, those of the samples need no second evaluation
             real = self.features(x_0.detach().requires_grad_(c.r1 > 0))
             d_real, d_fake = self.judge(real, labels), self.judge([f.detach() for f in fake], labels)
             loss = discriminator_loss(d_real, d_fake)
