@@ -21,7 +21,7 @@ from torch import Tensor
 from distillbench import config, pages, registry, train
 from distillbench.cell import Cell
 from distillbench.checkpoint import load_progress, save_progress
-from distillbench.errors import UserError
+from distillbench.errors import Refused, UserError
 from distillbench.instruments import Counting, Seen, Watching, fingerprint, first_difference, global_state, method_code, weights
 from distillbench.method import Batch, Condition
 from distillbench.progress import Report
@@ -31,10 +31,11 @@ from distillbench.train import Run
 from distillbench.watch import Pulse
 
 MIXTURE, DIGITS = "check-mixture", "check-digits"  # workflows/benchmarks
-STEPS, EARLY, LATER = 200, 20, 40  # of training; where a run is compared with another, and a checkpoint taken
+STEPS, EARLY = 200, 20  # of training; after how many a second run with the same seed is compared
 COUNT = 1000  # samples
 UNMETERED = 0.01  # tolerated share of forward FLOPs outside the networks that the harness knows, and of cost above the plan
-PROGRESS = 0.95  # the distance to the teacher's samples must fall at least to this share
+PROGRESS, AT_FLOOR = 0.95, 1.5  # the distance to the teacher's samples must fall to this share, or be near that of two draws of them
+SAME_COST = "all cycles of needs.cycle steps to cost what the first does: it is what the budget is divided by"
 Distance = Callable[[Tensor, Tensor], float]
 
 
@@ -54,7 +55,8 @@ class Check:
     """One method under examination; `findings` collects what is wrong."""
 
     def __init__(self, folder: MethodFolder, distance: Distance, report: Report):
-        self.folder, self.distance, self.report, self.findings = folder, distance, report, list[Finding]()
+        self.folder, self.report, self.findings, self.refused = folder, report, list[Finding](), dict[str, str]()
+        self._distance = distance
         root = config.root()
         self.where = str(folder.path.relative_to(root)) if folder.path.is_relative_to(root) else str(folder.path)
         self.code = f"{self.where}/method.py"
@@ -100,9 +102,12 @@ class Check:
         with self.no_file_opened(self.code):
             cls = registry.load(self.folder)
         for path in sorted((config.root() / "workflows/benchmarks").glob("*.yaml")):
+            benchmark = config.read(path, config.Benchmark)
             for variant in (None, *self.folder.file.variants):
                 try:
-                    cls.needs(registry.configuration(Arm(self.folder, variant), config.read(path, config.Benchmark), cls))
+                    cls.needs(registry.configuration(Arm(self.folder, variant), benchmark, cls))
+                except Refused:
+                    pass
                 except (UserError, ValueError) as e:
                     self.find(f"{self.where}/config.yaml", f"settings{f' of @{variant}' if variant else ''} that fit", e)
                     return
@@ -124,14 +129,22 @@ class Check:
             player.total_updates = max(1, per_cycle[name] * total // run.needs.cycle)
         return run
 
+    def distance(self, x: Tensor, y: Tensor, classes: int) -> float:
+        """Between samples of labels in turn: the mean over classes."""
+        every = max(1, classes)
+        return sum(self._distance(x[c::every], y[c::every]) for c in range(every)) / every
+
     def training(self) -> None:
         """A run of 200 steps: cost, streams, files, needs, teacher, progress; then repeated and resumed."""
+        if MIXTURE in self.refused:
+            return
         cell = self.cell(MIXTURE)
         plan, made = train.price(cell, self.report)
         cycle = train.build(cell).needs.cycle
         bought = plan["steps"] // cycle
         per_cycle = {name: count // bought for name, count in plan["updates"].items()}
-        total, early, later = (-(-steps // cycle) * cycle for steps in (STEPS, EARLY, LATER))
+        total, early = (-(-steps // cycle) * cycle for steps in (STEPS, EARLY))
+        middle = total // 2 + cycle // 2  # within a cycle: real checkpoints fall anywhere
         run = self.started(cell, made, total, per_cycle)
         if "student" not in run.task.players:
             return self.find(self.code, "a player named 'student': it is the one that is saved and sampled", sorted(run.task.players))
@@ -139,7 +152,7 @@ class Check:
         assert isinstance(meter, Watching)
         frozen = fingerprint(run)
         before, read = self.samples(run), set[str]()
-        counting, streams, snapshots, logs = Counting(meter.depth), False, {}, []
+        counting, streams, snapshots, logs, saved = Counting(meter.depth), False, {}, [], tempfile.TemporaryDirectory()
         inner = run.method.train_step
 
         def train_step(batch: Batch, step: Any) -> dict[str, Tensor]:
@@ -150,11 +163,14 @@ class Check:
             return out
 
         run.method.train_step = train_step  # type: ignore[method-assign]
-        with self.no_file_opened(self.code), meter.counting(), counting:
+        with meter.counting(), counting:
             for i in range(total):
-                logs.append(train.one_step(run, i, total))
-                if i + 1 in (early, later):
+                with self.no_file_opened(self.code):
+                    logs.append(train.one_step(run, i, total))
+                if i + 1 in (early, total):
                     snapshots[i + 1] = weights(run)
+                if i + 1 == middle:
+                    save_progress(Path(saved.name), cell.key, middle, 0.0, run.task.players, run.method.state_dict())
                 self.report("training", i, total)
         del run.method.train_step
         self.logged(logs)
@@ -167,18 +183,38 @@ class Check:
         spent = counting.all + meter.flops  # the latter is what an exact teacher is charged for
         if spent > (1 + UNMETERED) * planned:
             seen = f"{spent / planned:.2f} times that over {total} steps"
-            self.find(self.code, "all cycles of needs.cycle steps to cost what the first does: it is what the budget is divided by", seen)
+            self.find(self.code, SAME_COST, seen)
         for name, player in run.task.players.items():
-            if player.updates != player.total_updates:
-                self.find(self.code, f"{player.total_updates} updates of '{name}' in {total} steps, by the first cycle", player.updates)
+            if player.updates != (expected := per_cycle[name] * total // cycle):
+                self.find(self.code, f"{expected} updates of '{name}' in {total} steps, by the first cycle", player.updates)
         self.declared(run, plan, read)
         if frozen != fingerprint(run):
             self.find(self.code, "teacher and features as they were", f"other weights after {total} steps on {MIXTURE}")
-        distances = [self.distance(x, self.goal(run)) for x in (before, self.samples(run))]
-        if not distances[1] <= PROGRESS * distances[0]:
-            seen = f"sliced W2 to its samples {distances[0]:.3f} at first, {distances[1]:.3f} after {total} steps"
-            self.find(self.code, "progress towards the teacher", seen)
-        self.repeated(cell, made, total, per_cycle, snapshots, logs, early, later)
+        goal, again, after = self.goal(run, "goal"), self.goal(run, "again"), self.samples(run)
+        first, last, floor = (self.distance(x, goal, run.data.classes) for x in (before, after, again))
+        if not last <= max(PROGRESS * first, AT_FLOOR * floor):
+            self.find(
+                self.code, "progress towards the teacher", f"sliced W2 to its samples {first:.3f} at first, {last:.3f} after {total} steps"
+            )
+        self.late(run, plan, planned / (total // cycle))
+        self.repeated(cell, made, total, per_cycle, snapshots[early], logs, early)
+        with saved:
+            self.resumed(cell, made, total, per_cycle, snapshots[total], Path(saved.name), middle)
+
+    def late(self, run: Run, plan: dict[str, Any], cycle_flops: float) -> None:
+        """What a cycle costs in the middle and at the end of a real run."""
+        cycle, cycles = run.needs.cycle, plan["steps"] // run.needs.cycle
+        for start in sorted({cycles // 2 * cycle, (cycles - 1) * cycle}):
+            meter = run.meter
+            assert isinstance(meter, Watching)
+            counting, before = Counting(meter.depth), meter.flops
+            with meter.counting(), counting:
+                for i in range(start, start + cycle):
+                    train.one_step(run, i, plan["steps"])
+            spent = counting.all + meter.flops - before
+            if spent > (1 + UNMETERED) * cycle_flops:
+                seen = f"{spent / cycle_flops:.2f} times that at step {start} of {plan['steps']}"
+                self.find(self.code, SAME_COST, seen)
 
     def logged(self, logs: list[dict[str, Tensor]]) -> None:
         for name, value in {k: v for log in logs for k, v in log.items()}.items():
@@ -207,37 +243,40 @@ class Check:
         return any(torch.equal(p, o["enter.weight"]) for p in parts for o in own if "enter.weight" in o)
 
     def repeated(
-        self, cell: Cell, made: train.Prepared, total: int, per_cycle: dict[str, int], snapshots: dict[int, dict[str, Tensor]],
-        logs: list[dict[str, Tensor]], early: int, later: int,
+        self, cell: Cell, made: train.Prepared, total: int, per_cycle: dict[str, int], expected: dict[str, Tensor],
+        logs: list[dict[str, Tensor]], early: int,
     ) -> None:  # fmt: skip
-        """The same seed again, with other global streams, and from a checkpoint."""
+        """The same seed again, with other global streams."""
         np.random.seed(12345)
         random.seed(12345)
         run = self.started(cell, made, total, per_cycle)
         for i in range(early):
-            log = train.one_step(run, i, total)
-            if (name := first_difference(logs[i], log)) is not None:
+            if (name := first_difference(logs[i], train.one_step(run, i, total))) is not None:
                 return self.find(self.code, "two runs with one seed to agree", f"another '{name}' at step {i}")
-        if (name := first_difference(snapshots[early], weights(run))) is not None:
-            return self.find(self.code, "two runs with one seed to agree", f"another {name} after {early} steps")
-        with tempfile.TemporaryDirectory() as folder:
-            save_progress(Path(folder), cell.key, early, 0.0, run.task.players, run.method.state_dict())
-            again = self.started(cell, made, total, per_cycle)
-            load_progress(Path(folder), cell.key, again.task.players, again.method, again.device)
-        for i in range(early, later):
-            train.one_step(again, i, total)
-        if (name := first_difference(snapshots[later], weights(again))) is not None:
-            seen = f"another {name} at step {later} after a resume at {early}: keep what changes in a player, or in state_dict"
+        if (name := first_difference(expected, weights(run))) is not None:
+            self.find(self.code, "two runs with one seed to agree", f"another {name} after {early} steps")
+
+    def resumed(
+        self, cell: Cell, made: train.Prepared, total: int, per_cycle: dict[str, int], expected: dict[str, Tensor], folder: Path, start: int
+    ) -> None:
+        """From the checkpoint in `folder` to the end."""
+        run = self.started(cell, made, total, per_cycle)
+        load_progress(folder, cell.key, run.task.players, run.method, run.device)
+        for i in range(start, total):
+            train.one_step(run, i, total)
+            self.report("resumed training", i, total)
+        if (name := first_difference(expected, weights(run))) is not None:
+            seen = f"another {name} at step {total} after a resume at {start}: keep what changes in a player, or in state_dict"
             self.find(self.code, "a resumed run to equal an uninterrupted one", seen)
 
     def samples(self, run: Run) -> Tensor:
         """At the headline NFE."""
         return train.sample(run, run.needs.headline_nfe, COUNT, self.report).flatten(1)
 
-    def goal(self, run: Run) -> Tensor:
-        """The teacher's own samples."""
+    def goal(self, run: Run, name: str) -> Tensor:
+        """The teacher's own samples from the noise stream `name`."""
         teacher = train.restore(run.cell.teacher)
-        return train.sample(teacher, teacher.needs.headline_nfe, COUNT, self.report, "goal").flatten(1)
+        return train.sample(teacher, teacher.needs.headline_nfe, COUNT, self.report, name).flatten(1)
 
     def sampling(self) -> None:
         """A cycle of updates and every NFE of every arm, on images and on mixtures."""
@@ -246,15 +285,20 @@ class Check:
                 cell, name = self.cell(benchmark, variant), f"{self.code}{f' @{variant}' if variant else ''}"
                 try:
                     self.arm(cell, name)
+                except Refused as e:
+                    self.refused[benchmark] = str(e)
                 except Exception as e:
                     self.find(name, "no error", train.one_line(e, cell))
+        if len(self.refused) == 2:
+            self.find(self.code, "a benchmark that it does not refuse", self.refused[DIGITS])
 
     def arm(self, cell: Cell, name: str) -> None:
         run = train.build(cell)
         made = train.prepare(run, self.report, Pulse())
         with self.no_file_opened(name):  # the constructor once more, alone
-            type(run.method)(run.task, registry.configuration(cell.arm, cell.benchmark, type(run.method)))  # type: ignore[arg-type]
-        run = train.furnish(train.build(cell), made)
+            cls = registry.load(self.folder)  # anew, so that nothing is remembered
+            cls(run.task, registry.configuration(Arm(self.folder, cell.arm.variant if cell.arm else None), cell.benchmark, cls))
+        run = train.furnish(train.build(cell, Watching()), made)
         frozen = fingerprint(run)
         for player in run.task.players.values():
             player.total_updates = STEPS
@@ -271,12 +315,17 @@ class Check:
         noise = Rng(0, "check").normal(64, *shape)
         labels = torch.arange(64) % classes if classes else None
         kept, draws = noise.clone(), []
+        assert isinstance(run.meter, Watching)
+        counting = Counting(run.meter.depth)
         for _ in range(2):
             state = global_state()
-            with torch.no_grad():
+            with torch.no_grad(), counting:
                 draws.append(run.method.sample(noise, Condition(labels, run.cell.benchmark.guidance), nfe, Rng(0, "check sampler")))
             if global_state() != state:
                 return self.find(name, f"sample at nfe={nfe} to draw from its rng alone", "draws from a global stream")
+        if counting.outside > UNMETERED * counting.forward:
+            share = f"{counting.outside / counting.forward:.0%} of the FLOPs elsewhere"
+            self.find(name, f"sample at nfe={nfe} to call its networks as such, so that they are counted", share)
         x = draws[0]
         if not isinstance(x, Tensor) or x.shape != noise.shape or x.dtype != noise.dtype:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

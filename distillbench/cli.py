@@ -135,7 +135,9 @@ def tune(
     """
     from distillbench import tuning
 
-    folder = registry.arm(method.partition("@")[0]).folder
+    if "@" in method:
+        raise UserError(f"tune {method}: settings are those of a method: leave @{method.partition('@')[2]} out")
+    folder = registry.arm(method).folder
     tuning.show(folder) if show else tuning.run(folder)
 
 

@@ -34,6 +34,10 @@ class Counting(TorchDispatchMode):
         self.depth, self.all, self.forward, self.outside = depth, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and func._overloadpacket not in flop_registry:
+            with self:  # there aten.linear and its kind arrive whole
+                if (out := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
+                    return out
         out = func(*args, **(kwargs or {}))
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             flops = formula(*args, **(kwargs or {}), out_val=out)

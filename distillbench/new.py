@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -16,13 +17,13 @@ FILES = ("method.py", "config.yaml", "claims.yaml", "README.md")
 def write_folder(target: str) -> tuple[Path, str]:
     """Write the template for a name (into methods/) or a path; returns the folder and how its code is named in its README."""
     root = config.root()
-    path = root / "methods" / target if "/" not in target else Path(target).absolute()
+    path = root / "methods" / target if "/" not in target else Path(target).resolve()
     name = path.name
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"new {target}: '{name}' names a folder and appears in tables: use small letters, digits and _, e.g. my_method")
     if path.exists():
         raise UserError(f"new {target}: {path} is there already: choose another name, or remove it")
-    if name in registry.RESERVED or name in registry.discover():
+    if name in registry.RESERVED or name in registry.discover() or importlib.util.find_spec(name) is not None:
         raise UserError(f"new {target}: the method name '{name}' is taken: choose another name")
     inside = path.is_relative_to(root)
     words = {
@@ -36,7 +37,6 @@ def write_folder(target: str) -> tuple[Path, str]:
         text = (TEMPLATE / file).read_text()
         if not inside:  # editors find the schemas in a checkout only
             text = re.sub(r"# yaml-language-server: .*\n", "", text)
-        for old, new in words.items():
-            text = text.replace(old, new)
+        text = re.sub("|".join(words), lambda found: words[found[0]], text)
         write_atomically(path / file, text.encode())
     return path, name

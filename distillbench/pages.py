@@ -14,6 +14,8 @@ ALLOWED = frozenset(
 FORBIDDEN = {
     "eval": "the evaluation is not a method's business",
     "sklearn": "data come in batch.x, if `needs` asks for them",
+    "safetensors": "weights come from task.network",
+    "importlib": "imports are written as such",
     "methods": "methods know nothing of each other: what two share is a function in distillbench",
 }
 
@@ -28,6 +30,8 @@ def imports(path: Path) -> list[tuple[int, str]]:
             found.append((node.lineno, "." * node.level + (node.module or "")))
         elif isinstance(node, ast.ImportFrom):
             found += [(node.lineno, f"{node.module}.{a.name}") for a in node.names]
+        elif isinstance(node, ast.Name) and node.id == "__import__":
+            found.append((node.lineno, "importlib"))
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -100,15 +101,18 @@ def check_method(target: str) -> bool:
     from distillbench import check, registry
     from eval.mixtures import sliced_wasserstein
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a check runs on the CPU
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    if "@" in target:
+        raise UserError(f"check {target}: a method is checked with all of its variants: leave @{target.partition('@')[2]} out")
     if "/" in target or (Path(target) / "method.py").is_file():
-        path = Path(target).absolute()
+        path = Path(target).resolve()
         if not (path / "method.py").is_file():
             raise UserError(f"check {target}: no method.py there: name a method, or the folder that holds one")
         folder = registry.read_folder(path)
     else:
-        folder = registry.arm(target.partition("@")[0]).folder
+        folder = registry.arm(target).folder
     start, bad = time.monotonic(), 0
     for about, findings in check.run(folder, sliced_wasserstein, reporter(f"check {folder.name}")):
         out.print(f"{'FAILED' if findings else 'ok    '}  {about}", soft_wrap=True, markup=False)

@@ -1,11 +1,14 @@
-"""`distillbench tune`: the search a method declares, on data, a seed and an extractor that no table reports.
+"""`distillbench tune`: the search a method declares, on data and a seed that no table reports, by another extractor than the one
+that ranks.
 
 `tuning.json` in a method's folder, one for each method, renewed after every trial:
 
     {"format": 1, "benchmark": name, "seeds": [...], "extractor": name, "objective": "fid at nfe 1",
      "space": {"student.lr": [...], ...}, "winner": {changed settings}, "cost": {"flops": of all trials, "seconds": ...},
-     "trials": [{"changes": {...}, "status": "done", "key": of the cell, "updates": of the student, "fid": mean over seeds,
-                 "fid_teacher", "recall", "coverage", "memorisation", "flops": of all seeds, "seconds", "commit", "dirty"}]}
+     "earlier": [trials of other settings or code, kept],
+     "trials": [{"changes": to config.yaml at the time {...}, "settings": of every key of the space {...}, "status": "done",
+                 "key": of the cells [...], "updates": of the student, "fid": mean over seeds, "fid_teacher", "recall",
+                 "coverage", "memorisation", "flops": of all seeds, "seconds", "commit", "dirty"}]}
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from distillbench import config
+from distillbench import config, registry
 from distillbench.cell import Cell, write_json
 from distillbench.errors import UserError, nearest
 from distillbench.registry import Arm, MethodFolder
@@ -69,8 +72,14 @@ def nested(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def cells(folder: MethodFolder, changes: dict[str, Any]) -> list[Cell]:
-    b = config.benchmark(BENCHMARK)
-    return [Cell(b, Arm(folder, None, nested(changes)), seed) for seed in b.seeds]
+    b, arm = config.benchmark(BENCHMARK), Arm(folder, None, nested(changes))
+    return [Cell(b, arm, seed) for seed in b.seeds]
+
+
+def values(folder: MethodFolder, changes: dict[str, Any]) -> dict[str, Any]:
+    """Of every key of the space."""
+    settings = flat(Arm(folder, None).settings(config.benchmark(BENCHMARK))) | changes
+    return {key: settings[key] for key in folder.file.search}
 
 
 def run(folder: MethodFolder) -> None:
@@ -79,17 +88,22 @@ def run(folder: MethodFolder) -> None:
 
     b = config.benchmark(BENCHMARK)
     check_extractors([b])
-    planned, done, nfe = trials(folder), list[dict[str, Any]](), None
+    planned, done, nfe, path = trials(folder), list[dict[str, Any]](), None, folder.path / "tuning.json"
+    cls = registry.load(folder)
+    for changes in planned:  # a value that does not fit is found before anything is trained
+        registry.configuration(Arm(folder, None, nested(changes)), b, cls)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = [*before.get("earlier", []), *before.get("trials", [])]
     for number, changes in enumerate(planned, 1):
         out.print(f"{folder.name}: trial {number} of {len(planned)}: {words(changes)}", soft_wrap=True)
         own = cells(folder, changes)
         train_cells(own)
         evaluate_cells(own, None)
-        done.append(trial(own, changes))
+        done.append(trial(own, changes) | {"settings": values(folder, changes)})
         nfe = next((r["headline_nfe"] for r in map(Cell.result, own) if r and r["headline_nfe"]), nfe)
         finished = [t for t in done if t["status"] == "done"]
         write_json(
-            folder.path / "tuning.json",
+            path,
             {
                 "format": 1,
                 "benchmark": b.name,
@@ -100,6 +114,7 @@ def run(folder: MethodFolder) -> None:
                 "winner": min(finished, key=lambda t: t["fid"])["changes"] if finished else None,
                 "cost": {k: round(sum(t[k] for t in done), 1) for k in ("flops", "seconds")},
                 "trials": done,
+                "earlier": [t for t in before if t["key"] not in [[c.key for c in cells(folder, p)] for p in planned]],
             },
         )
     show(folder)
@@ -117,7 +132,7 @@ def trial(own: list[Cell], changes: dict[str, Any]) -> dict[str, Any]:
         line["updates"] = records[0]["cost"]["updates"]["student"]
         line |= {name: float(f"{sum(row[name] for row in found) / len(found):.5g}") for name in SHOWN}
     return line | {
-        "flops": sum(r["cost"]["flops"] for r in records),
+        "flops": sum(r["cost"].get("flops", 0) for r in records),  # none where it ended before its plan
         "seconds": round(sum(r["cost"]["seconds"] for r in records), 1),
         "commit": records[0]["provenance"]["commit"],
         "dirty": any(r["provenance"]["dirty"] for r in records),
@@ -138,9 +153,9 @@ def show(folder: MethodFolder) -> None:
     table.add_column("settings", overflow="fold")
     for t in sorted(known, key=lambda t: t.get("fid", float("inf"))):
         scores = [f"{t[name]:.3f}" if name in t else "–" for name in SHOWN]
-        what = words(t["changes"]) + ("" if t["status"] == "done" else f" ({t['status']}: {t['reason']})")
+        what = words(t["settings"]) + ("" if t["status"] == "done" else f" ({t['status']}: {t['reason']})")
         table.add_row(*scores, str(t.get("updates", "–")), f"{t['seconds']:.0f}", what)
     for changes in planned:
-        if changes not in [t["changes"] for t in known]:
-            table.add_row(*["–"] * 7, f"{words(changes)} (to do)")
+        if values(folder, changes) not in [t["settings"] for t in known]:
+            table.add_row(*["–"] * 7, f"{words(values(folder, changes))} (to do)")
     out.print(table)

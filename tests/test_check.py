@@ -20,7 +20,7 @@ LOSS = "    return (x - y).square().mean()\n"
 SAMPLE = "        return self.generate(self.student.averaged(), noise, cond.labels)\n"
 NETWORK = '        self.net = task.network("teacher")\n'
 IMPORT = "import torch\nfrom pydantic"
-TWELVE: dict[str, tuple[list[tuple[str, str]], str]] = {
+BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
     "unmetered": (
         [
             (NETWORK, NETWORK + "        self.extra = torch.nn.Linear(self.net.shape[-1] ** 2, 300)\n"),
@@ -34,7 +34,7 @@ TWELVE: dict[str, tuple[list[tuple[str, str]], str]] = {
             (NETWORK, NETWORK + "        self.scale = torch.ones(())\n"),
             (STEP, STEP + "        self.scale = 0.9 * self.scale + 0.1 * loss.detach()\n        loss = loss * (1 + self.scale)\n"),
         ],
-        "after a resume at 20: keep what changes in a player, or in state_dict",
+        "after a resume at 100: keep what changes in a player, or in state_dict",
     ),
     "wrong_nfe": (
         [(SAMPLE, "        x = self.generate(self.student.averaged(), noise, cond.labels)\n" + SAMPLE.replace("noise", "noise + 0 * x"))],
@@ -55,6 +55,29 @@ TWELVE: dict[str, tuple[list[tuple[str, str]], str]] = {
     "over_budget": (
         [(STEP, STEP + "        if step.index % 3 == 2:\n            self.generate(self.net, z, cond.labels)\n")],
         "times that over 200 steps",
+    ),
+    "hidden_compute": (
+        [(SAMPLE, "        self.student.averaged().forward(noise, noise.new_ones(len(noise)), cond.labels)\n" + SAMPLE)],
+        "expected sample at nfe=1 to call its networks as such, so that they are counted; saw 50% of the FLOPs elsewhere",
+    ),
+    "late_cost": (
+        [(STEP, STEP + "        if step.index >= 200:\n            self.generate(self.net, z, cond.labels)\n")],
+        "times that at step",
+    ),
+    "late_state": (
+        [
+            (NETWORK, NETWORK + "        self.scale = 1.0\n"),
+            (STEP, STEP + "        self.scale += 0.1 * (step.index % 50 == 49)\n        loss = loss * self.scale\n"),
+        ],
+        "after a resume at 100",
+    ),
+    "remembers_a_file": (
+        [
+            (IMPORT, "import functools\nimport torch\nfrom pydantic"),
+            ("def regression_loss", "@functools.cache\ndef secret():\n    return open('/etc/hostname').read()\n\n\ndef regression_loss"),
+            (NETWORK, NETWORK + "        secret()\n"),
+        ],
+        "saw /etc/hostname",
     ),
     "nan": (
         [(STEP, STEP + "        loss = loss / (0 if step.index == 150 else 1)\n")],
@@ -103,9 +126,9 @@ def test_the_template_keeps_the_contract_and_gets_its_rows(made: Checkout):
     assert table.returncode == 0 and "| Demo " in (made.folder / "results/tiny-ring.md").read_text(), table.stderr
 
 
-@pytest.mark.parametrize("name", TWELVE)
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_copy_is_caught(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch):
-    changes, expected = TWELVE[name]
+    changes, expected = BROKEN[name]
     path = copy(made, name, changes)
     lines = found(made, name, monkeypatch)
     shutil.rmtree(path)
@@ -129,6 +152,7 @@ def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.Monke
     done = made.run("distillbench", "new", "../paper/outside_method")
     assert done.returncode == 0 and "method_paths: [../paper/outside_method]" in done.stdout
     path = made.folder.parent / "paper/outside_method"
+    assert "`method.py:regression_loss`" in (path / "README.md").read_text() and "schema" not in (path / "config.yaml").read_text()
     monkeypatch.chdir(made.folder)
     examined = check.Check(registry.read_folder(path), sliced_wasserstein, lambda *_: None)
     edit(path / "claims.yaml", "benchmark: digits", "benchmark: digtis")
@@ -146,6 +170,7 @@ def test_what_new_and_check_refuse(made: Checkout, monkeypatch: pytest.MonkeyPat
         "demo": "is there already",
         "My-Method": "use small letters, digits and _, e.g. my_method",
         "teacher": "is taken",
+        "torch": "is taken",
         "../paper/dmd": "'dmd' is taken",
     }.items():
         with pytest.raises(UserError, match=why):

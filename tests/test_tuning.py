@@ -72,7 +72,13 @@ def test_every_trial_is_kept_and_the_winner_named(tunable: Checkout):
     assert again.returncode == 0 and "training" not in again.stderr
     assert json.loads((tunable.folder / "methods/dmd/tuning.json").read_text()) == found
     shown = tunable.run("distillbench", "tune", "dmd", "--show")
-    assert shown.returncode == 0 and "as in config.yaml" in shown.stdout
+    assert shown.returncode == 0 and "student.lr: 0.001" in shown.stdout and "to do" not in shown.stdout
+
+    edit(tunable.folder / "methods/dmd/config.yaml", "pairs: 2048", "pairs: 100000000")  # ends before it has a plan
+    assert tunable.run("distillbench", "tune", "dmd").returncode == 0
+    later = json.loads((tunable.folder / "methods/dmd/tuning.json").read_text())
+    assert later["earlier"] == trials and {t["status"] for t in later["trials"]} != {"done"}, "no trial is lost"
+    edit(tunable.folder / "methods/dmd/config.yaml", "pairs: 100000000", "pairs: 2048")
 
     cell = tuning.cells(folder(), {})[0]
     assert cell.key in trials[0]["key"], "the file beside the code is no part of a cell's key"
