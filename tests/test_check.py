@@ -123,7 +123,7 @@ def test_the_template_keeps_the_contract_and_gets_its_rows(made: Checkout):
     assert "tiny-ring/demo: seeds 0, 1" in made.run("distillbench", "plan", "tiny-ring").stdout  # beside all others; alone it is quicker
     made.write("workflows/tables/tiny-ring.yaml", "{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [demo]}\n")
     table = made.snakemake("results/tiny-ring.md")
-    assert table.returncode == 0 and "| Demo " in (made.folder / "results/tiny-ring.md").read_text(), table.stderr
+    assert table.returncode == 0 and '"method": "demo"' in (made.folder / "results/tiny-ring.json").read_text(), table.stderr
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -16,7 +16,7 @@ from tests.test_external import run
 
 def test_draws_are_independent_repeat_and_are_published(checkout, capsys, monkeypatch):
     edit(checkout.folder / "workflows/benchmarks/tiny.yaml", "seeds: [0, 1]", "seeds: [0]")
-    checkout.write("workflows/tables/tiny.yaml", "{name: tiny, title: tiny, benchmarks: [tiny], methods: [dmd]}\n")
+    checkout.write("workflows/tables/tiny.yaml", "{name: tiny, title: tiny, benchmarks: [tiny], methods: [dmd], draws: true}\n")
     scored = captured(monkeypatch, evaluate, "repeated_draws")
     assert run(capsys, "train", "tiny", "dmd")[0] == 0
     (folder,) = Path("results/runs/tiny/dmd").glob("seed0-*")

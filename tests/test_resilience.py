@@ -93,7 +93,7 @@ DEADLY = {
 # Through the command line too, all at once, since they take long.
 SLOW = {
     "hang": (before(FIRST, TRIGGER + SLEEP), "hung", rf"^nothing ended for {STALL} s in training after 7 steps {LINE}$"),
-    "hang_in_sampling": (before(LAST_ONE, SLEEP), "hung", rf"in training after \d+ steps {LINE}$"),  # no batch has ended
+    "hang_in_sampling": (before(LAST_ONE, SLEEP), "hung", rf"^nothing ended for {STALL} s in sampling after 0 batches {LINE}$"),
     "hang_native": (  # a loop in C that neither releases the interpreter's lock nor looks for signals
         before(FIRST, TRIGGER + "import itertools, collections; collections.deque(itertools.repeat(0), maxlen=0)"),
         "hung", rf"^nothing ended for {STALL} s in training after 7 steps {LINE}$",
