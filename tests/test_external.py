@@ -105,7 +105,8 @@ def kind(what: str, line: str) -> Callable[[Callable[[Tensor], object]], None]:
 
 @kind(
     "path missing",
-    "evaluate bad: neither a path (no such file or folder) nor a benchmark followed by an arm (known: check-digits, check-mixture, tiny, tiny-ring)",
+    "evaluate bad: neither a path (no such file or folder) nor a benchmark followed by an arm "
+    "(known: check-digits, check-mixture, tiny, tiny-ring)",
 )
 def _(x):
     pass

@@ -21,6 +21,7 @@ def tunable(checkout: Checkout) -> Checkout:
     tiny = DIGITS.replace("tiny", "digits-tuning").replace("kind: digits", "kind: digits, inner: true").replace("[0, 1]", "[100]")
     checkout.write("workflows/benchmarks/digits-tuning.yaml", tiny.replace("digits-gelu-64", "digits-simclr-64"))
     path = checkout.folder / "methods/dmd/config.yaml"
+    path.with_name("tuning.json").unlink(missing_ok=True)
     if "search:" not in path.read_text():
         edit(path, "variants:", SEARCH)
     return checkout

@@ -80,7 +80,7 @@ class DMD2(Method):
         self.student = task.player("student", config.student, self.net)
         guidance: list[nn.Module] = [self.fake]
         if config.gan:
-            self.blocks = min(config.blocks, len(self.fake.blocks))  # a network of one block has no second
+            self.config = config.model_copy(update={"blocks": min(config.blocks, len(self.fake.blocks))})  # of a shallow network all
             self.head = VectorHead(self.fake.enter.out_features, config.head_width, task.classes)
             # A copy of the teacher's network: where the teacher is a closed form it has no features.
             self.trunk = self.fake if config.features == "critic" else task.network("teacher").requires_grad_(False)
@@ -153,7 +153,7 @@ class DMD2(Method):
         s: the critic's second time, where it has one, is told t - s = t_k.
         """
         t, e = times.uniform(step.rng(f"{use} t"), len(x)), step.rng(f"{use} e").normal(*x.shape)
-        features = self.trunk(noised(x, e, t), t, labels, s=t - t_k, features=self.blocks)
+        features = self.trunk(noised(x, e, t), t, labels, s=t - t_k, features=self.config.blocks)
         return self.head(features[-1], labels)
 
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
