@@ -53,6 +53,9 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 def save_progress(folder: Path, key: str, step: int, seconds: float, players: dict, method_state: dict[str, Tensor]) -> None:
     """Everything that a resumed run needs: players, the method's own state, next step, seconds so far. Keeps the one before."""
+    for name, value in method_state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state_dict()['{name}'] is of type {type(value).__name__}: keep tensors there, torch.tensor(value)")
     state = {f"method.{k}": v for k, v in method_state.items()}
     for name, player in players.items():
         state |= {f"players.{name}.{k}": v for k, v in player.state_dict().items()}

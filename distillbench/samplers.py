@@ -51,29 +51,33 @@ def jumps(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, st
     return x
 
 
-def renoising(denoise: Velocity, noise: Tensor, steps: int, fresh: Callable[[], Tensor], done: int | None = None) -> Tensor:
-    """x0 = denoise(x_t, t), then x_t' = (1-t') x0 + t' e with fresh e, over t = 1, 1 - 1/steps, ...; the last x0.
+def renoising(
+    denoise: Velocity, noise: Tensor, steps: int, fresh: Callable[[], Tensor], done: int | None = None, start: float = 1.0
+) -> Tensor:
+    """x0 = denoise(x_t, t), then x_t' = (1-t') x0 + t' e with fresh e, over t = start, start (1 - 1/steps), ...; the last x0.
 
     Stochastic sampling of DMD2 (arXiv 2405.14867, section 4.4), ADD and consistency models; `steps` evaluations, or the first
-    `done` of them. `fresh()` draws e like x.
+    `done` of them. `fresh()` draws e like x. The first x_t is start times `noise`.
     """
-    times = grid(steps, noise)[:-1][:done]
-    x = denoise(noise, times[0])
+    times = [start * t for t in grid(steps, noise)[:-1][:done]]
+    x = denoise(start * noise, times[0])
     for t in times[1:]:
         x = denoise(noised(x, fresh(), t), t)
     return x
 
 
-def simulated_input(denoise: Velocity, noise: Tensor, steps: int, k: int, fresh: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """(x_t, t) that the k-th of `steps` evaluations of `renoising` would see, k = 0: (noise, 1); k evaluations without gradient.
+def simulated_input(
+    denoise: Velocity, noise: Tensor, steps: int, k: int, fresh: Callable[[], Tensor], start: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(x_t, t) that the k-th of `steps` evaluations of `renoising` would see, k = 0: (start noise, start); k evaluations, no gradient.
 
     Backward simulation (DMD2, section 4.5): the student is trained on its own intermediate samples, not on noised data.
     """
-    t = grid(steps, noise)[k]
+    t = start * grid(steps, noise)[k]
     if k == 0:
-        return noise, t
+        return start * noise, t
     with torch.no_grad():
-        return noised(renoising(denoise, noise, steps, fresh, done=k), fresh(), t), t
+        return noised(renoising(denoise, noise, steps, fresh, done=k, start=start), fresh(), t), t
 
 
 @torch.no_grad()

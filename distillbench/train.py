@@ -212,6 +212,8 @@ def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[d
     else:
         limit = cell.benchmark.budget.flops
         if cell.arm.attribute("group") == "from_scratch":  # its budget is that of teacher plus distillation
+            if run.needs.teacher:
+                raise ValueError("group: from_scratch has the teacher's budget on top and so no teacher: needs(teacher=False)")
             teacher = cell.teacher.result()
             assert teacher is not None
             limit += teacher["cost"]["flops"]

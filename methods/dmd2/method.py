@@ -41,6 +41,7 @@ class DMD2(Method):
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
         steps: int = Field(gt=0, description="N, denoising steps of the student")
+        input_time: float = Field(gt=0, le=1, description="t_i, its first step, which sees t_i z; the others are i/N of it")
         inputs: Literal["simulated", "noised_real"] = Field(description="of the student's steps in training")
         every: int = Field(gt=0, description="r: the critic moves on every step, the student on every r-th")
         disjoint: bool = Field(description="the critic rests when the student moves (FastGen)")
@@ -88,7 +89,7 @@ class DMD2(Method):
         self.critic = task.player("critic", config.critic, *guidance)
 
     def generate(self, net: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """G(x_t, t) = the network's denoised image; G(z, 1) = z - v(z, 1)."""
+        """G(x_t, t) = the network's denoised image x_t - t v(x_t, t)."""
         return denoiser(x_t, net(x_t, t, labels), t)
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -133,10 +134,11 @@ class DMD2(Method):
         z = step.rng("z").normal(n, *self.task.shape)
         if self.config.inputs == "noised_real":
             assert batch.x is not None
-            t = 1 - step.rng("k").integers(n, steps) / steps
+            t = self.config.input_time * (1 - step.rng("k").integers(n, steps) / steps)
             return noised(batch.x, z, t), t
         k, fresh = drawn_step(step, steps, self.config.every), step.rng("renoise")
-        return simulated_input(lambda x, t: self.generate(self.net, x, t, labels), z, steps, k, lambda: fresh.normal(*z.shape))
+        denoise = lambda x, t: self.generate(self.net, x, t, labels)
+        return simulated_input(denoise, z, steps, k, lambda: fresh.normal(*z.shape), self.config.input_time)
 
     @torch.no_grad()
     def matching(self, x: Tensor, t_k: Tensor, cond: Condition, step: Step) -> Tensor:
@@ -159,4 +161,5 @@ class DMD2(Method):
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
         """Denoise, noise anew, denoise, ... (section 4.4)."""
         net = self.student.averaged()
-        return renoising(lambda x, t: self.generate(net, x, t, cond.labels), noise, nfe, lambda: rng.normal(*noise.shape))
+        denoise = lambda x, t: self.generate(net, x, t, cond.labels)
+        return renoising(denoise, noise, nfe, lambda: rng.normal(*noise.shape), start=self.config.input_time)
