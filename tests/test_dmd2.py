@@ -551,19 +551,20 @@ def inputs(m, index: int, n: int = N) -> tuple[Tensor, Tensor]:
     return m.student_input(batch(n), step(index))
 
 
+@pytest.mark.parametrize("start", [1.0, 0.8])
 @pytest.mark.parametrize("index", range(8))
-def test_inputs_are_the_samplers(index):  # test 6
-    m, _ = made("four-step")
+def test_inputs_are_the_samplers(index, start):  # test 6
+    m, _ = made("four-step", input_time=start)
     k, z = method.drawn_step(step(index), 4, 2), step(index).rng("z").normal(N, *SHAPE)
     calls = []
     m.net.register_forward_hook(lambda _m, args, out: calls.append((args[1][0].item(), out.requires_grad)))
     x, t = inputs(m, index)
-    assert calls == [(1 - i / 4, False) for i in range(k)] and (t == 1 - k / 4).all() and not x.requires_grad
-    assert torch.equal(x, z) == (k == 0)  # pure noise at the first step
+    assert calls == [(pytest.approx(start * (1 - i / 4)), False) for i in range(k)] and not x.requires_grad
+    assert (t == start * torch.tensor(1 - k / 4)).all() and torch.equal(x, start * z) == (k == 0)  # noise alone at the first step
     fresh = step(index).rng("renoise")
     path = []
     walk = lambda x, t: (path.append(x), m.generate(m.net, x, t, batch().cond.labels))[1]
-    method.renoising(walk, z, 4, lambda: fresh.normal(N, *SHAPE))
+    method.renoising(walk, z, 4, lambda: fresh.normal(N, *SHAPE), start=start)
     assert torch.equal(x, path[k]) and not torch.equal(x, path[(k + 1) % 4])
 
 
@@ -591,6 +592,7 @@ def test_noised_real_inputs():  # (d): k for each row; test 6: one law with the 
     x, t = inputs(m, 0)
     z = own.rng("z").normal(N, *SHAPE)
     assert set(t.tolist()) == {1.0, 0.75, 0.5, 0.25}
+    assert set(inputs(made("noised-real", input_time=0.5)[0], 0)[1].tolist()) == {0.5, 0.375, 0.25, 0.125}
     torch.testing.assert_close(x, noised(data.x, z, t))
     assert all(len(inputs(made("four-step")[0], i)[1].unique()) == 1 for i in range(8))  # planted: one k for the batch
     one = [inputs(made("noised-real", steps=1)[0], 3), inputs(made()[0], 3)]
@@ -599,9 +601,10 @@ def test_noised_real_inputs():  # (d): k for each row; test 6: one law with the 
     assert not any(torch.equal(a[0], b[0]) for a, b in zip(two[:4], two[4:]))  # planted: with two steps they differ
 
 
+@pytest.mark.parametrize("start", [1.0, 0.8])
 @pytest.mark.parametrize(("variant", "nfe"), [(None, (1,)), ("two-step", (1, 2)), ("four-step", (1, 2, 4)), ("noised-real", (1, 2, 4))])
-def test_the_sampler_is_the_re_noising_loop(variant, nfe):  # test 7: specs (d)
-    m, task = made(variant)
+def test_the_sampler_is_the_re_noising_loop(variant, nfe, start):  # test 7: specs (d)
+    m, task = made(variant, input_time=start)
     needs = DMD2.needs(m.config)
     assert needs.nfe == nfe and needs.headline_nfe == nfe[-1]
     z, labels = torch.randn(8, *SHAPE), torch.arange(8) % 3
@@ -610,9 +613,9 @@ def test_the_sampler_is_the_re_noising_loop(variant, nfe):  # test 7: specs (d)
         with task.meter.counting():
             x = m.sample(z, Condition(labels), k, Rng(0, "s"))
         assert dict(task.meter.rows) == {"student": 8 * k}
-        fresh, expected = Rng(0, "s"), m.generate(m.net, z, torch.ones(8), labels)
+        fresh, expected = Rng(0, "s"), m.generate(m.net, start * z, torch.full((8,), start), labels)
         for i in range(1, k):
-            t = torch.full((8,), 1 - i / k)
+            t = torch.full((8,), start * (1 - i / k))
             expected = m.generate(m.net, noised(expected, fresh.normal(8, *SHAPE), t), t, labels)
         torch.testing.assert_close(x, expected)
         other = m.sample(z, Condition(labels), k, Rng(1, "s"))

@@ -127,6 +127,13 @@ def test_a_from_scratch_method_has_the_budget_of_teacher_and_distillation(checko
     assert plan["limit_flops"] == made.benchmark.budget.flops + 1e9 and plan["flops"] > made.benchmark.budget.flops
 
 
+def test_a_from_scratch_arm_has_no_teacher(checkout, monkeypatch):
+    made = cell("meanflow")
+    monkeypatch.setattr(registry.Arm, "attribute", lambda self, name: "from_scratch")
+    with pytest.raises(ValueError, match="group: from_scratch has the teacher's budget on top and so no teacher"):
+        train.price(made, quiet)
+
+
 def test_a_budget_below_one_cycle_is_refused(checkout):
     b = config.benchmark("tiny")
     made = cell("dmd", budget=b.budget.model_copy(update={"flops": 1e6}))

@@ -139,17 +139,21 @@ def test_noise_is_fresh_at_every_step():  # issue 9 of the official repository: 
     assert planted.min() > 0.99
 
 
+@pytest.mark.parametrize("start", [1.0, 0.8])
 @pytest.mark.parametrize("k", range(4))
-def test_a_simulated_input_is_what_the_sampler_meets(k):  # test 6
+def test_a_simulated_input_is_what_the_sampler_meets(k, start):  # test 6
     """Bit for bit the k-th input of `renoising` with the same draws; k evaluations; law of x_t under an exact student."""
     inputs, calls = [], []
     z, fresh = noise()
-    renoising(lambda x, t: (inputs.append((x, t)), transport(x, t))[1], z, 4, fresh)
+    renoising(lambda x, t: (inputs.append((x, t)), transport(x, t))[1], z, 4, fresh, start=start)
     z, fresh = noise()
-    x, t = simulated_input(lambda x, t: (calls.append(t), transport(x, t))[1], z, 4, k, fresh)
+    x, t = simulated_input(lambda x, t: (calls.append(t), transport(x, t))[1], z, 4, k, fresh, start)
     assert torch.equal(x, inputs[k][0]) and torch.equal(t, inputs[k][1]) and len(calls) == k
     assert not any(torch.equal(x, inputs[j][0]) for j in range(4) if j != k)  # planted: a neighbour's input
-    assert t.unique().item() == 1 - k / 4
+    assert t.unique().item() == start * (1 - k / 4)
+    if start < 1:  # its first input is start z, which is no draw of x_t: noise alone, of that size
+        assert not torch.equal(inputs[0][0], z) and torch.equal(inputs[0][0], start * z)
+        return
     law = lambda x: abs(x.mean().item() - (k / 4) * M) < 0.005 and abs(x.std().item() - spread(t[0]).item()) < 0.005
     assert law(x)
     assert k == 0 or not law(transport(x, t))  # planted: the clean sample, not noised again

@@ -658,6 +658,11 @@ def test_a_checkpoint_that_cannot_be_written_costs_none(interrupted, monkeypatch
     assert len(before) == 2 and {p.name: p.read_bytes() for p in made.folder.glob("*checkpoint*")} == before
 
 
+def test_a_state_of_other_things_than_tensors_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r"state_dict\(\)\['seen'\] is of type int: keep tensors there"):
+        save_progress(tmp_path, "key", 1, 1.0, {}, {"seen": 3})
+
+
 def test_a_kill_between_record_and_end_leaves_no_checkpoint(here: Checkout):
     made = cell()
     finished(made)
