@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from distillbench import config, pages, registry, train
 from distillbench.cell import Cell
 from distillbench.checkpoint import load_progress, save_progress
-from distillbench.errors import Refused, UserError
+from distillbench.errors import Refused, UserError, nearest
 from distillbench.instruments import Counting, Seen, Watching, fingerprint, first_difference, global_state, method_code, weights
 from distillbench.method import Batch, Condition
 from distillbench.progress import Report
@@ -54,9 +54,9 @@ class Finding:
 class Check:
     """One method under examination; `findings` collects what is wrong."""
 
-    def __init__(self, folder: MethodFolder, distance: Distance, report: Report):
+    def __init__(self, folder: MethodFolder, distance: Distance, metrics: Collection[str], report: Report):
         self.folder, self.report, self.findings, self.refused = folder, report, list[Finding](), dict[str, str]()
-        self._distance = distance
+        self._distance, self.metrics = distance, metrics
         root = config.root()
         self.where = str(folder.path.relative_to(root)) if folder.path.is_relative_to(root) else str(folder.path)
         self.code = f"{self.where}/method.py"
@@ -87,15 +87,27 @@ class Check:
         else:
             for target in pages.unresolved(readme, config.root()):
                 self.find(f"{self.where}/README.md", "every entry of the equation table to exist", f"`{target}`, which does not")
+        claims = f"{self.where}/claims.yaml"
         for claim in self.folder.claims.claims:
             try:
                 config.benchmark(claim.benchmark)
                 for name in claim.arms:
-                    own = name.partition("@")
-                    if own[0] != self.folder.name or (own[2] and own[2] not in self.folder.file.variants):
-                        registry.arm(name)
+                    self.exists(name)
             except UserError as e:
-                self.find(f"{self.where}/claims.yaml", f"claim {claim.id} to name a benchmark and arms that exist", e)
+                self.find(claims, f"claim {claim.id} to name a benchmark and arms that exist", e)
+            if claim.metric not in self.metrics:
+                self.find(claims, f"claim {claim.id} to name a metric of a table, {nearest(claim.metric, self.metrics)}", claim.metric)
+        for reported in self.folder.claims.reported:
+            try:
+                self.exists(reported.arm or self.folder.name)
+            except UserError as e:
+                self.find(claims, f"the number of {reported.where} to be beside an arm that exists", e)
+
+    def exists(self, name: str) -> None:
+        """UserError unless this is an arm, of this method or another."""
+        method, _, variant = name.partition("@")
+        if method != self.folder.name or (variant and variant not in self.folder.file.variants):
+            registry.arm(name)
 
     def settings(self) -> None:
         """The configuration of every arm fits on every benchmark."""
@@ -348,9 +360,9 @@ STAGES: tuple[tuple[str, str], ...] = (
 )
 
 
-def run(folder: MethodFolder, distance: Distance, report: Report) -> Iterator[tuple[str, list[Finding]]]:
-    """(what was examined, findings) of each stage in turn. Whatever a method raises is a finding."""
-    check = Check(folder, distance, report)
+def run(folder: MethodFolder, distance: Distance, metrics: Collection[str], report: Report) -> Iterator[tuple[str, list[Finding]]]:
+    """(what was examined, findings) of each stage in turn. Whatever a method raises is a finding; `metrics` are those of the tables."""
+    check = Check(folder, distance, metrics, report)
     for name, about in STAGES:
         before = len(check.findings)
         try:

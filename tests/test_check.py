@@ -11,6 +11,7 @@ from distillbench import check, registry
 from distillbench.errors import UserError
 from distillbench.new import write_folder
 from eval.mixtures import sliced_wasserstein
+from eval.tables import SHOWN
 from tests.conftest import ROOT, Checkout
 from tests.test_cells import edit
 
@@ -103,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 
 def found(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(made.folder)
-    stages = check.run(registry.read_folder(made.folder / "methods" / name), sliced_wasserstein, lambda *_: None)
+    stages = check.run(registry.read_folder(made.folder / "methods" / name), sliced_wasserstein, SHOWN, lambda *_: None)
     return [str(f) for _, findings in stages for f in findings]
 
 
@@ -154,14 +155,18 @@ def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.Monke
     path = made.folder.parent / "paper/outside_method"
     assert "`method.py:regression_loss`" in (path / "README.md").read_text() and "schema" not in (path / "config.yaml").read_text()
     monkeypatch.chdir(made.folder)
-    examined = check.Check(registry.read_folder(path), sliced_wasserstein, lambda *_: None)
+    examined = check.Check(registry.read_folder(path), sliced_wasserstein, SHOWN, lambda *_: None)
     edit(path / "claims.yaml", "benchmark: digits", "benchmark: digtis")
+    edit(path / "claims.yaml", "metric: fid\n    direction", "metric: fud\n    direction")
+    edit(path / "claims.yaml", "reported: []", "reported: [{where: Table 1, setting: s, metric: fid, value: 1, arm: outside_method@shrt}]")
     examined.files()
     assert examined.findings == []  # claims were read before the edit
-    examined = check.Check(registry.read_folder(path), sliced_wasserstein, lambda *_: None)
+    examined = check.Check(registry.read_folder(path), sliced_wasserstein, SHOWN, lambda *_: None)
     examined.files()
-    (finding,) = examined.findings
-    assert "unknown benchmark 'digtis', did you mean 'digits'?" in str(finding)
+    benchmark, metric, arm = map(str, examined.findings)
+    assert "the number of Table 1 to be beside an arm that exists" in arm
+    assert "unknown benchmark 'digtis', did you mean 'digits'?" in benchmark
+    assert "to name a metric of a table, did you mean 'fid'?; saw fud" in metric
 
 
 def test_what_new_and_check_refuse(made: Checkout, monkeypatch: pytest.MonkeyPatch):
