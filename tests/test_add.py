@@ -17,6 +17,7 @@ from distillbench.networks import VelocityNetwork
 from distillbench.seeds import Rng
 from distillbench.teachers import Teacher
 from tests.conftest import captured
+from tests.toys import random_task, weights
 
 ROOT = Path(__file__).parents[1]
 ADD = registry.load(SimpleNamespace(name="add", path=ROOT / "methods/add"))
@@ -31,16 +32,10 @@ SETTINGS = {
 
 def made(**changes) -> tuple:
     """ADD with a random teacher and the features of small images."""
-    torch.manual_seed(1)
-    teacher = VelocityNetwork(SHAPE, 3, 16, 2)
-    for p in teacher.parameters():
-        nn.init.normal_(p, std=0.2)
-    frozen, meter = features.untrained(SHAPE).requires_grad_(False), Meter()
-    for network, role in ((teacher, "teacher"), (frozen, "features")):
-        meter.watch(network, lambda role=role: role)
     settings = ADD.Config.model_validate(SETTINGS | changes)
-    frozen = frozen if ADD.needs(settings).features else None  # withheld unless asked for
-    task = Task(SHAPE, 3, {"width": 16, "depth": 2}, Teacher(teacher, 3), teacher, 0, torch.device("cpu"), meter, frozen)
+    torch.manual_seed(2)
+    frozen = features.untrained(SHAPE).requires_grad_(False) if ADD.needs(settings).features else None  # withheld unless asked for
+    task = random_task(SHAPE, features=frozen)
     return ADD(task, settings), task
 
 
@@ -51,10 +46,6 @@ def batch(w: float = 1.0, n: int = N) -> Batch:
 
 def step(index: int = 0) -> Step:
     return Step(index, 10, 0, torch.device("cpu"))
-
-
-def weights(*modules: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for m in modules for p in m.parameters()])
 
 
 def inputs(network: nn.Module) -> list:

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distillbench import paths, registry
-from distillbench.meter import Meter
-from distillbench.method import Batch, Condition, Step, Task
+from distillbench.method import Batch, Condition, Step
 from distillbench.networks import VelocityNetwork
-from distillbench.teachers import Teacher
 from tests.conftest import captured
+from tests.toys import random_task, shake, watch_updates, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/dmd"
 DMD = registry.load(SimpleNamespace(name="dmd", path=FOLDER))
@@ -23,11 +22,7 @@ SHAPE, N, PAIRS = (1, 4, 4), 16, 6
 
 def made(**changes) -> tuple:
     """DMD with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
-    torch.manual_seed(1)
-    teacher = VelocityNetwork(SHAPE, 3, 16, 2)
-    for p in teacher.parameters():
-        nn.init.normal_(p, std=0.2)
-    task = Task(SHAPE, 3, {"width": 16, "depth": 2}, Teacher(teacher, 3), teacher, 0, torch.device("cpu"), Meter())
+    task = random_task(SHAPE)
     settings = {
         "batch": N, "weighting": "residual", "time_low": 0.02, "time_high": 0.98, "regression": 0.25, "pairs": 32, "pair_heun_steps": 4,
         "pair_batch": PAIRS, "student": {"lr": 1e-2}, "critic": {"lr": 1e-2},
@@ -35,8 +30,7 @@ def made(**changes) -> tuple:
     critic_differs = changes.pop("critic_differs", True)
     m = DMD(task, DMD.Config.model_validate(settings | changes))
     if critic_differs:
-        for p in m.fake.parameters():
-            p.data.add_(0.1 * torch.randn_like(p))
+        shake(m.fake)
     return m, task
 
 
@@ -49,10 +43,6 @@ def batch(w: float = 1.0, pairs: bool = True, n: int = N) -> Batch:
 
 def step() -> Step:
     return Step(0, 10, 0, torch.device("cpu"))
-
-
-def weights(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
 def test_the_generator_is_the_denoised_image_at_the_end():  # (i): G(z) = z - v(z, 1)
@@ -103,21 +93,7 @@ def test_gradient_of_the_matching_term(monkeypatch, w):  # Algorithm 2; tests 1,
 
 def test_each_update_moves_its_own_player_only():  # test 1; Algorithm 1: the generator first
     m, task = made()
-    teacher, order = weights(task.teacher.network), []
-
-    def watched(player, own: nn.Module, other: nn.Module):
-        original = player.update
-
-        def update(loss: Tensor) -> None:
-            before = weights(own), weights(other)
-            original(loss)
-            assert not torch.equal(weights(own), before[0]) and torch.equal(weights(other), before[1])
-            order.append(player.name)
-
-        player.update = update
-
-    watched(m.student, m.net, m.fake)
-    watched(m.critic, m.fake, m.net)
+    teacher, order = weights(task.teacher.network), watch_updates(m)
     m.train_step(batch(), step())
     assert order == ["student", "critic"] and torch.equal(weights(task.teacher.network), teacher)
     assert all(p.grad is None for net in (m.net, m.fake, task.teacher.network) for p in net.parameters())

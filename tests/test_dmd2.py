@@ -18,8 +18,8 @@ from distillbench.method import Batch, Condition, Step, Task
 from distillbench.networks import VelocityNetwork
 from distillbench.paths import denoiser, noised, over
 from distillbench.seeds import Rng
-from distillbench.teachers import Teacher
 from tests.conftest import captured
+from tests.toys import random_task, shake, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/dmd2"
 DMD2 = registry.load(SimpleNamespace(name="dmd2", path=FOLDER))
@@ -32,18 +32,11 @@ SMALL = {"batch": N, "blocks": 1, "head_width": 8, "student": {"lr": 1e-2, "warm
 
 def made(variant: str | None = None, **changes) -> tuple:
     """An arm with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
-    torch.manual_seed(1)
-    teacher = VelocityNetwork(SHAPE, 3, 16, 2)
-    for p in teacher.parameters():
-        nn.init.normal_(p, std=0.2)
-    meter = Meter()
-    meter.watch(teacher, lambda: "teacher")
-    task = Task(SHAPE, 3, {"width": 16, "depth": 2}, Teacher(teacher, 3), teacher, 0, CPU, meter)
+    task = random_task(SHAPE)
     critic_differs = changes.pop("critic_differs", True)
     m = DMD2(task, DMD2.Config.model_validate(merged(merged(merged(FILE["config"], SMALL), VARIANTS[variant]), changes)))
     if critic_differs:
-        for p in m.fake.parameters():
-            p.data.add_(0.1 * torch.randn_like(p))
+        shake(m.fake)
     return m, task
 
 
@@ -54,10 +47,6 @@ def batch(n: int = N, w: float = 1.0, real: float = 0.0) -> Batch:
 
 def step(index: int = 0, total: int = 40) -> Step:
     return Step(index, total, 0, CPU)
-
-
-def weights(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
 def reached(loss: Tensor, *modules: nn.Module) -> list[bool]:

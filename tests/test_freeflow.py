@@ -7,18 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp
 
 from distillbench import registry, times
-from distillbench.meter import Meter
-from distillbench.method import Batch, Condition, Step, Task
-from distillbench.networks import VelocityNetwork
+from distillbench.method import Batch, Condition, Step
 from distillbench.paths import noised, over
 from distillbench.samplers import euler, heun
 from distillbench.seeds import Rng
-from distillbench.teachers import Teacher
 from tests.conftest import captured
+from tests.toys import random_task, shake, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/freeflow"
 FreeFlow = registry.load(SimpleNamespace(name="freeflow", path=FOLDER))
@@ -33,18 +31,13 @@ SETTINGS = {
 
 def made(**changes) -> tuple:
     """FreeFlow with a random teacher, off its starting point, so that no difference of velocities is zero."""
-    torch.manual_seed(1)
-    teacher = VelocityNetwork(SHAPE, 3, 16, 2)
-    for p in teacher.parameters():
-        nn.init.normal_(p, std=0.2)
-    task = Task(SHAPE, 3, {"width": 16, "depth": 2}, Teacher(teacher, 3), teacher, 0, torch.device("cpu"), Meter())
+    task = random_task(SHAPE)
     m = FreeFlow(task, FreeFlow.Config.model_validate(SETTINGS | changes))
     return m, task
 
 
 def moved(m) -> None:
-    for p in [*m.net.parameters(), *(m.g.parameters() if hasattr(m, "g") else ())]:
-        p.data.add_(0.1 * torch.randn_like(p))
+    shake(m.net, *([m.g] if hasattr(m, "g") else []))
 
 
 def batch(n: int = N, w: float = 1.0) -> Batch:
@@ -53,10 +46,6 @@ def batch(n: int = N, w: float = 1.0) -> Batch:
 
 def step(index: int = 5, total: int = 10) -> Step:
     return Step(index, total, 0, torch.device("cpu"))
-
-
-def weights(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
 # Gaussians: data N(0, c^2); everything is linear in x and z.
@@ -510,7 +499,6 @@ def test_guidance_of_each_row():
 )
 def test_no_evaluation_more_than_the_algorithm_needs(changes, calls):
     m, task = made(**changes)
-    task.meter.watch(task.teacher.network, lambda: "teacher")
     with task.meter.counting():
         logged = m.train_step(batch(), step())
     assert dict(sorted(task.meter.calls.items())) == calls

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillbench import config, registry, times, train
@@ -23,6 +23,7 @@ from distillbench.teachers import MixtureVelocity, Teacher
 from eval.mixtures import sliced_wasserstein
 from tests.conftest import captured
 from tests.test_meter import cell, quiet
+from tests.toys import random_task, shake, watch_updates, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/sid"
 SiD = registry.load(SimpleNamespace(name="sid", path=FOLDER))
@@ -39,17 +40,11 @@ def settings(**changes) -> dict:
 
 def made(**changes) -> tuple:
     """SiD with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
-    torch.manual_seed(1)
-    teacher = VelocityNetwork(SHAPE, 3, 16, 3)
-    for p in teacher.parameters():
-        nn.init.normal_(p, std=0.2)
-    task = Task(SHAPE, 3, {"width": 16, "depth": 3}, Teacher(teacher, 3), teacher, 0, torch.device("cpu"), Meter())
-    task.meter.watch(teacher, lambda: "teacher")
+    task = random_task(SHAPE, depth=3)
     critic_differs = changes.pop("critic_differs", True)
     m = SiD(task, SiD.Config.model_validate(settings(**changes)))
     if critic_differs:
-        for p in m.fake.parameters():
-            p.data.add_(0.1 * torch.randn_like(p))
+        shake(m.fake)
     return m, task
 
 
@@ -65,10 +60,6 @@ def images(n: int = N) -> Tensor:
 
 def step(index: int = 0, total: int = 20) -> Step:
     return Step(index, total, 0, torch.device("cpu"))
-
-
-def weights(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
 def still(player) -> None:
@@ -363,21 +354,7 @@ def test_a_critic_that_equals_the_teacher_is_stationary(monkeypatch):  # test 1:
 
 def test_each_update_moves_its_own_player_only():  # test 9; (c): the critic first
     m, task = made()
-    teacher, order = weights(task.teacher.network), []
-
-    def watched(player, own: nn.Module, other: nn.Module):
-        original = player.update
-
-        def update(loss: Tensor) -> None:
-            before = weights(own), weights(other)
-            original(loss)
-            assert not torch.equal(weights(own), before[0]) and torch.equal(weights(other), before[1])
-            order.append(player.name)
-
-        player.update = update
-
-    watched(m.student, m.net, m.fake)
-    watched(m.critic, m.fake, m.net)
+    teacher, order = weights(task.teacher.network), watch_updates(m)
     m.train_step(batch(), step())
     assert order == ["critic", "student"] and torch.equal(weights(task.teacher.network), teacher)
     assert all(p.grad is None for net in (m.net, m.fake, task.teacher.network) for p in net.parameters())

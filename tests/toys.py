@@ -1,0 +1,57 @@
+"""What tests of methods share: a task whose teacher has random weights, and who moves when."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distillbench.meter import Meter
+from distillbench.method import Method, Task
+from distillbench.networks import VelocityNetwork
+from distillbench.teachers import Teacher
+
+CLASSES = 3
+
+
+def random_task(shape: tuple[int, ...], depth: int = 2, features: nn.Module | None = None) -> Task:
+    """Of three classes; all the teacher's weights are random (the last layer of a new network is zero)."""
+    torch.manual_seed(1)
+    teacher, meter = VelocityNetwork(shape, CLASSES, 16, depth), Meter()
+    for p in teacher.parameters():
+        nn.init.normal_(p, std=0.2)
+    meter.watch(teacher, lambda: "teacher")
+    if features is not None:
+        meter.watch(features, lambda: "features")
+    network = {"width": 16, "depth": depth}
+    return Task(shape, CLASSES, network, Teacher(teacher, CLASSES), teacher, 0, torch.device("cpu"), meter, features)
+
+
+def shake(*networks: nn.Module) -> None:
+    """Move networks off the teacher, where they start, so that no difference of velocities is zero."""
+    for p in [p for network in networks for p in network.parameters()]:
+        p.data.add_(0.1 * torch.randn_like(p))
+
+
+def weights(*modules: nn.Module) -> Tensor:
+    """All of them, flat."""
+    return torch.cat([p.detach().flatten().clone() for m in modules for p in m.parameters()])
+
+
+def watch_updates(m: Method) -> list[str]:
+    """Names of the players of student `m.net` and critic `m.fake` as they move; asserts that an update leaves the other alone."""
+    order: list[str] = []
+
+    def watched(player, own: nn.Module, other: nn.Module) -> None:
+        original = player.update
+
+        def update(loss: Tensor) -> None:
+            before = weights(own), weights(other)
+            original(loss)
+            assert not torch.equal(weights(own), before[0]) and torch.equal(weights(other), before[1])
+            order.append(player.name)
+
+        player.update = update
+
+    watched(m.student, m.net, m.fake)
+    watched(m.critic, m.fake, m.net)
+    return order
