@@ -154,7 +154,7 @@ FILES = [
     ("workflows/tables/tiny.yaml", "benchmarks: [tiny]", "benchmarks: [tyny]", "unknown benchmark 'tyny', did you mean 'tiny'?"),
     ("workflows/tables/tiny.yaml", "title: tiny", "title: tiny, methods: [dnd]", "unknown method 'dnd', did you mean 'dmd'?"),
     ("methods/dmd/config.yaml", "pair_batch: 64", "pair_bach: 64", "unknown key 'pair_bach', did you mean 'pair_batch'?"),
-    ("methods/dmd/config.yaml", "lr: 1.0e-3", "lr: -1.0e-3", "student.lr"),
+    ("methods/dmd/config.yaml", "student: {lr: 2.0e-3", "student: {lr: -2.0e-3", "student.lr"),
     ("methods/dmd/config.yaml", "fidelity: paper text", "fidelity: perfect", "fidelity"),
     ("distillbench.yaml", "method_paths: []", "method_paths: [nowhere]", "no method.py in 'nowhere'"),
     ("distillbench.yaml", "method_paths: []", "methods: []", "unknown key 'methods', did you mean 'method_paths'?"),
