@@ -37,6 +37,7 @@ UNMETERED = 0.01  # tolerated share of forward FLOPs outside the networks that t
 PROGRESS, AT_FLOOR = 0.95, 1.5  # the distance to the teacher's samples must fall to this share, or be near that of two draws of them
 SAME_COST = "all cycles of needs.cycle steps to cost what the first does: it is what the budget is divided by"
 Distance = Callable[[Tensor, Tensor], float]
+Metrics = tuple[Collection[str], Collection[str]]  # what tables show of images, of mixtures
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Finding:
 class Check:
     """One method under examination; `findings` collects what is wrong."""
 
-    def __init__(self, folder: MethodFolder, distance: Distance, metrics: Collection[str], report: Report):
+    def __init__(self, folder: MethodFolder, distance: Distance, metrics: Metrics, report: Report):
         self.folder, self.report, self.findings, self.refused = folder, report, list[Finding](), dict[str, str]()
         self._distance, self.metrics = distance, metrics
         root = config.root()
@@ -90,13 +91,15 @@ class Check:
         claims = f"{self.where}/claims.yaml"
         for claim in self.folder.claims.claims:
             try:
-                config.benchmark(claim.benchmark)
+                known = self.metrics[config.benchmark(claim.benchmark).data.kind == "mixture"]
+                if claim.metric not in known:
+                    self.find(
+                        claims, f"claim {claim.id} to name a metric of {claim.benchmark}, {nearest(claim.metric, known)}", claim.metric
+                    )
                 for name in claim.arms:
                     self.exists(name)
             except UserError as e:
                 self.find(claims, f"claim {claim.id} to name a benchmark and arms that exist", e)
-            if claim.metric not in self.metrics:
-                self.find(claims, f"claim {claim.id} to name a metric of a table, {nearest(claim.metric, self.metrics)}", claim.metric)
         for reported in self.folder.claims.reported:
             try:
                 self.exists(reported.arm or self.folder.name)
@@ -306,6 +309,9 @@ class Check:
 
     def arm(self, cell: Cell, name: str) -> None:
         run = train.build(cell)
+        if cell.arm is not None and cell.arm.attribute("group") == "from_scratch" and run.needs.teacher:
+            expected = "needs(teacher=False) of an arm with group: from_scratch, whose budget has the teacher's on top"
+            return self.find(name, expected, "needs(teacher=True)")
         made = train.prepare(run, self.report, Pulse())
         with self.no_file_opened(name):  # the constructor once more, alone
             cls = registry.load(self.folder)  # anew, so that nothing is remembered
@@ -360,8 +366,8 @@ STAGES: tuple[tuple[str, str], ...] = (
 )
 
 
-def run(folder: MethodFolder, distance: Distance, metrics: Collection[str], report: Report) -> Iterator[tuple[str, list[Finding]]]:
-    """(what was examined, findings) of each stage in turn. Whatever a method raises is a finding; `metrics` are those of the tables."""
+def run(folder: MethodFolder, distance: Distance, metrics: Metrics, report: Report) -> Iterator[tuple[str, list[Finding]]]:
+    """(what was examined, findings) of each stage in turn. Whatever a method raises is a finding."""
     check = Check(folder, distance, metrics, report)
     for name, about in STAGES:
         before = len(check.findings)

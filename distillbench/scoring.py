@@ -100,7 +100,7 @@ def check_method(target: str) -> bool:
 
     from distillbench import check, registry
     from eval.mixtures import sliced_wasserstein
-    from eval.tables import DIAGNOSTICS, SHOWN
+    from eval.rows import IMAGES, MIXTURES
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a check runs on the CPU
     torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def check_method(target: str) -> bool:
     else:
         folder = registry.arm(target).folder
     start, bad = time.monotonic(), 0
-    for about, findings in check.run(folder, sliced_wasserstein, {**SHOWN, **DIAGNOSTICS}, reporter(f"check {folder.name}")):
+    for about, findings in check.run(folder, sliced_wasserstein, (IMAGES, MIXTURES), reporter(f"check {folder.name}")):
         out.print(f"{'FAILED' if findings else 'ok    '}  {about}", soft_wrap=True, markup=False)
         for finding in findings:
             out.print(f"  {finding}", soft_wrap=True, markup=False)

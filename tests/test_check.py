@@ -11,7 +11,7 @@ from distillbench import check, registry
 from distillbench.errors import UserError
 from distillbench.new import write_folder
 from eval.mixtures import sliced_wasserstein
-from eval.tables import SHOWN
+from eval.rows import IMAGES, MIXTURES
 from tests.conftest import ROOT, Checkout
 from tests.test_cells import edit
 
@@ -102,9 +102,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return made
 
 
+def examined(path: Path) -> check.Check:
+    return check.Check(registry.read_folder(path), sliced_wasserstein, (IMAGES, MIXTURES), lambda *_: None)
+
+
 def found(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(made.folder)
-    stages = check.run(registry.read_folder(made.folder / "methods" / name), sliced_wasserstein, SHOWN, lambda *_: None)
+    stages = check.run(registry.read_folder(made.folder / "methods" / name), sliced_wasserstein, (IMAGES, MIXTURES), lambda *_: None)
     return [str(f) for _, findings in stages for f in findings]
 
 
@@ -155,18 +159,52 @@ def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.Monke
     path = made.folder.parent / "paper/outside_method"
     assert "`method.py:regression_loss`" in (path / "README.md").read_text() and "schema" not in (path / "config.yaml").read_text()
     monkeypatch.chdir(made.folder)
-    examined = check.Check(registry.read_folder(path), sliced_wasserstein, SHOWN, lambda *_: None)
+    before = examined(path)
     edit(path / "claims.yaml", "benchmark: digits", "benchmark: digtis")
-    edit(path / "claims.yaml", "metric: fid\n    direction", "metric: fud\n    direction")
-    edit(path / "claims.yaml", "reported: []", "reported: [{where: Table 1, setting: s, metric: fid, value: 1, arm: outside_method@shrt}]")
-    examined.files()
-    assert examined.findings == []  # claims were read before the edit
-    examined = check.Check(registry.read_folder(path), sliced_wasserstein, SHOWN, lambda *_: None)
-    examined.files()
-    benchmark, metric, arm = map(str, examined.findings)
-    assert "the number of Table 1 to be beside an arm that exists" in arm
-    assert "unknown benchmark 'digtis', did you mean 'digits'?" in benchmark
-    assert "to name a metric of a table, did you mean 'fid'?; saw fud" in metric
+    before.files()
+    assert before.findings == []  # claims were read before the edit
+    after = examined(path)
+    after.files()
+    (finding,) = after.findings
+    assert "unknown benchmark 'digtis', did you mean 'digits'?" in str(finding)
+
+
+METRIC = "metric: fid\n    direction"  # of the claim, not of the example in the comment
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (METRIC, METRIC.replace("fid", "fud"), "claim DEMO-1 to name a metric of digits, did you mean 'fid'?; saw fud"),
+        (METRIC, METRIC.replace("fid", "sliced_w2"), "saw sliced_w2"),  # of mixtures alone
+        ("@short]", "@shrt]", "claim DEMO-1 to name a benchmark and arms that exist"),
+        (
+            "reported: []",
+            "reported: [{where: Table 1, setting: s, metric: fid, value: 1, arm: claims@shrt}]",
+            "the number of Table 1 to be beside an arm that exists",
+        ),
+    ],
+)
+def test_claims_that_nobody_can_judge(made: Checkout, monkeypatch: pytest.MonkeyPatch, old: str, new: str, expected: str):
+    monkeypatch.chdir(made.folder)
+    path = copy(made, "claims", [])
+    edit(path / "claims.yaml", "demo", "claims")
+    edit(path / "claims.yaml", old, new)
+    one = examined(path)
+    one.files()
+    shutil.rmtree(path)
+    assert [expected in str(f) for f in one.findings] == [True], one.findings
+
+
+def test_a_variant_from_scratch_with_a_teacher_is_caught(made: Checkout, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(made.folder)
+    path = copy(made, "scratch", [])
+    edit(path / "config.yaml", "    config: {pair_heun_steps: 4}", "    config: {pair_heun_steps: 4}\n    group: from_scratch")
+    one = examined(path)
+    one.sampling()
+    shutil.rmtree(path)
+    (finding,) = one.findings
+    assert "method.py @short: expected needs(teacher=False) of an arm with group: from_scratch" in str(finding)
 
 
 def test_what_new_and_check_refuse(made: Checkout, monkeypatch: pytest.MonkeyPatch):
