@@ -93,9 +93,8 @@ class Check:
             try:
                 known = self.metrics[config.benchmark(claim.benchmark).data.kind == "mixture"]
                 if claim.metric not in known:
-                    self.find(
-                        claims, f"claim {claim.id} to name a metric of {claim.benchmark}, {nearest(claim.metric, known)}", claim.metric
-                    )
+                    better = nearest(claim.metric, known)
+                    self.find(claims, f"claim {claim.id} to name a metric of {claim.benchmark}, {better}", claim.metric)
                 for name in claim.arms:
                     self.exists(name)
             except UserError as e:

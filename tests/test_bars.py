@@ -7,6 +7,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
 RECALL, ADVERSARIAL_RECALL = 0.8, 0.6  # shares of the teacher's
+METHODS = {"add", "dmd", "dmd2", "freeflow", "meanflow", "sid"}
 ADVERSARIAL = ("add", "dmd2")
 
 
@@ -35,14 +36,17 @@ def broken_on_digits(found: list[dict]) -> list[str]:
 
 def test_digits():
     found = [r for r in rows("table2") if r["benchmark"] == "digits"]
-    assert {r["method"] for r in found if r["group"] == "distillation"} >= {"add", "dmd", "dmd2", "freeflow", "meanflow", "sid"}
+    assert {r["method"] for r in found if r["group"] == "distillation" and r["headline"] and r["seeds"] == 3} >= METHODS
     assert broken_on_digits(found) == []
     worse = [r | {"fid_mean": 3 * r["fid_mean"]} if r["method"] == "dmd" else r for r in found]
     assert "dmd: FID above 2.2 x the teacher's" in broken_on_digits(worse)
 
 
 def broken_ablations(found: list[dict]) -> list[str]:
-    """DMD2 is better in more steps; without a discriminator ADD loses its diversity, without the projected term SiD everything."""
+    """DMD2 is better in more steps; without a discriminator ADD loses its diversity, without the projected term SiD everything.
+
+    SiD's untrained student starts at t_i < 1, where one step of the teacher may be half as bad again as from t = 1.
+    """
     row = {(r["method"] + (f"@{r['variant']}" if r["variant"] else ""), r["nfe"]): r for r in found}
     fid, one, untrained = {arm: r["fid_mean"] for arm, r in row.items()}, ("dmd2", 1), ("teacher", 1)
     checks = {
@@ -50,7 +54,7 @@ def broken_ablations(found: list[dict]) -> list[str]:
         "dmd2@four-step-conditioned at 2 NFE": fid["dmd2@four-step-conditioned", 2] < fid[one],
         "dmd2@four-step-conditioned": fid["dmd2@four-step-conditioned", 4] < fid[one],
         "add@distill-only": row["add@distill-only", 1]["recall_mean"] < 0.05 * row["add", 1]["recall_mean"],
-        "sid@naive": fid["sid@naive", 1] > fid[untrained],
+        "sid@naive": fid["sid@naive", 1] > 1.5 * fid[untrained],
     }
     return [name for name, kept in checks.items() if not kept]
 
@@ -88,7 +92,7 @@ def broken_on_mixtures(found: list[dict]) -> list[str]:
 def test_mixtures():
     found = rows("gaussians")
     for benchmark in BARS:
-        assert sum(r["benchmark"] == benchmark and r["group"] == "distillation" and r["nfe"] == 1 for r in found) >= 3
+        assert {r["method"] for r in found if r["benchmark"] == benchmark and r["group"] == "distillation" and r["nfe"] == 1} >= METHODS
     assert broken_on_mixtures(found) == KNOWN_MISSES
     worse = [r | {"sliced_w2_mean": 3 * r["sliced_w2_mean"]} if r["method"] == "dmd" else r for r in found]
     assert "gaussians-ring dmd: sliced W2" in broken_on_mixtures(worse)
