@@ -102,13 +102,14 @@ def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]], with_draws: 
     """Replace the records of a table by those of (cell's folder, labels of its arm); `with_draws`: repeated draws as well.
 
     Labels are merged into the published result, so that a corrected label needs no new run. Returns how many cells have
-    exactly the metrics published before, and how many have metrics. The caller holds a lock; ValueError where the disk is full or
+    exactly the metrics published before, be it under another key, and how many have metrics. The caller holds a lock; ValueError where the disk is full or
     not writable, and then the folder is as it was.
     """
     fresh, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
     try:
         _settle(folder, fresh, old)  # what a killed process left
-        before = {(r.result["benchmark"], r.arm, r.result["seed"]): r.metrics for r in read(folder)}
+        without_key = {"key": None}  # other code may give the same numbers
+        before = {(r.result["benchmark"], r.arm, r.result["seed"]): (r.metrics or {}) | without_key for r in read(folder)}
         same = total = 0
         for cell, labels in cells:
             result = json.loads((cell / "result.json").read_text()) | labels
@@ -124,7 +125,7 @@ def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]], with_draws: 
                 ):  # else of an older evaluation
                     shutil.copyfile(draws, target / "draws.json")
                 total += 1
-                same += before.get((result["benchmark"], arm, result["seed"])) == metrics
+                same += before.get((result["benchmark"], arm, result["seed"])) == metrics | without_key
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)

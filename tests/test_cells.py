@@ -228,6 +228,12 @@ def test_records_are_replaced_whole_or_not_at_all(checkout: Checkout, monkeypatc
     folder = checkout.folder / "results/records/tiny-ring"
     assert records.publish(folder, cells, False) == (0, len(cells))
     assert records.publish(folder, cells, False) == (len(cells), len(cells))
+    one = cells[0][0] / "metrics.json"
+    for change, same in (({"key": "of other code"}, 0), ({"rows": [{"nfe": 1}]}, 1)):
+        one.write_text(json.dumps(json.loads(metrics) | change))
+        assert records.publish(folder, cells, False) == (len(cells) - same, len(cells))
+    one.write_text(metrics)
+    records.publish(folder, cells, False)
 
     def titles() -> set[str]:
         assert [p.name for p in folder.parent.iterdir()] == ["tiny-ring"]
