@@ -102,8 +102,8 @@ def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]], with_draws: 
     """Replace the records of a table by those of (cell's folder, labels of its arm); `with_draws`: repeated draws as well.
 
     Labels are merged into the published result, so that a corrected label needs no new run. Returns how many cells have
-    exactly the metrics published before, be it under another key, and how many have metrics. The caller holds a lock; ValueError where the disk is full or
-    not writable, and then the folder is as it was.
+    exactly the metrics published before, be it under another key, and how many have metrics. The caller holds a lock; ValueError
+    where the disk is full or not writable, and then the folder is as it was.
     """
     fresh, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
     try:
