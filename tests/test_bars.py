@@ -45,7 +45,7 @@ def test_digits():
 def broken_ablations(found: list[dict]) -> list[str]:
     """DMD2 is better in more steps; without a discriminator ADD loses its diversity, without the projected term SiD everything.
 
-    SiD's untrained student starts at t_i < 1, where one step of the teacher may be half as bad again as from t = 1.
+    SiD's untrained student starts at t_i < 1, from where one step of the teacher is worse than from t = 1: 3.78 for 3.03 (three seeds).
     """
     row = {(r["method"] + (f"@{r['variant']}" if r["variant"] else ""), r["nfe"]): r for r in found}
     fid, one, untrained = {arm: r["fid_mean"] for arm, r in row.items()}, ("dmd2", 1), ("teacher", 1)
