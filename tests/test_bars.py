@@ -52,6 +52,7 @@ def broken_ablations(found: list[dict]) -> list[str]:
     checks = {
         "dmd2@two-step-conditioned": fid["dmd2@two-step-conditioned", 2] < fid[one],
         "dmd2@four-step-conditioned at 2 NFE": fid["dmd2@four-step-conditioned", 2] < fid[one],
+        "dmd2@four-step": fid["dmd2@four-step", 4] < fid[one],
         "dmd2@four-step-conditioned": fid["dmd2@four-step-conditioned", 4] < fid[one],
         "add@distill-only": row["add@distill-only", 1]["recall_mean"] < 0.05 * row["add", 1]["recall_mean"],
         "sid@naive": fid["sid@naive", 1] > 1.5 * fid[untrained],
@@ -62,10 +63,10 @@ def broken_ablations(found: list[dict]) -> list[str]:
 def test_ablations():
     found = rows("ablations")
     assert all(r["seeds"] == 3 for r in found if r["group"] == "distillation")
-    assert broken_ablations(found) == []
+    assert broken_ablations(found) == ["dmd2@four-step"]  # its critic does not know the step that it judges: methods/dmd2/README.md
     planted = ("dmd2", None), ("add", "distill-only"), ("sid", "naive")
     wrong = [r | {"fid_mean": 0.0, "recall_mean": 1.0} if (r["method"], r["variant"]) in planted else r for r in found]
-    assert len(broken_ablations(wrong)) == 5
+    assert len(broken_ablations(wrong)) == 6
 
 
 # modes, weight TV, sliced W2, outside 3 sigma; a bar is never lowered, a method that misses one is named here and in its README
