@@ -38,7 +38,7 @@ def with_search(**space: list) -> registry.MethodFolder:
 
 def test_at_most_twelve_trials_and_the_first_changes_nothing(tunable: Checkout):
     few = tuning.trials(with_search(**{"student.lr": [1e-3, 2e-3], "batch": [32, 64]}))
-    assert few == [{}, {"batch": 32}, {"student.lr": 2e-3, "batch": 32}, {"student.lr": 2e-3}]
+    assert few == [{}, {"student.lr": 1e-3, "batch": 32}, {"student.lr": 1e-3}, {"batch": 32}]  # as in config.yaml: 2e-3, 64
     many = with_search(**{"student.lr": [1e-4 * i for i in range(1, 9)], "batch": [16, 32, 64, 128]})
     trials = tuning.trials(many)
     assert len(trials) == 12 == len({json.dumps(t) for t in trials}) and trials[0] == {} and trials == tuning.trials(many)
