@@ -40,6 +40,10 @@ def test_digits():
     assert broken_on_digits(found) == []
     worse = [r | {"fid_mean": 3 * r["fid_mean"]} if r["method"] == "dmd" else r for r in found]
     assert "dmd: FID above 2.2 x the teacher's" in broken_on_digits(worse)
+    teacher = max((r for r in found if r["group"] == "teacher"), key=lambda r: r["nfe"])["recall_mean"]
+    for share, low in ((0.7, METHODS - {*ADVERSARIAL}), (0.5, METHODS)):  # planted: who may have 0.7 of the teacher's, and none 0.5
+        worse = [r | {"recall_mean": share * teacher} if r["group"] == "distillation" else r for r in found]
+        assert {line.partition(":")[0] for line in broken_on_digits(worse)} == low
 
 
 def broken_ablations(found: list[dict]) -> list[str]:

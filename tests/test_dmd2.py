@@ -27,14 +27,8 @@ method = sys.modules[DMD2.__module__]
 FILE = yaml.safe_load((FOLDER / "config.yaml").read_text())
 VARIANTS = {None: {}} | {name: v["config"] for name, v in FILE["variants"].items()}
 SHAPE, N, CPU = (1, 4, 4), 16, torch.device("cpu")
-SMALL = {
-    "batch": N,
-    "input_time": 1.0,
-    "blocks": 1,
-    "head_width": 8,
-    "student": {"lr": 1e-2, "warmup": 0.0},
-    "critic": {"lr": 1e-2, "warmup": 0.0},
-}
+PLAYER = {"lr": 1e-2, "warmup": 0.0}
+SMALL = {"batch": N, "input_time": 1.0, "blocks": 1, "head_width": 8, "student": PLAYER, "critic": PLAYER}
 
 
 def made(variant: str | None = None, **changes) -> tuple:
