@@ -285,7 +285,7 @@ def render_costs(table: config.Table, check: bool) -> list[str]:
     Costs from the records of its first source, time to quality from those of the last; where that has none the first stands in,
     so that the full budget is shown. UserError where the first has none.
     """
-    from eval import costs
+    from eval import costs, image_scale
 
     write, differing = written(check)
     first, last = table.sources[0], table.sources[-1]
@@ -293,8 +293,8 @@ def render_costs(table: config.Table, check: bool) -> list[str]:
     if not found:
         raise UserError(f"results/records/{first}: no published records: run `snakemake --cores all results/{first}.md`")
     sources = (first, last if budgets else first)
-    anatomy = recorded_anatomies(found, [])
-    costs.write(table.name, table.title, found, budgets or found, anatomy, sources, config.root() / "results", write)
+    anatomy, appendix = recorded_anatomies(found, []), image_scale.section(config.root() / "perf/gpu.json")
+    costs.write(table.name, table.title, found, budgets or found, anatomy, sources, appendix, config.root() / "results", write)
     return differing
 
 

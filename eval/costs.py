@@ -353,15 +353,15 @@ def _quality_notes(rows: list[Row], source: str) -> list[str]:
 
 def write(
     name: str, title: str, records: list[Record], budgets: list[Record], anatomies: dict[tuple[str, str], Row], sources: tuple[str, str],
-    folder: Path, write_bytes: Callable[[Path, bytes], None],
+    appendix: list[str], folder: Path, write_bytes: Callable[[Path, bytes], None],
 ) -> None:  # fmt: skip
-    """The three twins of the table of costs into `folder`: costs of the arms of `records`, qualities of `budgets`."""
+    """The three twins of the table of costs into `folder`: costs of the arms of `records`, qualities of `budgets`, an appendix."""
     rows, quality = cost_rows(records, anatomies), quality_rows(budgets)
     text = lambda v: v if v is None or isinstance(v, str | int | float) else json.dumps(_rounded(v), ensure_ascii=False)
     flat = [{key: text(value) for key, value in r.items()} for r in rows]
     content = {"sources": list(sources), "rows": _rounded(rows), "time_to_quality": quality}
     twins = {
-        "md": markdown(title, rows, quality, sources).encode(),
+        "md": (markdown(title, rows, quality, sources) + "".join(f"{line}\n" for line in appendix)).encode(),
         "json": (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(),
         "csv": pd.DataFrame(_rounded(flat)).to_csv(index=False).encode(),
     }

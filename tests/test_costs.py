@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distillbench.anatomy import anatomies, anatomy
-from eval import costs, records
+from eval import costs, image_scale, records
 from tests.conftest import Checkout
 
 ROOT = Path(__file__).parents[1]
@@ -185,3 +185,19 @@ def test_the_published_table_is_what_its_records_say_and_an_edit_is_noticed(tmp_
     assert "Counts that differ from the declared ones:** DMD: teacher: declared 1" in (tmp_path / "results/table1.md").read_text()
     shutil.rmtree(tmp_path / "results/records/table2")
     assert "no published records" in run(tmp_path, "table", "table1").stderr
+
+
+def test_what_was_measured_on_a_gpu_is_a_section(tmp_path: Path):
+    path = tmp_path / "gpu.json"
+    assert image_scale.section(path) == []
+    flow = {"method": "flow matching", "status": "measured", "cycle": 1, "tflop_per_cycle": 4.0, "ms_per_step": 40.0, "peak_gib": 8.0}
+    dmd = flow | {"method": "dmd", "cycle": 2, "tflop_per_cycle": 20.0, "ms_per_step": 100.0}
+    rows = [flow | {"precision": "tf32"}, dmd | {"precision": "tf32"}, {"method": "dmd", "precision": "bf16", "status": "fp32 only"}]
+    scale = {"shape": [4, 32, 32], "classes": 1000, "batch": 32, "network": {"width": 768, "depth": 12, "heads": 12, "patch": 2}}
+    found = {"environment": {"device": "a GPU", "torch": "2.11"}, "scale": scale, "rows": rows}
+    path.write_text(json.dumps(found))
+    line = next(line for line in image_scale.section(path) if line.startswith("| dmd"))
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["dmd", "10.0", "100", "2.50", "8.0", "fp32 only", "–", "–"]
+    rows[0]["ms_per_step"] = 50.0  # planted: another unit
+    path.write_text(json.dumps(found))
+    assert "2.00" in next(line for line in image_scale.section(path) if line.startswith("| dmd"))
