@@ -78,6 +78,11 @@ class Cell:
         assert self.arm is not None
         return self.benchmark.budget.flops * self.arm.share
 
+    @property
+    def own_budget(self) -> float:
+        """What of it is left when its start has been paid for."""
+        return self.budget - (self.start.budget if self.start else 0)
+
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """Everything that determines the result, as JSON."""
@@ -253,7 +258,7 @@ def describe(cell: Cell) -> dict[str, Any]:
         "status": "done",
         "reason": None,
         "group": arm.attribute("group") if arm else "teacher",
-        "division": "closed",  # the harness enforces teacher, data, budget and evaluator; nothing can be open yet
+        "division": "closed" if arm is None or arm.share == 1 else "open",  # teacher, data and evaluator cannot be others
         "params": None,
         "nfe": [],
         "headline_nfe": None,

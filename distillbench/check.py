@@ -34,7 +34,7 @@ from distillbench.watch import Pulse
 MIXTURE, DIGITS = "check-mixture", "check-digits"  # workflows/benchmarks
 STEPS, EARLY = 200, 20  # of training; after how many a second run with the same seed is compared
 COUNT = 1000  # samples
-START_SHARE = 0.01  # of the budget, for an arm that this one starts from
+START_SHARE = {MIXTURE: 0.03, DIGITS: 0.1}  # of the budget, for an arm that this one starts from: its set-up and a few cycles
 UNMETERED = 0.01  # tolerated share of forward FLOPs outside the networks that the harness knows, and of cost above the plan
 PROGRESS, AT_FLOOR = 0.95, 1.5  # the distance to the teacher's samples must fall to this share, or be near that of two draws of them
 SAME_COST = "all cycles of needs.cycle steps to cost what the first does: it is what the budget is divided by"
@@ -60,7 +60,11 @@ class Brief(Cell):
     @cached_property
     def start(self) -> Cell | None:
         start = super().start
-        return None if start is None or start.arm is None else Cell(self.benchmark, replace(start.arm, share=START_SHARE), self.seed)
+        return (
+            None
+            if start is None or start.arm is None
+            else Cell(self.benchmark, replace(start.arm, share=START_SHARE[self.benchmark.name]), self.seed)
+        )
 
 
 class Check:
@@ -144,8 +148,9 @@ class Check:
         cell = Brief(config.benchmark(benchmark), Arm(self.folder, variant), 0)
         for one in cell.needed:
             with one.locked():
-                if one.result() is None:
-                    train.run_cell(one, self.report)
+                record = one.result() or train.run_cell(one, self.report)
+                if record["status"] != "done":
+                    raise UserError(f"{one.arm_name}, which it needs, ended as {record['status']}: {record['reason']}")
         return cell
 
     def started(self, cell: Cell, made: train.Prepared, total: int, per_cycle: dict[str, int]) -> Run:

@@ -251,7 +251,7 @@ def status(
     """How far every cell of a table is: rows are methods, columns are seeds.
 
     done: trained and evaluated. trained: not evaluated yet. 41% 35 s left: running now. interrupted at 41%: the same command
-    as before continues it. waiting: for its teacher. to do: can start. FAILED, DIVERGED, OOM, TIMEOUT, HUNG, OVER BUDGET,
+    as before continues it. waiting: for its teacher or start. to do: can start. FAILED, DIVERGED, OOM, TIMEOUT, HUNG, OVER BUDGET,
     REFUSED: it has a record that says why; see `distillbench logs`.
     """
     from distillbench import overview
@@ -295,7 +295,7 @@ def plan_(table: TableName = "table2") -> None:
     for j in todo:
         missing = [c for c in j.cells if not plan.is_trained(c)]
         b = missing[0].benchmark
-        cost = f"{b.teacher.updates} updates" if missing[0].arm is None else f"{missing[0].budget / 1e12:g} TFLOP"
+        cost = f"{b.teacher.updates} updates" if missing[0].arm is None else f"{missing[0].own_budget / 1e12:g} TFLOP"
         out.print(f"{j.benchmark}/{j.arm}: seeds {', '.join(str(c.seed) for c in missing)}, {cost} each")
 
 

@@ -117,7 +117,9 @@ def seconds_left(states: list[tuple[Cell, State]]) -> list[float | None]:
         if record is not None and record["status"] == "done" and record["provenance"]["hardware"] == hardware():
             seconds[cell.benchmark.name, cell.arm_name].append(record["cost"]["seconds"])
             if cell.arm is not None:
-                per_flop[cell.benchmark.name].append(record["cost"]["seconds"] / record["cost"]["flops"])
+                per_flop[cell.benchmark.name].append(
+                    record["cost"]["seconds"] / (record["cost"]["flops"] - record["cost"].get("start", {}).get("flops", 0))
+                )
     rest: list[float | None] = []
     for cell, state in states:
         if cell.result() is not None:
@@ -128,7 +130,7 @@ def seconds_left(states: list[tuple[Cell, State]]) -> list[float | None]:
         elif same := seconds.get((b.name, cell.arm_name)):
             rest.append(mean(same) * (1 - state.share))
         elif cell.arm is not None and b.name in per_flop:
-            rest.append(mean(per_flop[b.name]) * cell.budget * (1 - state.share))
+            rest.append(mean(per_flop[b.name]) * cell.own_budget * (1 - state.share))
         else:
             rest.append(None)
     return rest

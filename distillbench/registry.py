@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TEXTS = ("README.md", "claims.yaml", "config.yaml", "tuning.json")
 RESERVED = ("teacher",)  # an arm that is not a method
+DIGITS = 6  # decimal places of a share of the budget
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Arm:
     @property
     def name(self) -> str:
         """method, method@variant, and @x0.25 behind it for another share of the budget than 1."""
-        share = None if self.share == 1 else f"x{self.share:g}"
+        share = None if self.share == 1 else "x" + f"{self.share:.{DIGITS}f}".rstrip("0").rstrip(".")
         return "@".join(filter(None, (self.folder.name, self.variant, share)))
 
     @property
@@ -57,10 +58,14 @@ class Arm:
         name = self.attribute("start")
         if name in (None, "none"):
             return None
-        found = arm(name)
-        if found.start is not None:
-            raise UserError(f"{self.folder.path / 'config.yaml'}: key 'start': {name} starts from another arm itself")
-        return replace(found, share=found.share * self.share)
+        where = f"{self.folder.path / 'config.yaml'}: key 'start'"
+        try:
+            found = arm(name)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        if found.attribute("start") not in (None, "none"):
+            raise UserError(f"{where}: {name} starts from another arm itself")
+        return replace(found, share=round(found.share * self.share, DIGITS))  # as its name says, or the name would be another cell's
 
     def attribute(self, key: str) -> Any:
         """'group', 'fidelity', 'adaptation', 'trajectory' or 'start': the variant's own, or the method's."""
@@ -119,8 +124,8 @@ def arm(name: str) -> Arm:
     method, _, variant = name.partition("@")
     if found := SHARE.fullmatch(variant.rpartition("@")[2]):
         share, variant = float(found[1]), variant.rpartition("@")[0]
-        if not share:
-            raise UserError(f"{name}: a share of the budget is above 0, e.g. {method}@x0.25")
+        if not share or share != round(share, DIGITS):
+            raise UserError(f"{name}: a share of the budget is above 0, with at most {DIGITS} decimal places, e.g. {method}@x0.25")
     if method not in methods:
         raise UserError(f"unknown method '{method}', {nearest(method, methods)}")
     if variant and variant not in methods[method].file.variants:

@@ -72,6 +72,10 @@ def build(cell: Cell, meter: Meter | None = None) -> Run:
     needs = cls.needs(config)
     if needs.teacher and cell.arm is not None and cell.arm.attribute("group") == "from_scratch":
         raise ValueError("group: from_scratch has the teacher's budget on top and so no teacher: needs(teacher=False)")
+    if cell.start is not None and cell.start.arm is not None and cell.arm is not None:
+        own, other = cell.arm.attribute("group"), cell.start.arm.attribute("group")
+        if own != other:
+            raise ValueError(f"group: {own} with a start of group {other}, which has another budget")
     exact = MixtureVelocity(data).to(device) if isinstance(data, data_sets.Mixture) else None
     weights: VelocityNetwork | None = None
     teacher: Teacher | None = None
@@ -201,7 +205,8 @@ def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[d
     furnish(run, made)
     metered, setup_rows = run.meter.flops, dict(run.meter.rows)
     start = None if cell.start is None else cell.start.result()
-    setup_flops = metered + (start["cost"]["flops"] if start else 0)
+    spent = {key: start["cost"][key] for key in ("flops", "seconds")} if start else {}
+    setup_flops = metered + spent.get("flops", 0)
     run.meter.calls.clear()
     run.meter.rows.clear()
     with run.meter.measured():
@@ -230,6 +235,7 @@ def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[d
         "limit_flops": limit,
         "flops": int(setup_flops + share * cycle_flops),
         "setup_flops": setup_flops,  # with all that its start has cost
+        **({"start": spent} if spent else {}),
         "calls_per_cycle": dict(sorted(run.meter.calls.items())),
         "rows": {
             role: int(setup_rows.get(role, 0) + share * run.meter.rows.get(role, 0))

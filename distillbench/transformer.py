@@ -43,7 +43,7 @@ def positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B, T, width]; with `rms` queries and keys are normalised (TVM, section 4.1)."""
+    """Multi-head self-attention over tokens [B, T, width]; with `rms` queries and keys are normalised (TVM, section 4.1, less weights)."""
 
     def __init__(self, width: int, heads: int, norms: Norms):
         super().__init__()
@@ -108,7 +108,7 @@ class DiT(nn.Module):
         self._start()
 
     def _start(self) -> None:
-        """DiT's initialisation: Xavier, small label vectors, and zero where the network would leave the identity."""
+        """DiT's initialisation of blocks and labels: Xavier, small label vectors, and zero where the network would leave the identity."""
         for layer in (m for part in (self.enter, *self.blocks) for m in part.modules() if isinstance(m, nn.Linear)):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -170,7 +170,7 @@ def quality_rows(records: list[Record]) -> list[Row]:
         done = [(r, row) for r in own for row in r.rows if row["nfe"] == r.result["headline_nfe"]]
         metric = "fid" if not done or "fid" in done[0][1] else "sliced_w2"
         mean, sd = summarise(row[metric] for _, row in done)
-        seconds = summarise(r.result["cost"]["seconds"] for r, _ in done)[0]
+        seconds = summarise(r.result["cost"]["seconds"] + r.result["cost"].get("start", {}).get("seconds", 0) for r, _ in done)[0]
         title = own[0].result["title"] + (f" ({arm.partition('@')[2]})" if "@" in arm else "")
         base = {"benchmark": benchmark, "arm": arm, "title": title, "share": share, "metric": metric}
         out.append(base | {"mean": mean, "sd": sd, "seeds": len(done), "seconds": seconds, "failed": len(own) - len(done)})
@@ -319,7 +319,7 @@ def _update_notes(rows: list[Row]) -> list[str]:
         "Calls and, in brackets, rows of evaluations, averaged over one cycle and divided by the student’s updates in it; gradients are "
         "not counted as calls. MFLOP: metered, everything that `train_step` computed in products of matrices and convolutions (a "
         "multiplication and an addition each), backward passes included, set-up not. Minimum: rows times FLOPs of one evaluation of that "
-        "network, for the evaluations that the paper’s algorithm needs (`cost` in the method’s config.yaml): forward; as much again for a "
+        "network, for the evaluations that the arm’s algorithm needs (`cost` in the method’s config.yaml): forward; as much again for a "
         "tangent; backward about twice that into weights, and as far as the network’s own layers lie on the way through inputs alone. "
         "Ratio: metered over minimum, above 1 by what an implementation computes beyond it.",
     ]
@@ -346,8 +346,8 @@ def _quality_notes(rows: list[Row], source: str) -> list[str]:
     if not rows:
         return ["No run with another share of the budget is published."]
     return [
-        f"At the headline NFE, from the records of `{source}`: mean ± sample sd over the seeds there are, seconds of the whole run, number "
-        "of seeds; — where not run. All settings are those of the full budget: schedules and averages are shares of the run.",
+        f"At the headline NFE, from the records of `{source}`: mean ± sample sd over the seeds there are, seconds of the whole run and of "
+        "its start, number of seeds; — where not run. All settings are those of the full budget: schedules and averages are shares of it.",
     ]
 
 

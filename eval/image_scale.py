@@ -8,7 +8,15 @@ from typing import Any
 
 from tabulate import tabulate
 
-HEAD = ["method", "TFLOP/step", "ms/step, TF32", "× flow matching", "GiB", "ms/step, bf16", "GiB", "ms/step, fp32"]
+HEAD = ["arm", "TFLOP", "ms, TF32", "× flow matching", "GiB", "ms, bf16", "GiB", "ms, fp32"]
+
+
+def tf32_update(row: dict[str, Any]) -> tuple[float, float] | None:
+    """(TFLOP, milliseconds) for one update of the student with all that goes with it; None where it was not measured."""
+    if row.get("status") != "measured":
+        return None
+    steps = row["ms_per_student_update"] / row["ms_per_step"]
+    return row["tflop_per_cycle"] / row["cycle"] * steps, row["ms_per_student_update"]
 
 
 def section(path: Path) -> list[str]:
@@ -19,37 +27,37 @@ def section(path: Path) -> list[str]:
     rows: dict[str, dict[str, Any]] = {}
     for row in found["rows"]:
         rows.setdefault(row["method"], {})[row["precision"]] = row
-    unit = rows["flow matching"]["tf32"]["ms_per_step"]
+    unit = rows["flow matching"]["tf32"]["ms_per_student_update"]
 
-    def cell(row: dict[str, Any] | None, key: str, digits: int) -> str:
-        return "–" if row is None or key not in row else f"{row[key]:.{digits}f}"
+    def cell(row: dict[str, Any], key: str, digits: int) -> str:
+        return f"{row[key]:.{digits}f}" if key in row else "–"
 
     lines = []
     for name, by in rows.items():
-        tf32, bf16 = by.get("tf32"), by.get("bf16")
-        measured = tf32 is not None and "ms_per_step" in tf32
+        tf32, bf16, update = by.get("tf32", {}), by.get("bf16", {}), tf32_update(by.get("tf32", {}))
         lines.append(
             [
                 name,
-                f"{tf32['tflop_per_cycle'] / tf32['cycle']:.1f}" if measured else "–",
-                cell(tf32, "ms_per_step", 0),
-                f"{tf32['ms_per_step'] / unit:.2f}" if measured else "–",
+                "–" if update is None else f"{update[0]:.1f}",
+                "–" if update is None else f"{update[1]:.0f}",
+                "–" if update is None else f"{update[1] / unit:.2f}",
                 cell(tf32, "peak_gib", 1),
-                bf16["status"] if bf16 is not None and "ms_per_step" not in bf16 else cell(bf16, "ms_per_step", 0),
+                bf16.get("status") if bf16.get("status") == "fp32 only" else cell(bf16, "ms_per_student_update", 0),
                 cell(bf16, "peak_gib", 1),
-                cell(by.get("fp32"), "ms_per_step", 0),
+                cell(by.get("fp32", {}), "ms_per_student_update", 0),
             ]
         )
     about, scale = found["environment"], found["scale"]
     net = scale["network"]
     return [
         "",
-        "## One train step at image scale",
+        "## One update of the student at image scale",
         "",
         tabulate(lines, HEAD, "github", disable_numparse=True),
         "",
-        f"A transformer of width {net['width']}, depth {net['depth']}, {net['heads']} heads and patches of {net['patch']} (DiT-B) on "
-        f"latents {'x'.join(map(str, scale['shape']))}, {scale['classes']} classes, batch {scale['batch']}, eager, on one {about['device']} "
-        f"with torch {about['torch']}; means over a cycle of updates, memory at its highest. bf16: autocast, which a derivative along "
+        f"A transformer of width {net['width']}, depth {net['depth']}, {net['heads']} heads, patches of {net['patch']} (DiT-B) on latents "
+        f"{'x'.join(map(str, scale['shape']))}, {scale['classes']} classes, batch {scale['batch']} in each loss, eager, on one "
+        f"{about['device']}, torch {about['torch']}; median of five cycles, the critic’s updates included, memory at its highest. "
+        "bf16: autocast, which a derivative along "
         "(x, t, s) refuses. `python -m perf.gpu` measures it.",
     ]

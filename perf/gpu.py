@@ -6,10 +6,11 @@ On a machine with a GPU, from the root of the checkout (a few minutes; needs tor
 
 writes DIR/gpu.json after every row and DIR/gpu.md, the table. Without a GPU `python -m perf.gpu --output DIR --tiny` shows that it runs.
 
-Each method's default arm with its settings for digits, but a DiT-B/2 on latents of 4x32x32, 1000 classes and a batch of B; its teacher
-has random weights, its images, labels and regression pairs are random numbers (nothing is solved or trained beforehand). `flow matching`
-is the training of the teacher itself, the unit of the ratios. A cycle is the number of train steps after which a method's pattern of
-updates repeats; three cycles warm up, the median of five counts. No torch.compile, no CUDA graphs, no activation checkpointing.
+Each method's default arm, or those named by --arms, with the settings for digits, but a DiT-B/2 on latents of 4x32x32, 1000 classes and
+a batch of B; its teacher has random weights, its images, labels and regression pairs are random numbers (nothing is solved or trained
+beforehand). `flow matching` is the training of the teacher itself, the unit of the ratios. A cycle is the number of train steps after
+which a method's pattern of updates repeats; three cycles warm up, the median of five counts. No torch.compile, no CUDA graphs, no
+activation checkpointing.
 
 - tf32: float32 with torch.set_float32_matmul_precision("high"), as is usual in the field; cuDNN's convolutions as well.
 - bf16: the same under autocast to bfloat16, the whole train step; casts of weights are not cached, because weights move inside it.
@@ -360,7 +361,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, required=True, help="folder of gpu.json and gpu.md")
     parser.add_argument("--tiny", action="store_true", help="a small transformer, for machines without a GPU")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="in this order")
-    parser.add_argument("--methods", nargs="+", help="names; by default all that are discovered")
+    parser.add_argument("--arms", nargs="+", help="method or method@variant; by default all methods that are discovered")
     parser.add_argument("--batch", type=int, help=f"instead of {FULL.batch}")
     parser.add_argument("--seconds", type=float, default=210, help="no row is begun after so long")
     given = parser.parse_args(arguments)
@@ -371,7 +372,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     scale = TINY if given.tiny else FULL
     scale = scale if given.batch is None else replace(scale, batch=given.batch)
     found, broken = folders()
-    arms: dict[str, Arm | None] = {BASELINE: None} | {n: Arm(f, None) for n, f in found.items() if not given.methods or n in given.methods}
+    chosen = {n: registry.arm(n) for n in given.arms} if given.arms else {n: Arm(f, None) for n, f in found.items()}
+    arms: dict[str, Arm | None] = {BASELINE: None} | chosen
     given.output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "environment": environment(device),

@@ -42,7 +42,8 @@ def test_names_of_shares(checkout: Checkout):
     arm = registry.arm("meanflow@scratch@x4")
     assert (arm.name, arm.variant, arm.share) == ("meanflow@scratch@x4", "scratch", 4.0)
     assert registry.arm("meanflow@x1").name == "meanflow"
-    for name, words in (("meanflow@x0", "above 0"), ("meanflow@x0.5@scratch", "unknown variant"), ("meanflow@x", "unknown variant")):
+    for name, words in (("meanflow@x0", "above 0"), ("meanflow@x0.5@scratch", "unknown variant"), ("meanflow@x", "unknown variant"),
+                        ("meanflow@x0.12345678", "decimal places")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             registry.arm(name)
     edit(checkout, "meanflow", "  scratch:", "  x2:")
@@ -57,6 +58,7 @@ def test_a_share_is_another_cell_with_that_budget(checkout: Checkout):
     assert [r["cost"]["limit_flops"] for r in records] == [1.5e9, 0.75e9]
     assert all(0.8 * r["cost"]["limit_flops"] < r["cost"]["flops"] <= r["cost"]["limit_flops"] for r in records)
     assert records[1]["budget_share"] == 0.5 and "budget_share" not in records[0] and records[1]["variant"] == "x0.5"
+    assert [r["division"] for r in records] == ["closed", "open"]
     assert whole.folder != half.folder
 
 
@@ -70,8 +72,12 @@ def test_what_a_start_costs_is_part_of_the_budget(checkout: Checkout):
     alone = cell("fsf_dmd@from-flow-matching")
     assert alone.start is None and "start" not in alone.recipe
     assert trained(alone)["cost"]["steps"] > 2 * record["cost"]["steps"]  # it has the whole budget
-    quarter = cell("fsf_dmd@x0.5").start  # and so has its start as large a part
-    assert quarter is not None and quarter.arm_name == "meanflow@x0.35"
+    for share, expected in ((0.5, 0.35), (0.75, 0.525), (0.1, 0.07), (3, 2.1)):  # and so has its start as large a part
+        part = cell(f"fsf_dmd@x{share:g}").start
+        assert part is not None and part.arm_name == f"meanflow@x{expected:g}"
+        assert part.key == cell(part.arm_name).key  # in floating point 0.7 x 0.75 is not 0.525
+    assert record["cost"]["start"] == {k: before["cost"][k] for k in ("flops", "seconds")}
+    assert one.own_budget == pytest.approx(0.3 * one.budget)
 
 
 def test_it_starts_from_the_averaged_student(checkout: Checkout):
@@ -105,6 +111,13 @@ def test_a_failed_start_refuses(checkout: Checkout):
     assert record["status"] == "refused" and record["reason"] == "its start meanflow@x0.7 ended as diverged: loss is nan"
 
 
+def test_from_scratch_needs_a_start_from_scratch(checkout: Checkout):
+    edit(checkout, "fsf_dmd", "  heavy:", "  heavy:\n    group: from_scratch")
+    edit(checkout, "fsf_dmd", "config: {matching: 0.3}", "config: {matching: 0.3, init: start, velocity: data, real: self}")
+    record = trained(cell("fsf_dmd@heavy"))
+    assert record["status"] == "failed" and "with a start of group distillation" in record["reason"]
+
+
 def test_a_budget_that_the_start_has_spent(checkout: Checkout):
     edit(checkout, "fsf_dmd", "start: meanflow@x0.7", "start: meanflow@x1")
     record = trained(cell("fsf_dmd"))
@@ -113,11 +126,12 @@ def test_a_budget_that_the_start_has_spent(checkout: Checkout):
 
 def test_starts_that_do_not_exist_or_form_a_chain(checkout: Checkout):
     edit(checkout, "fsf_dmd", "start: meanflow@x0.7", "start: meanflw")
-    with pytest.raises(UserError, match="unknown method 'meanflw'"):
+    with pytest.raises(UserError, match=r"config.yaml: key 'start': unknown method 'meanflw'"):
         _ = cell("fsf_dmd").key
-    edit(checkout, "fsf_dmd", "start: meanflw", "start: fsf_dmd@unrolled")
-    with pytest.raises(UserError, match="starts from another arm itself"):
-        _ = cell("fsf_dmd").key
+    for before, after in (("meanflw", "fsf_dmd@unrolled"), ("fsf_dmd@unrolled", "fsf_dmd")):
+        edit(checkout, "fsf_dmd", f"start: {before}", f"start: {after}")
+        with pytest.raises(UserError, match=r"config.yaml: key 'start': fsf_dmd.* starts from another arm itself"):
+            _ = cell("fsf_dmd").key
 
 
 def test_train_trains_the_start_first(checkout: Checkout, capfd: pytest.CaptureFixture):

@@ -1,6 +1,6 @@
 """FSF-DMD (Kim et al., arXiv 2605.19256): distribution matching in which the student's own flow map stands for the critic.
 
-RECONSTRUCTION: of the paper only the abstract and Eq. 12 are public, v_fake(x_t, t) = u(x_t, t, 0). Everything else here is ours;
+RECONSTRUCTION: of the paper we know the abstract and Eq. 12, v_fake(x_t, t) = u(x_t, t, 0). Everything else here is ours;
 alternatives are arms (README).
 """
 
@@ -74,8 +74,8 @@ class FSFDMD(Method):
         def _fits(self) -> Self:
             if times.off_diagonal(self.batch, self.diagonal) == 0:
                 raise ValueError(f"diagonal {self.diagonal:g} leaves no row of {self.batch} with s < t")
-            if self.every > 1 and self.fake != "critic":
-                raise ValueError(f"every {self.every} needs fake: critic, there is nothing else to move in between")
+            if self.every > 1 and (self.fake != "critic" or not self.matching):
+                raise ValueError(f"every {self.every} needs fake: critic and matching above 0, there is nothing else to move in between")
             if self.unroll > 1 and self.real != "teacher":
                 raise ValueError(f"unroll {self.unroll} needs real: teacher")
             if self.real == "start" and self.init != "start":

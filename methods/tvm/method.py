@@ -39,7 +39,7 @@ def weighted_error(u: Tensor, target: Tensor, w: float | Tensor) -> Tensor:
 
 
 def terminal_loss(dx_ds: Tensor, target: Tensor, t: Tensor, s: Tensor, w: float | Tensor) -> Tensor:
-    """A: (1/w^2) mean |dX/ds - sg u_bar(sg X, s)|^2 by row [B], zero where s is t (there X is x_t and nothing is asked of u)."""
+    """A: (1/w^2) mean |dX/ds - sg u_bar(sg X, s)|^2 by row [B], zero where s is t, rows that the code leaves to B (wrapper.py)."""
     error = weighted_error(dx_ds, target, w)
     return torch.where(torch.isclose(t, s), 0.0, error)
 
