@@ -15,10 +15,14 @@ def evaluated(cell):
 
 
 def prepare():
-    """Jobs of the tables asked for; stamps made to agree with the records; files checked before any work starts."""
+    """Jobs of the tables asked for, stamps made to agree with the records, files checked before any work starts; and the tables
+    of costs, which have no jobs, with their first source, whose jobs are among them."""
     names = sorted(p.stem for p in (files.root() / "workflows/tables").glob("*.yaml"))
     named = [n for n in names if any(f"results/{n}." in argument for argument in sys.argv)]
     tables = {name: files.table(name) for name in named or names}
+    costs = {name: table.sources[0] for name, table in tables.items() if table.kind == "costs"}
+    tables |= {name: files.table(name) for name in costs.values()}
+    tables = {name: table for name, table in tables.items() if name not in costs}
     jobs = {name: plan.jobs(table) for name, table in tables.items()}
     check_extractors([j.cells[0].benchmark for js in jobs.values() for j in js])
     every = {(j.benchmark, j.arm, j.keys): j for js in jobs.values() for j in js}
@@ -28,11 +32,11 @@ def prepare():
         print(f"distillbench: {warning}", file=sys.stderr)
     for name, js in jobs.items():
         plan.note_cells(tables[name], js, all((j.benchmark, j.arm, j.keys) in done for j in js))
-    return jobs, every
+    return jobs, every, costs
 
 
 try:
-    JOBS, EVERY = prepare()
+    JOBS, EVERY, COSTS = prepare()
 except UserError as error:  # one line and exit code 2
     print(f"distillbench: {error}", file=sys.stderr)
     sys.exit(2)
@@ -42,10 +46,10 @@ def job_of(wildcards):
     return EVERY[wildcards.benchmark, wildcards.arm, wildcards.batch]
 
 
-def teachers_of(wildcards):
-    """The stamps of the teachers that an arm's cells start from and are compared with."""
-    keys = [c.teacher.key for c in job_of(wildcards).cells]
-    return [j.stamp("trained") for j in EVERY.values() if j.arm == "teacher" and j.cells[0].key in keys]
+def needed_by(wildcards):
+    """The stamps of the teachers, and of other students, that an arm's cells start from and are compared with."""
+    keys = [one.key for c in job_of(wildcards).cells for one in c.needed]
+    return [j.stamp("trained") for j in EVERY.values() if any(c.key in keys for c in j.cells)]
 
 
 wildcard_constraints:

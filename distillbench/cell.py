@@ -26,8 +26,8 @@ from distillbench.registry import Arm
 
 # The modules whose code determines numbers; the command line, progress, dispatch and records are not among them.
 NUMERICAL = (
-    "paths", "times", "matching", "adversarial", "jvp", "samplers", "networks", "features", "teachers", "data", "method", "players",
-    "meter", "seeds", "train",
+    "paths", "times", "matching", "flowmaps", "adversarial", "jvp", "samplers", "networks", "features", "teachers", "data", "method",
+    "players", "meter", "seeds", "train",
 )  # fmt: skip
 GIT_SECONDS = 30
 LAST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"  # of a cell in training
@@ -62,6 +62,28 @@ class Cell:
         return Cell(self.benchmark, None, self.seed)
 
     @cached_property
+    def start(self) -> Cell | None:
+        """The cell whose student this one starts from, of the same seed and teacher."""
+        arm = None if self.arm is None else self.arm.start
+        return None if arm is None else Cell(self.benchmark, arm, self.seed)
+
+    @property
+    def needed(self) -> list[Cell]:
+        """What has to be trained before it."""
+        return [c for c in (None if self.arm is None else self.teacher, self.start) if c is not None]
+
+    @property
+    def budget(self) -> float:
+        """FLOPs it may spend, of its start and its own; from scratch the teacher's come on top."""
+        assert self.arm is not None
+        return self.benchmark.budget.flops * self.arm.share
+
+    @property
+    def own_budget(self) -> float:
+        """What of it is left when its start has been paid for."""
+        return self.budget - (self.start.budget if self.start else 0)
+
+    @cached_property
     def recipe(self) -> dict[str, Any]:
         """Everything that determines the result, as JSON."""
         b = self.benchmark
@@ -74,11 +96,12 @@ class Cell:
         if self.arm is None:
             return common
         return common | {
-            "budget": b.budget.model_dump(mode="json"),
+            "budget": {"flops": self.budget},
             "teacher": self.teacher.key,
             "group": self.arm.attribute("group"),
             "method": self.arm.folder.code_hash(),
             "config": self.arm.settings(b),
+            **({} if self.start is None else {"start": self.start.key}),
         }
 
     @cached_property
@@ -229,16 +252,18 @@ def describe(cell: Cell) -> dict[str, Any]:
         "format": 1,
         "benchmark": cell.benchmark.name,
         "method": cell.arm_name.partition("@")[0],
-        "variant": arm.variant if arm else None,
+        "variant": cell.arm_name.partition("@")[2] or None,
         "seed": cell.seed,
         "key": cell.key,
         "status": "done",
         "reason": None,
         "group": arm.attribute("group") if arm else "teacher",
-        "division": "closed",  # the harness enforces teacher, data, budget and evaluator; nothing can be open yet
+        "division": "closed" if arm is None or arm.share == 1 else "open",  # teacher, data and evaluator cannot be others
         "params": None,
         "nfe": [],
         "headline_nfe": None,
+        **({"budget_share": arm.share} if arm and arm.share != 1 else {}),
+        **({"start": cell.start.arm_name} if cell.start else {}),
     }
 
 

@@ -10,7 +10,8 @@ import random
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from distillbench.watch import Pulse
 MIXTURE, DIGITS = "check-mixture", "check-digits"  # workflows/benchmarks
 STEPS, EARLY = 200, 20  # of training; after how many a second run with the same seed is compared
 COUNT = 1000  # samples
+START_SHARE = {MIXTURE: 0.03, DIGITS: 0.1}  # of the budget, for an arm that this one starts from: its set-up and a few cycles
 UNMETERED = 0.01  # tolerated share of forward FLOPs outside the networks that the harness knows, and of cost above the plan
 PROGRESS, AT_FLOOR = 0.95, 1.5  # the distance to the teacher's samples must fall to this share, or be near that of two draws of them
 SAME_COST = "all cycles of needs.cycle steps to cost what the first does: it is what the budget is divided by"
@@ -50,6 +52,19 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.where}: expected {self.expected}; saw {self.seen}"
+
+
+class Brief(Cell):
+    """A cell whose start gets next to none of the budget."""
+
+    @cached_property
+    def start(self) -> Cell | None:
+        start = super().start
+        return (
+            None
+            if start is None or start.arm is None
+            else Cell(self.benchmark, replace(start.arm, share=START_SHARE[self.benchmark.name]), self.seed)
+        )
 
 
 class Check:
@@ -129,11 +144,13 @@ class Check:
     # What happens when it runs.
 
     def cell(self, benchmark: str, variant: str | None = None) -> Cell:
-        """Its cell on a benchmark of the check, with a trained teacher."""
-        cell = Cell(config.benchmark(benchmark), Arm(self.folder, variant), 0)
-        with cell.teacher.locked():
-            if cell.teacher.result() is None:
-                train.run_cell(cell.teacher, self.report)
+        """Its cell on a benchmark of the check, with a trained teacher and, hardly trained, what it starts from."""
+        cell = Brief(config.benchmark(benchmark), Arm(self.folder, variant), 0)
+        for one in cell.needed:
+            with one.locked():
+                record = one.result() or train.run_cell(one, self.report)
+                if record["status"] != "done":
+                    raise UserError(f"{one.arm_name}, which it needs, ended as {record['status']}: {record['reason']}")
         return cell
 
     def started(self, cell: Cell, made: train.Prepared, total: int, per_cycle: dict[str, int]) -> Run:
@@ -251,8 +268,8 @@ class Check:
 
     def from_teacher(self, run: Run) -> bool:
         """Some network starts from the teacher's weights."""
-        fresh, source = train.build(run.cell), run.task._teacher_weights
-        parts = [source.state_dict()["enter.weight"]] if source is not None else []
+        fresh, source = train.build(run.cell), run.task._weights["teacher"]
+        parts = [source["enter.weight"]] if source is not None else []
         own = [n.state_dict() for n in fresh.task._roles]
         return any(torch.equal(p, o["enter.weight"]) for p in parts for o in own if "enter.weight" in o)
 
@@ -308,9 +325,6 @@ class Check:
 
     def arm(self, cell: Cell, name: str) -> None:
         run = train.build(cell)
-        if cell.arm is not None and cell.arm.attribute("group") == "from_scratch" and run.needs.teacher:
-            expected = "needs(teacher=False) of an arm with group: from_scratch, whose budget has the teacher's on top"
-            return self.find(name, expected, "needs(teacher=True)")
         made = train.prepare(run, self.report, Pulse())
         with self.no_file_opened(name):  # the constructor once more, alone
             cls = registry.load(self.folder)  # anew, so that nothing is remembered

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from distillbench import config, plan, progress, registry
-from distillbench.cell import Cell, lock, write_atomically, write_json
+from distillbench.cell import Cell, lock, write_json
 from distillbench.dispatch import ONE_THREAD
 from distillbench.errors import UserError, nearest
 from distillbench.progress import reporter, say
-from distillbench.scoring import check_extractors, evaluate_cells, evaluate_path, samples_of
+from distillbench.scoring import check_extractors, evaluate_cells, evaluate_path, render_costs, render_pages, samples_of, verdict, written
 from distillbench.watch import INTERRUPTED
 from distillbench.work import train_cells
 
@@ -251,7 +251,7 @@ def status(
     """How far every cell of a table is: rows are methods, columns are seeds.
 
     done: trained and evaluated. trained: not evaluated yet. 41% 35 s left: running now. interrupted at 41%: the same command
-    as before continues it. waiting: for its teacher. to do: can start. FAILED, DIVERGED, OOM, TIMEOUT, HUNG, OVER BUDGET,
+    as before continues it. waiting: for its teacher or start. to do: can start. FAILED, DIVERGED, OOM, TIMEOUT, HUNG, OVER BUDGET,
     REFUSED: it has a record that says why; see `distillbench logs`.
     """
     from distillbench import overview
@@ -295,7 +295,7 @@ def plan_(table: TableName = "table2") -> None:
     for j in todo:
         missing = [c for c in j.cells if not plan.is_trained(c)]
         b = missing[0].benchmark
-        cost = f"{b.teacher.updates} updates" if missing[0].arm is None else f"{b.budget.flops / 1e12:g} TFLOP"
+        cost = f"{b.teacher.updates} updates" if missing[0].arm is None else f"{missing[0].own_budget / 1e12:g} TFLOP"
         out.print(f"{j.benchmark}/{j.arm}: seeds {', '.join(str(c.seed) for c in missing)}, {cost} each")
 
 
@@ -307,12 +307,17 @@ def table_(
     ] = False,
     render: Annotated[bool, typer.Option("--render", help="render from the published records; look at no cell")] = False,
 ) -> None:
-    """Publish the records of a table's cells to results/records and render the table from them."""
+    """Publish the records of a table's cells to results/records and render the table from them.
+
+    A table of `kind: costs` has no cells of its own: it is rendered from the published records of its sources.
+    """
     import yaml
 
     from eval import external, figures, records, tables
 
     table, results = config.table(name), config.root() / "results"
+    if table.kind == "costs":
+        raise typer.Exit(verdict(f"results/{name}", render_costs(table, check), check))
     folder = results / "records" / name
     if not (check or render):
         cells = [c for j in plan.jobs(table) for c in j.cells]
@@ -333,22 +338,20 @@ def table_(
         raise UserError(str(e)) from None
     if not found:
         raise UserError(f"{folder}: no published records: run `snakemake --cores all results/{name}.md`")
-    differing: list[str] = []
-
-    def write(path: Path, data: bytes) -> None:
-        if not check:
-            write_atomically(path, data)
-        elif not path.is_file() or path.read_bytes() != data:
-            differing.append(path.name)
-
+    write, differing = written(check)
     tables.write(name, table.title, found, others, reported, table.compare, results, write)
     write(results / f"{name}.png", figures.picture(found))
-    if check:
-        print(
-            f"results/{name}: " + (f"differ from their records: {', '.join(differing)}" if differing else "as rendered from their records")
-        )
-        raise typer.Exit(1 if differing else 0)
-    print(f"results/{name}.md written", file=sys.stderr)
+    raise typer.Exit(verdict(f"results/{name}", differing, check))
+
+
+@app.command()
+def pages(
+    check: Annotated[
+        bool, typer.Option("--check", help="compare the files there with folders and published records; exit 1 if they differ")
+    ] = False,
+) -> None:
+    """Render docs/methods, a page for each method and an index, from the methods' folders and published records."""
+    raise typer.Exit(verdict("docs/methods", render_pages(check), check))
 
 
 @app.command(hidden=True)

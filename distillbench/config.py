@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from distillbench.errors import UserError, nearest
 
 M = TypeVar("M", bound=BaseModel)
+SHARE = re.compile(r"x(\d+\.?\d*)")  # the last part of method@x0.25: an arm with that share of the budget
 
 
 class Strict(BaseModel):
@@ -122,6 +124,18 @@ class Benchmark(Strict):
         return self
 
 
+class Evaluation(Strict):
+    """Evaluations of one network in a cycle of a method's updates, as its paper's algorithm needs them."""
+
+    role: str = Field(description="of the meter: student, student.tangent, teacher, critic, features, or a player's further networks")
+    calls: int = Field(1, gt=0)
+    rows: float | None = Field(1, gt=0, description="of all these calls together, in batches; null: as many as are metered")
+    gradient: Literal["none", "inputs", "weights", "both", "penalty"] = Field(
+        "none", description="what is differentiated in; penalty: weights, and through the gradient in the inputs (R1)"
+    )
+    blocks: int | None = Field(None, gt=0, description="evaluates the first blocks only")
+
+
 class Variant(Strict):
     """A named change to a method's settings."""
 
@@ -131,6 +145,8 @@ class Variant(Strict):
     fidelity: Literal["official code", "paper text", "reconstruction"] | None = None
     adaptation: bool | None = None
     trajectory: bool | None = None
+    start: str | None = Field(None, description="as of the method; 'none': from no other arm")
+    cost: list[Evaluation] | None = Field(None, description="as of the method, where the variant's updates differ")
 
 
 class MethodFile(Strict):
@@ -142,10 +158,21 @@ class MethodFile(Strict):
     fidelity: Literal["official code", "paper text", "reconstruction"]
     adaptation: bool = Field(False, description="used outside its paper's setting")
     trajectory: bool = Field(False, description="aims at the teacher's own sample of the same noise")
+    start: str | None = Field(
+        None, description="arm whose finished student `task.network('start')` loads, of the same seed, e.g. meanflow@x0.7; its cost counts"
+    )
     config: dict[str, Any] = {}
     benchmarks: dict[str, dict[str, Any]] = Field({}, description="settings per family or name of a benchmark")
     variants: dict[str, Variant] = {}
+    cost: list[Evaluation] | None = Field(None, description="evaluations of one cycle of updates; Table 1 compares them with the meter's")
     search: dict[str, list[Any]] = Field({}, description="values that `distillbench tune` tries, by key of config, e.g. student.lr")
+
+    @model_validator(mode="after")
+    def _fits(self) -> MethodFile:
+        for name in self.variants:
+            if "@" in name or SHARE.fullmatch(name):
+                raise ValueError(f"variant '{name}': '@' and names like x0.25, which mean a share of the budget, are reserved: rename it")
+        return self
 
 
 class Reported(Strict):
@@ -184,6 +211,8 @@ class Table(Strict):
 
     name: str
     title: str
+    kind: Literal["metrics", "costs"] = Field("metrics", description="costs: what methods are and cost, from the records of `sources`")
+    sources: list[str] = Field([], description="tables whose records a table of costs reads; the first also for what an update costs")
     benchmarks: list[str] = Field(min_length=1)
     methods: Literal["all"] | list[str] = Field("all", description="'all' discovered methods, or names")
     variants: list[str] = Field([], description="more rows, as method@variant")

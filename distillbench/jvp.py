@@ -8,6 +8,7 @@ tangent) that flows through the network's own `forward`; each operation below ca
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,9 @@ class Dual:
     def reshape(self, *shape: int) -> Dual:
         return Dual.__torch_function__(torch.reshape, (), (self, shape))
 
+    def permute(self, *dims: int) -> Dual:
+        return Dual.__torch_function__(torch.permute, (), (self, dims))
+
     def chunk(self, n: int, dim: int) -> tuple[Dual, ...]:
         return Dual.__torch_function__(torch.chunk, (), (self, n, dim))
 
@@ -121,8 +125,40 @@ def _layer_norm(head: Callable, x: Dual, shape: Any, weight: None = None, bias: 
     return scale * (d - d.mean(dims, keepdim=True) - y * (y * d).mean(dims, keepdim=True))
 
 
+def _rms_norm(head: Callable, x: Dual, shape: Any, weight: None = None, eps: float | None = None) -> Tensor:
+    if weight is not None or eps is None:
+        raise NotImplementedError("distillbench.jvp: rms_norm with an affine part or without eps; put the scale outside, name eps")
+    value, d, dims = head(x), x.tangent, tuple(range(-len(shape), 0))
+    scale = torch.rsqrt(value.square().mean(dims, keepdim=True) + eps)
+    y = value * scale
+    return scale * (d - y * (y * d).mean(dims, keepdim=True))
+
+
+def _gelu(head: Callable, x: Dual, approximate: str = "none") -> Tensor:
+    if approximate != "tanh":
+        raise NotImplementedError("distillbench.jvp: gelu by the error function; use approximate='tanh'")
+    value, a, b = head(x), (2 / math.pi) ** 0.5, 0.044715
+    th = torch.tanh(a * (value + b * value.pow(3)))
+    return x.tangent * 0.5 * (1 + th + value * (1 - th.square()) * a * (1 + 3 * b * value.square()))
+
+
+def _attention(head: Callable, q: Dual, k: Dual, v: Dual) -> Tensor:
+    """Of softmax(q k^T / sqrt(d)) v, each [B, heads, T, d]; explicit, [m, heads, T, T] in memory. No mask, dropout or other scale."""
+    scale = head(q).shape[-1] ** -0.5
+    p = torch.softmax(scale * head(q) @ head(k).mT, -1)
+    ds = scale * (q.tangent @ head(k).mT + head(q) @ k.tangent.mT)
+    dp = p * (ds - (p * ds).sum(-1, keepdim=True))
+    return dp @ head(v) + p @ v.tangent
+
+
 def _reshape(head: Callable, x: Dual, shape: tuple[int, ...]) -> Tensor:
     return x.tangent.reshape(x.tangent.shape[0], *shape[1:])  # the first dimension is the batch
+
+
+def _permute(head: Callable, x: Dual, dims: tuple[int, ...]) -> Tensor:
+    if dims[0] != 0:
+        raise NotImplementedError("distillbench.jvp: permute must leave the batch in the first place")
+    return x.tangent.permute(dims)
 
 
 def _without_rule(name: str) -> Callable:
@@ -142,9 +178,13 @@ RULES: dict[str, Callable] = {
     "sin": lambda head, x: x.tangent * torch.cos(head(x)),
     "cos": lambda head, x: -x.tangent * torch.sin(head(x)),
     "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
     "cat": lambda head, parts, dim: torch.cat([p.tangent for p in parts], dim),
     "chunk": lambda head, x, n, dim: x.tangent.chunk(n, dim),
     "reshape": _reshape,
+    "permute": _permute,
+    "gelu": _gelu,
+    "scaled_dot_product_attention": _attention,
 }
 
 

@@ -1,4 +1,4 @@
-"""Distribution-matching gradients of a sample x, in velocities, and their named weightings.
+"""Distribution-matching gradients of a sample x, in velocities, with their named weightings, and the loss of a critic.
 
 x_t = (1-t) x + t e; v_real and v_fake are the teacher's and the critic's velocity at x_t, shape [B, ...]. Descent along
 the returned gradient moves x towards the teacher's denoised sample and away from the critic's.
@@ -12,12 +12,17 @@ from torch import Tensor
 
 from distillbench.paths import over
 
-FLOOR = 1e-6  # of `residual`: a sample that the teacher reconstructs exactly has a finite gradient
+FLOOR = 1e-6  # of both normalisers: a sample that the teacher reconstructs exactly has a finite gradient
+
+
+def mean_abs(v: Tensor) -> Tensor:
+    """[B, 1, ...] mean |v| over all elements of a sample, >= FLOOR."""
+    return v.abs().mean(dim=tuple(range(1, v.dim())), keepdim=True).clamp_min(FLOOR)
 
 
 def residual(v_real: Tensor, x: Tensor, e: Tensor) -> Tensor:
     """[B, 1, ...] mean |v_real - (e - x)| = mean |x - x0_real| / t over all elements of a sample, DMD's normaliser over t, >= FLOOR."""
-    return (v_real - (e - x)).abs().mean(dim=tuple(range(1, x.dim())), keepdim=True).clamp_min(FLOOR)
+    return mean_abs(v_real - (e - x))
 
 
 # Factor of (v_real - v_fake) in dL/dx; above each the general form it equals for x_t = alpha x + sigma e.
@@ -32,6 +37,9 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "residual": lambda t, v_real, x, e: 1 / residual(v_real, x, e),
     # the same times alpha: DMD Eq. 7 with Eq. 8 taken literally
     "alpha_residual": lambda t, v_real, x, e: (1 - t) / residual(v_real, x, e),
+    # (x0_fake - x0_real) / mean |x_t - x0_real|, with the noisy x_t where DMD has the clean x; as x_t - x0_real = t v_real, the factors t
+    # cancel here too: DP-DMD (arXiv 2602.03139, train_sd35_dpdmd.py:145-150 of its code)
+    "noisy_residual": lambda t, v_real, x, e: 1 / mean_abs(v_real),
     # unit weight on the velocity difference
     "velocity": lambda t, v_real, x, e: 1 + 0 * t,
 }
@@ -49,3 +57,11 @@ def matching_gradient(v_real: Tensor, v_fake: Tensor, x: Tensor, e: Tensor, t: T
 def pseudo_loss(x: Tensor, g: Tensor) -> Tensor:
     """0.5 mean (x - sg(x - g))^2: a scalar whose gradient in x [B, D] is g / (B D) (DMD Algorithm 2)."""
     return 0.5 * (x - (x - g).detach()).square().mean()
+
+
+def critic_loss(v_fake: Tensor, x: Tensor, e: Tensor) -> Tensor:
+    """Flow matching of a critic to the student's samples: mean |v_fake - (e - sg x)|^2 over all elements of [B, ...], a scalar.
+
+    v_fake: the critic at (1-t) x + t e; e: the noise in it. DMD's L_denoise (arXiv 2311.18828, Eq. 6) with unit weight on velocities.
+    """
+    return (v_fake - (e - x.detach())).square().mean()

@@ -7,6 +7,7 @@ updates and its sampler.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from distillbench.jvp import value_and_tangent
 from distillbench.meter import Meter
-from distillbench.networks import VelocityNetwork, copy_weights
+from distillbench.networks import Norms, VelocityNetwork, copy_weights
 from distillbench.players import Player, PlayerConfig
 from distillbench.seeds import Rng, derive
 
@@ -104,23 +105,29 @@ class Task:
 
     def __init__(
         self, shape: tuple[int, ...], classes: int, network: dict[str, int], teacher: Any, teacher_weights: nn.Module | None,
-        seed: int, device: torch.device, meter: Meter, features: nn.Module | None = None,
+        seed: int, device: torch.device, meter: Meter, features: nn.Module | None = None, start: dict[str, Tensor] | None = None,
+        make: Callable[..., Any] = VelocityNetwork,
     ):  # fmt: skip
         self.shape, self.classes, self.device, self.meter = shape, classes, device, meter
         self.teacher = teacher  # has .velocity(x, t, cond); None when the method does not need one
         self.features = features  # images [B, *shape] -> list of tokens [B, T, width], frozen; None unless needed
-        self._network, self._teacher_weights, self._seed = network, teacher_weights, seed
+        self._network, self._make, self._seed = network, make, seed  # the architecture: its sizes and its class
+        self._weights = {"teacher": None if teacher_weights is None else teacher_weights.state_dict(), "start": start}
         self._roles: dict[nn.Module, str] = {}
         self.players: dict[str, Player] = {}
 
-    def network(self, init: Literal["teacher", "random"], second_time: bool = False, guidance: bool = False) -> VelocityNetwork:
-        """A network of the benchmark's architecture; from the teacher, added inputs start without effect."""
+    def network(
+        self, init: Literal["teacher", "start", "random"], second_time: bool = False, guidance: bool = False, norms: Norms = "layer"
+    ) -> VelocityNetwork:
+        """A network of the benchmark's architecture; from the teacher, or from the arm named by `start` in config.yaml, added
+        inputs start without effect."""
         torch.manual_seed(derive(self._seed, "network", len(self._roles)))
-        net = VelocityNetwork(self.shape, self.classes, **self._network, second_time=second_time, guidance=guidance)
-        if init == "teacher":
-            if self._teacher_weights is None:
-                raise ValueError("init='teacher' without needs(teacher=True)")
-            copy_weights(self._teacher_weights, net)
+        net = self._make(self.shape, self.classes, **self._network, second_time=second_time, guidance=guidance, norms=norms)
+        if init != "random":
+            if (weights := self._weights[init]) is None:
+                lacks = "needs(teacher=True)" if init == "teacher" else "`start` in config.yaml"
+                raise ValueError(f"init='{init}' without {lacks}")
+            copy_weights(weights, net)
         self._roles[net] = "network"
         self.meter.watch(net, lambda: self._roles[net])
         return net.to(self.device)
@@ -170,7 +177,7 @@ class Method:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Anything that changes over training besides the players."""
+        """Anything that changes over training besides the players: tensors only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

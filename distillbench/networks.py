@@ -6,11 +6,26 @@ It is written in the operations that `distillbench.jvp` knows, so its forward al
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOWEST, HIGHEST, FREQUENCIES = 1.0, 12.0, 16  # radians per unit of time
+EPSILON = 1e-6  # of rms norms, TVM's (arXiv 2511.19797, official training/dit.py)
+Norms = Literal["layer", "rms"]
+
+
+def normalised(h: Tensor, norms: Norms) -> Tensor:
+    """h [B, width] with layer norm or rms norm, without weights."""
+    return F.layer_norm(h, (h.shape[1],)) if norms == "layer" else F.rms_norm(h, (h.shape[1],), eps=EPSILON)
+
+
+def modulations(c: Tensor, n: int, norms: Norms) -> tuple[Tensor, ...]:
+    """c [B, n width] in n parts, each of them rms-normalised with `rms`, so that no modulation can blow up (TVM, App. B.2)."""
+    parts = c.chunk(n, 1)
+    return parts if norms == "layer" else tuple(normalised(part, norms) for part in parts)
 
 
 class Embedding(nn.Module):
@@ -34,17 +49,17 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """h + gate * MLP(scale * norm(h) + shift), modulated by the condition; the gate starts at zero."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, norms: Norms = "layer"):
         super().__init__()
-        self.width = width
+        self.norms: Norms = norms
         self.modulation = nn.Linear(width, 3 * width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(c).chunk(3, 1)
-        return h + gate * self.down(F.silu(self.up(F.layer_norm(h, (self.width,)) * (scale + 1.0) + shift)))
+        shift, scale, gate = modulations(self.modulation(c), 3, self.norms)
+        return h + gate * self.down(F.silu(self.up(normalised(h, self.norms) * (scale + 1.0) + shift)))
 
 
 class VelocityNetwork(nn.Module):
@@ -52,19 +67,23 @@ class VelocityNetwork(nn.Module):
 
     x: [B, *shape] float32; t, s, guidance: [B]; labels: [B] int64 in [0, classes], where `classes` is the null label.
     Returns a tensor like x; with `features=k` instead the outputs [B, width] of the first k blocks, for heads, and evaluates
-    nothing after them; ValueError where there are fewer.
+    nothing after them; ValueError where there are fewer. `norms="rms"` is TVM's semi-Lipschitz network (arXiv 2511.19797,
+    Eq. 16, App. B.2): rms norms in place of layer norms, and on every modulation.
     """
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: int, depth: int, second_time: bool = False, guidance: bool = False):
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, width: int, depth: int, second_time: bool = False, guidance: bool = False,
+        norms: Norms = "layer",
+    ):  # fmt: skip
         super().__init__()
-        self.shape, self.classes = shape, classes
+        self.shape, self.classes, self.norms = shape, classes, norms
         size = int(torch.Size(shape).numel())
         self.time = Embedding(width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.gap = Embedding(width, zero=True) if second_time else None
         self.guidance = Embedding(width, zero=True) if guidance else None
         self.enter = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, norms) for _ in range(depth))
         self.modulation, self.leave = nn.Linear(width, 2 * width), nn.Linear(width, size)
         for layer in (self.modulation, self.leave):
             nn.init.zeros_(layer.weight)
@@ -93,13 +112,13 @@ class VelocityNetwork(nn.Module):
             outputs.append(h)
         if features:
             return outputs
-        shift, scale = self.modulation(c).chunk(2, 1)
-        return self.leave(F.layer_norm(h, (h.shape[1],)) * (scale + 1.0) + shift).reshape(x.shape[0], *self.shape)
+        shift, scale = modulations(self.modulation(c), 2, self.norms)
+        return self.leave(normalised(h, self.norms) * (scale + 1.0) + shift).reshape(x.shape[0], *self.shape)
 
 
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Load `source` into `target`, which may have more inputs (second time, guidance); those keep their zero start."""
-    missing, unexpected = target.load_state_dict(source.state_dict(), strict=False)
+def copy_weights(source: dict[str, Tensor], target: nn.Module) -> None:
+    """Load the state `source` into `target`, which may have more inputs (second time, guidance); those keep their zero start."""
+    missing, unexpected = target.load_state_dict(source, strict=False)
     extra = [k for k in missing if not k.startswith(("gap.", "guidance."))]
     if extra or unexpected:
         raise ValueError(f"weights do not fit: missing {extra}, unexpected {unexpected}")

@@ -27,7 +27,7 @@ LAST_STEPS, LAST_LINES = 8, 12  # that `logs` shows of train.jsonl and of traceb
 
 @dataclass(frozen=True)
 class State:
-    """`word`: done (and evaluated), trained, running, interrupted, waiting (for its teacher), to do, or the record's status."""
+    """`word`: done (and evaluated), trained, running, interrupted, waiting (for its teacher or start), to do, or the record's status."""
 
     word: str
     share: float = 0.0  # of its training steps, while it has no record
@@ -72,7 +72,7 @@ def state_of(cell: Cell, evaluated: Callable[[Cell], bool]) -> State:
     if (record := cell.result()) is not None:
         return State(record["status"] if record["status"] != "done" else "done" if evaluated(cell) else "trained")
     state = progress_of(cell.folder)
-    if state.word == "to do" and cell.arm is not None and cell.teacher.result() is None:
+    if state.word == "to do" and any(c.result() is None for c in cell.needed):
         return State("waiting")
     return state
 
@@ -117,7 +117,9 @@ def seconds_left(states: list[tuple[Cell, State]]) -> list[float | None]:
         if record is not None and record["status"] == "done" and record["provenance"]["hardware"] == hardware():
             seconds[cell.benchmark.name, cell.arm_name].append(record["cost"]["seconds"])
             if cell.arm is not None:
-                per_flop[cell.benchmark.name].append(record["cost"]["seconds"] / record["cost"]["flops"])
+                per_flop[cell.benchmark.name].append(
+                    record["cost"]["seconds"] / (record["cost"]["flops"] - record["cost"].get("start", {}).get("flops", 0))
+                )
     rest: list[float | None] = []
     for cell, state in states:
         if cell.result() is not None:
@@ -128,7 +130,7 @@ def seconds_left(states: list[tuple[Cell, State]]) -> list[float | None]:
         elif same := seconds.get((b.name, cell.arm_name)):
             rest.append(mean(same) * (1 - state.share))
         elif cell.arm is not None and b.name in per_flop:
-            rest.append(mean(per_flop[b.name]) * b.budget.flops * (1 - state.share))
+            rest.append(mean(per_flop[b.name]) * cell.own_budget * (1 - state.share))
         else:
             rest.append(None)
     return rest

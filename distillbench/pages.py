@@ -9,7 +9,8 @@ from pathlib import Path
 TARGET = re.compile(r"`([\w/.-]+\.py):([\w.]+)`")  # `file.py:function` or `file.py:Class.method` in a README
 # What a method may import of distillbench: mathematics and the contract. Data come in its batches.
 ALLOWED = frozenset(
-    ("adversarial", "errors", "jvp", "matching", "method", "networks", "paths", "players", "samplers", "seeds", "teachers", "times")
+    ("adversarial", "errors", "flowmaps", "jvp", "matching", "method", "networks", "paths", "players", "samplers", "seeds", "teachers",
+     "times")
 )  # fmt: skip
 FORBIDDEN = {
     "eval": "the evaluation is not a method's business",

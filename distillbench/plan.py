@@ -79,11 +79,14 @@ def is_trained(cell: Cell) -> bool:
 
 
 def arms(table: Table) -> list[registry.Arm]:
-    """The arms of a table: its methods in their default variant, then its variants; UserError where `compare` names another."""
-    names = [*(sorted(registry.discover()) if table.methods == "all" else table.methods), *table.variants]
+    """The arms of a table: its methods in their default variant, its variants, what these start from; UserError where `compare`
+    names another."""
+    found = list(map(registry.arm, [*(sorted(registry.discover()) if table.methods == "all" else table.methods), *table.variants]))
+    found += start_arms(found)
+    names = [arm.name for arm in found]
     for name in (name for pair in table.compare for name in pair if name not in names):
         raise UserError(f"workflows/tables/{table.name}.yaml: key 'compare': '{name}' is no arm of this table, {nearest(name, names)}")
-    return [registry.arm(name) for name in names]
+    return found
 
 
 def jobs(table: Table) -> list[Job]:
@@ -94,6 +97,12 @@ def jobs(table: Table) -> list[Job]:
         out += [Job((Cell(b, None, seed),)) for seed in seeds]
         out += [Job(tuple(Cell(b, arm, seed) for seed in seeds)) for arm in arms(table)]
     return out
+
+
+def start_arms(found: list[registry.Arm]) -> list[registry.Arm]:
+    """The arms that others start from and that are not among them: a student is shown beside what it started from."""
+    starts = {start.name: start for arm in found if (start := arm.start) is not None}
+    return [start for name, start in starts.items() if name not in [arm.name for arm in found]]
 
 
 def check(job: Job) -> str | None:

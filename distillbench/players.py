@@ -39,9 +39,7 @@ class Player:
         self.name, self.config, self.meter = name, config, meter
         self.networks = nn.ModuleList(networks)
         self.parameters = [p for p in self.networks.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self.updates = 0
         self.total_updates = 1  # set by the loop once the budget is known
         self.averages = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from distillbench.config import Benchmark, ClaimsFile, MethodFile, Project, digest, explain, merged, read, root
+from distillbench.config import SHARE, Benchmark, ClaimsFile, MethodFile, Project, digest, explain, merged, read, root
 from distillbench.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TEXTS = ("README.md", "claims.yaml", "config.yaml", "tuning.json")
 RESERVED = ("teacher",)  # an arm that is not a method
+DIGITS = 6  # decimal places of a share of the budget
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,36 @@ class MethodFolder:
 
 @dataclass(frozen=True)
 class Arm:
-    """A method with a variant, as one row group of a table."""
+    """A method with a variant and a share of the benchmark's budget, as one row group of a table."""
 
     folder: MethodFolder
     variant: str | None
     changes: dict[str, Any] = field(default_factory=dict)  # of a trial, over all other settings
+    share: float = 1.0
 
     @property
     def name(self) -> str:
-        return self.folder.name if self.variant is None else f"{self.folder.name}@{self.variant}"
+        """method, method@variant, and @x0.25 behind it for another share of the budget than 1."""
+        share = None if self.share == 1 else "x" + f"{self.share:.{DIGITS}f}".rstrip("0").rstrip(".")
+        return "@".join(filter(None, (self.folder.name, self.variant, share)))
+
+    @property
+    def start(self) -> Arm | None:
+        """The arm whose students this one's start from, with as large a part of its budget; None where there is none."""
+        name = self.attribute("start")
+        if name in (None, "none"):
+            return None
+        where = f"{self.folder.path / 'config.yaml'}: key 'start'"
+        try:
+            found = arm(name)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        if found.attribute("start") not in (None, "none"):
+            raise UserError(f"{where}: {name} starts from another arm itself")
+        return replace(found, share=round(found.share * self.share, DIGITS))  # as its name says, or the name would be another cell's
 
     def attribute(self, key: str) -> Any:
-        """'group', 'fidelity', 'adaptation' or 'trajectory': the variant's own, or the method's."""
+        """'group', 'fidelity', 'adaptation', 'trajectory' or 'start': the variant's own, or the method's."""
         own = getattr(self.folder.file.variants[self.variant], key) if self.variant else None
         return getattr(self.folder.file, key) if own is None else own
 
@@ -100,15 +119,19 @@ def discover() -> dict[str, MethodFolder]:
 
 
 def arm(name: str) -> Arm:
-    """`method` or `method@variant`; UserError offers the nearest name."""
-    methods = discover()
+    """`method`, `method@variant`, either with @x0.25 for that share of the budget; UserError offers the nearest name."""
+    methods, share = discover(), 1.0
     method, _, variant = name.partition("@")
+    if found := SHARE.fullmatch(variant.rpartition("@")[2]):
+        share, variant = float(found[1]), variant.rpartition("@")[0]
+        if not share or share != round(share, DIGITS):
+            raise UserError(f"{name}: a share of the budget is above 0, with at most {DIGITS} decimal places, e.g. {method}@x0.25")
     if method not in methods:
         raise UserError(f"unknown method '{method}', {nearest(method, methods)}")
     if variant and variant not in methods[method].file.variants:
         variants = methods[method].file.variants
         raise UserError(f"{methods[method].path / 'config.yaml'}: unknown variant '{variant}', {nearest(variant, variants)}")
-    return Arm(methods[method], variant or None)
+    return Arm(methods[method], variant or None, share=share)
 
 
 def load(folder: MethodFolder) -> type[Method]:

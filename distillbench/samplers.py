@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from distillbench.paths import jump, noised, over
+from distillbench.seeds import Rng
+
+if TYPE_CHECKING:
+    from distillbench.method import Step
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,10 +48,10 @@ def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     return x
 
 
-def jumps(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
-    """x <- x - (t-s) u(x, t, s) along a uniform grid; `steps` evaluations (MeanFlow, arXiv 2505.13447, Eq. 12)."""
+def jumps(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, steps: int, done: int | None = None) -> Tensor:
+    """x <- x - (t-s) u(x, t, s) along a uniform grid (MeanFlow, arXiv 2505.13447, Eq. 12); `steps` evaluations, or the first `done`."""
     x, times = noise, grid(steps, noise)
-    for t, s in pairwise(times):
+    for t, s in list(pairwise(times))[:done]:
         x = jump(x, average(x, t, s), t, s)
     return x
 
@@ -78,6 +83,17 @@ def simulated_input(
         return start * noise, t
     with torch.no_grad():
         return noised(renoising(denoise, noise, steps, fresh, done=k, start=start), fresh(), t), t
+
+
+def drawn_step(step: Step, steps: int, every: int) -> int:
+    """k in 0..steps-1 of `simulated_input`, uniform, one for the whole batch on every rank (DMD2, section 4.5).
+
+    Over `steps * every` train steps the student's turns see each k once, in random order, and so do the steps of every other
+    place between two turns: simulated steps are paid for, so that independent draws would give cells of unequal cost.
+    """
+    block, i = divmod(step.index, steps * every)
+    turn, place = divmod(i, every)
+    return int(Rng(step.seed, "k", block, place).uniform(steps).argsort()[turn])  # not `step.rng`: equal on all ranks
 
 
 @torch.no_grad()

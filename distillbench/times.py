@@ -18,6 +18,13 @@ def logit_normal(rng: Rng, n: int, mean: float, std: float) -> Tensor:
     return torch.sigmoid(mean + std * rng.normal(n))
 
 
+def truncated_logit_normal(rng: Rng, n: int, mean: float, std: float, high: Tensor) -> Tensor:
+    """sigmoid(N(mean, std^2)) given that it is at most `high` [n] in [0, 1]: inverse CDF in logit space, in float64."""
+    share = torch.special.ndtr((torch.logit(high.double()) - mean) / std)
+    s = torch.sigmoid(mean + std * torch.special.ndtri(rng.uniform(n).double() * share))
+    return torch.minimum(s.float(), high)  # rounding may put it above
+
+
 def off_diagonal(n: int, diagonal: float) -> int:
     """How many of n rows have s < t when a share `diagonal` in [0, 1] of the batch has s = t (a fixed count)."""
     return n - round(diagonal * n)
@@ -33,3 +40,31 @@ def sorted_pair(rng: Rng, n: int, mean: float, std: float, diagonal: float) -> t
     t, s = torch.maximum(a, b), torch.minimum(a, b)
     m = off_diagonal(n, diagonal)
     return t, torch.cat([s[:m], t[m:]])
+
+
+def gap_pair(rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float) -> tuple[Tensor, Tensor]:
+    """(t, s) with gap g ~ logit-normal(mean, std), s ~ logit-normal(s_mean, s_std) given s <= 1-g, and t = s + g.
+
+    TVM's default law (arXiv 2511.19797, official training/loss.py). (1, 0) is approached, never drawn.
+    """
+    g = logit_normal(rng, n, mean, std)
+    s = truncated_logit_normal(rng, n, s_mean, s_std, 1 - g)
+    return (s + g).clamp(max=1), s
+
+
+def truncated_pair(rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float) -> tuple[Tensor, Tensor]:
+    """(t, s) with t ~ logit-normal(mean, std) and s ~ logit-normal(s_mean, s_std) given s <= t.
+
+    TVM, Table 3, `trunc`; not in the official code.
+    """
+    t = logit_normal(rng, n, mean, std)
+    return t, truncated_logit_normal(rng, n, s_mean, s_std, t)
+
+
+def clamped_pair(rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float) -> tuple[Tensor, Tensor]:
+    """(t, s) with t ~ logit-normal(mean, std) and s = min(logit-normal(s_mean, s_std), t), so that many rows have s = t.
+
+    TVM, Table 3, `clamp`; not in the official code.
+    """
+    t = logit_normal(rng, n, mean, std)
+    return t, torch.minimum(logit_normal(rng, n, s_mean, s_std), t)

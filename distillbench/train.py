@@ -70,6 +70,12 @@ def build(cell: Cell, meter: Meter | None = None) -> Run:
         cls = registry.load(cell.arm.folder)
         config = registry.configuration(cell.arm, b, cls)
     needs = cls.needs(config)
+    if needs.teacher and cell.arm is not None and cell.arm.attribute("group") == "from_scratch":
+        raise ValueError("group: from_scratch has the teacher's budget on top and so no teacher: needs(teacher=False)")
+    if cell.start is not None and cell.start.arm is not None and cell.arm is not None:
+        own, other = cell.arm.attribute("group"), cell.start.arm.attribute("group")
+        if own != other:
+            raise ValueError(f"group: {own} with a start of group {other}, which has another budget")
     exact = MixtureVelocity(data).to(device) if isinstance(data, data_sets.Mixture) else None
     weights: VelocityNetwork | None = None
     teacher: Teacher | None = None
@@ -88,7 +94,8 @@ def build(cell: Cell, meter: Meter | None = None) -> Run:
         torch.manual_seed(derive(cell.seed, "features"))
         frozen = features.untrained(data.shape).requires_grad_(False).to(device)
         meter.watch(frozen, lambda: "features")
-    task = Task(data.shape, data.classes, b.network.model_dump(), teacher, weights, cell.seed, device, meter, frozen)
+    start = None if cell.start is None else read_tensors(cell.start.folder / weights_file(cell.start), device)[0]
+    task = Task(data.shape, data.classes, b.network.model_dump(), teacher, weights, cell.seed, device, meter, frozen, start)
     torch.manual_seed(derive(cell.seed, "build"))
     method = cls(task, config)
     return Run(cell, data, method, needs, task, meter, device)
@@ -175,7 +182,7 @@ def prepare(run: Run, progress: Progress, pulse: Pulse) -> Prepared:
             with (one := Meter()).measured():
                 pretrain(copy.deepcopy(network), 1)
             with run.meter.measured():
-                pretrain(network, int(FEATURES_SHARE * cell.benchmark.budget.flops // one.flops))
+                pretrain(network, int(FEATURES_SHARE * cell.budget // one.flops))
         made["features"] = network.state_dict()
     return made
 
@@ -196,37 +203,39 @@ def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[d
         run = build(cell, meter)
     made = prepare(run, progress, pulse)
     furnish(run, made)
-    setup_flops, setup_rows = run.meter.flops, dict(run.meter.rows)
+    metered, setup_rows = run.meter.flops, dict(run.meter.rows)
+    start = None if cell.start is None else cell.start.result()
+    spent = {key: start["cost"][key] for key in ("flops", "seconds")} if start else {}
+    setup_flops = metered + spent.get("flops", 0)
     run.meter.calls.clear()
     run.meter.rows.clear()
     with run.meter.measured():
         for i in range(run.needs.cycle):
             one_step(run, i, run.needs.cycle)
             pulse.beat(watch.SETUP, i + 1)
-    cycle_flops = run.meter.flops - setup_flops
+    cycle_flops = run.meter.flops - metered
     if cycle_flops == 0:
         raise ValueError("train_step computed nothing that the meter counts")
     limit: float | None = None
     if cell.arm is None:
         steps = cell.benchmark.teacher.updates
     else:
-        limit = cell.benchmark.budget.flops
+        limit = cell.budget
         if cell.arm.attribute("group") == "from_scratch":  # its budget is that of teacher plus distillation
-            if run.needs.teacher:
-                raise ValueError("group: from_scratch has the teacher's budget on top and so no teacher: needs(teacher=False)")
             teacher = cell.teacher.result()
             assert teacher is not None
             limit += teacher["cost"]["flops"]
         cycles = int((limit - setup_flops) // cycle_flops)
         if cycles < 1:
-            raise OverBudget(f"one cycle costs {cycle_flops:.3g} FLOPs after {setup_flops:.3g} of set-up, budget {limit:.3g}")
+            raise OverBudget(f"one cycle costs {cycle_flops:.3g} FLOPs after {setup_flops:.3g} of set-up and start, budget {limit:.3g}")
         steps = cycles * run.needs.cycle
     share = steps / run.needs.cycle  # a teacher's updates need not be whole cycles
     return {
         "steps": steps,
         "limit_flops": limit,
         "flops": int(setup_flops + share * cycle_flops),
-        "setup_flops": setup_flops,
+        "setup_flops": setup_flops,  # with all that its start has cost
+        **({"start": spent} if spent else {}),
         "calls_per_cycle": dict(sorted(run.meter.calls.items())),
         "rows": {
             role: int(setup_rows.get(role, 0) + share * run.meter.rows.get(role, 0))
@@ -320,9 +329,10 @@ def run_cell(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> dict
     record = describe(cell)
     try:
         with pulse.limits():
-            teacher = None if cell.arm is None else cell.teacher.result()
-            if teacher is not None and teacher["status"] != "done":
-                raise Refused(f"its teacher ended as {teacher['status']}: {teacher['reason']}")
+            for one in cell.needed:
+                if (other := one.result()) is not None and other["status"] != "done":
+                    what = "teacher" if one.arm is None else f"start {one.arm_name}"
+                    raise Refused(f"its {what} ended as {other['status']}: {other['reason']}")
             plan, made = price(cell, progress, pulse)
             frozen = {"cell": cell.label, "key": cell.key, "plan": plan, "recipe": cell.recipe}
             write_atomically(cell.folder / "config.yaml", yaml.safe_dump(frozen, sort_keys=False).encode())

@@ -11,15 +11,14 @@ from distillbench.watch import Pulse, supervise
 
 
 def again(cell: Cell) -> str:
-    """What to delete where a student was refused for its teacher's sake: its key does not tell how the teacher ended."""
-    teacher = None if cell.arm is None else cell.teacher.result()
-    failed = teacher is not None and teacher["status"] != "done"
-    return f"; to try again delete {cell.teacher.record} and {cell.record}" if failed else ""
+    """What to delete where a student was refused for the sake of its teacher or start: its key does not tell how they ended."""
+    failed = [c.record for c in cell.needed if (r := c.result()) is not None and r["status"] != "done"]
+    return f"; to try again delete {' and '.join(map(str, [*failed, cell.record]))}" if failed else ""
 
 
 def train_cells(cells: list[Cell]) -> None:
-    """Give every cell of one arm its record, each after its teacher; what has a record is left as it is."""
-    order = [one for cell in cells for one in ((cell,) if cell.arm is None else (cell.teacher, cell))]
+    """Give every cell of one arm its record, each after its teacher and its start; what has a record is left as it is."""
+    order = [one for cell in cells for one in (*cell.needed, cell)]
     for one in order:
         if (record := one.result()) is not None and record["status"] != "done":
             print(f"{one.label}: {record['status']} before; to try again delete {one.record}", file=sys.stderr)

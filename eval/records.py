@@ -1,4 +1,5 @@
-"""Published records: the small JSON of every cell behind a table, in results/records/<table>/. Imports no torch."""
+"""Published records: the small JSON of every cell behind a table, in results/records/<table>/, with the training curve of an arm's
+lowest seed (`eval/curves.py`). Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from eval.curves import publish_curve
 
 # What determines a number of metrics.json, besides the samples: change one and every cell is evaluated again.
 NUMERICAL = ("conditional.py", "evaluate.py", "extractors.py", "fixed_rows.py", "metrics.py", "mixtures.py", "pairwise.py")
@@ -120,6 +123,7 @@ def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]], with_draws: 
             if result["status"] == "done":
                 metrics, draws = _read(cell / "metrics.json"), cell / "draws.json"
                 shutil.copyfile(cell / "metrics.json", target / "metrics.json")
+                publish_curve(fresh, cell, result, arm)
                 if (
                     with_draws and draws.is_file() and _read(draws)["evaluation"]["key"] == metrics["evaluation"]["key"]
                 ):  # else of an older evaluation

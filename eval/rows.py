@@ -147,7 +147,9 @@ def protocol(records: list[Record]) -> dict[str, Any]:
         own = [r for r in records if r.result["benchmark"] == benchmark]
         evaluations = [r.metrics["evaluation"] for r in own if r.metrics is not None]
         first = evaluations[0] if evaluations else {}
-        limits = [r.result["cost"].get("limit_flops") for r in own if r.result["group"] == "distillation"]
+        limits = [
+            r.result["cost"].get("limit_flops") for r in own if r.result["group"] == "distillation" and "budget_share" not in r.result
+        ]
         commits = sorted({_commit(r.result["provenance"]) for r in own})
         out[benchmark] = {
             "seeds": sorted({r.result["seed"] for r in own}),

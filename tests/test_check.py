@@ -204,7 +204,7 @@ def test_a_variant_from_scratch_with_a_teacher_is_caught(made: Checkout, monkeyp
     one.sampling()
     shutil.rmtree(path)
     (finding,) = one.findings
-    assert "method.py @short: expected needs(teacher=False) of an arm with group: from_scratch" in str(finding)
+    assert "method.py @short: expected no error; saw ValueError: group: from_scratch has the teacher's budget on top" in str(finding)
 
 
 def test_what_new_and_check_refuse(made: Checkout, monkeypatch: pytest.MonkeyPatch):

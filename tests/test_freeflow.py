@@ -412,7 +412,7 @@ def test_gradients_reach_their_own_player_only(monkeypatch, derivative):  # test
     m, task = made(derivative=derivative)
     moved(m)
     teacher, net, g = weights(task.teacher.network), weights(m.net), weights(m.g)
-    forms, losses = captured(monkeypatch, method, "gradient_form"), captured(monkeypatch, method, "auxiliary_loss")
+    forms, losses = captured(monkeypatch, method, "gradient_form"), captured(monkeypatch, method, "critic_loss")
     update, reached = m.student.update, []
 
     def watched(loss: Tensor) -> None:
@@ -442,7 +442,7 @@ def test_auxiliary_network_learns_the_students_noised_velocity_for_each_guidance
 
     def slope(coefficient: float, generators: tuple[float, ...]) -> float:
         k = torch.tensor(coefficient, dtype=torch.float64, requires_grad=True)
-        losses = [method.auxiliary_loss(k * noised(a * z, n, r), a * z, n) for a in generators]
+        losses = [method.critic_loss(k * noised(a * z, n, r), a * z, n) for a in generators]
         return torch.autograd.grad(sum(losses), k)[0].item()
 
     exact = {a: velocity(torch.ones(1, 1, dtype=torch.float64), r[:1], a).item() for a in (0.3, 0.9)}

@@ -144,6 +144,8 @@ ELEMENTWISE = {
     "cat, chunk": lambda x, c: torch.cat([torch.sin(x), torch.cos(x)], 1).chunk(2, 1)[1],
     "layer norm": lambda x, c: F.layer_norm(x, (6,)),
     "layer norm over two dimensions": lambda x, c: F.layer_norm(x.reshape(B, 2, 3), (2, 3)).reshape(B, 6),
+    "rms norm": lambda x, c: F.rms_norm(x, (6,), eps=1e-6),
+    "rms norm over two dimensions": lambda x, c: F.rms_norm(x.reshape(B, 2, 3), (2, 3), eps=0.1).reshape(B, 6),
     "linear": lambda x, c: F.linear(x, c[:4], c[0, :4]),
     "x + wider constant": lambda x, c: torch.cat([F.linear(x, c[:1]) + c, x], 1),
 }
@@ -188,6 +190,36 @@ def test_affine_layer_norm_is_refused():
     x = torch.randn(3, 4)
     with pytest.raises(NotImplementedError, match="layer_norm"):
         value_and_tangent(nn.LayerNorm(4), (x,), (x,), False)
+
+
+def test_affine_rms_norm_and_one_without_eps_are_refused():  # torch's eps of None depends on the type
+    x = torch.randn(3, 4)
+    for f in (nn.RMSNorm(4, eps=1e-6), nn.RMSNorm(4, elementwise_affine=False)):
+        with pytest.raises(NotImplementedError, match="rms_norm"):
+            value_and_tangent(f, (x,), (x,), False)
+
+
+def explicit_rms_norm(x: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_network_with_rms_norms(monkeypatch, graph):  # TVM: value, tangent and, with graph, second order
+    net = VelocityNetwork(SHAPE, CLASSES, 32, 2, second_time=True, norms="rms").double()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.15)
+    other, parameters, point = network().double(), dict(net.named_parameters()), inputs(torch.float64)
+    other.load_state_dict(net.state_dict())
+    primals, tangents = along(*point)
+    value, tangent = value_and_tangent(labelled(net), primals, tangents, graph)
+    assert relative(tangent, central(labelled(net), *point, 1e-4)) < 1e-6 and torch.equal(value, labelled(net)(*primals))
+    assert relative(labelled(other)(*primals), value) > 0.1  # planted: layer norms
+    if graph:
+        ours = torch.autograd.grad(tangent.square().sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+        monkeypatch.setattr(F, "rms_norm", explicit_rms_norm)
+        _, reference = jvp(lambda x, t, s: functional_call(net, parameters, (x, t, LABELS), {"s": s}), primals, tangents)
+        theirs = torch.autograd.grad(reference.square().sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+        assert all((a - b).norm() <= 1e-10 * (1 + b.norm()) for a, b in zip(ours, theirs))
 
 
 def test_autocast_is_refused():  # cost file section 5: the derivative in float32

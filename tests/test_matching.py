@@ -19,6 +19,8 @@ GENERAL = {
     "sigma3_alpha": lambda a, x, r, f: (1 - a) ** 2 * (r["eps"] - f["eps"]),
     "residual": lambda a, x, r, f: (f["x0"] - r["x0"]) / mean_abs(x - r["x0"]),
     "alpha_residual": lambda a, x, r, f: a * (f["x0"] - r["x0"]) / mean_abs(x - r["x0"]),
+    # x_t = (1-t) x0 + t eps for the two predictions of one network
+    "noisy_residual": lambda a, x, r, f: (f["x0"] - r["x0"]) / mean_abs(a * r["x0"] + (1 - a) * r["eps"] - r["x0"]),
     "velocity": lambda a, x, r, f: (f["x0"] - r["x0"]) / (1 - a),
 }
 
@@ -78,6 +80,22 @@ def test_the_normaliser_is_one_number_per_sample_and_divides():  # dmd.md test 5
     torch.testing.assert_close(once * residual.abs().mean((1, 2, 3), keepdim=True), difference, rtol=1e-4, atol=1e-5)
     one_row = matching_gradient((e - x + residual)[:1], (e - x + residual - difference)[:1], x[:1], e[:1], t[:1], "residual")
     torch.testing.assert_close(one_row, once[:1])  # not a mean over the batch
+
+
+def test_the_noisy_normaliser_is_the_teachers_own_velocity():  # dp_dmd.md b.3 step 4 and test 5
+    x, e, v_r, v_f = torch.randn(4, 8, 2, 4, 4)
+    g = {t: matching_gradient(v_r, v_f, x, e, torch.full((8,), t), "noisy_residual") for t in (0.0, 0.02, 0.6, 1.0)}
+    expected = (v_r - v_f) / v_r.abs().mean((1, 2, 3), keepdim=True)
+    for value in g.values():  # the level of noise cancels
+        torch.testing.assert_close(value, expected)
+    t = torch.full((8,), 0.6)
+    x_t = noised(x, e, t)
+    x0_r, x0_f = denoiser(x_t, v_r, t), denoiser(x_t, v_f, t)
+    size = lambda x: (x - x0_r).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close((x0_f - x0_r) / size(x_t), expected, rtol=1e-4, atol=1e-5)  # the printed form
+    assert not torch.allclose((x0_f - x0_r) / size(x), expected, rtol=0.1, atol=0.1)  # planted: DMD's, of the clean x
+    still = matching_gradient(0 * v_r, v_f, x, e, t, "noisy_residual")
+    assert still.isfinite().all() and not (-v_f / (0 * v_r).abs().mean((1, 2, 3), keepdim=True)).isfinite().all()  # planted: no floor
 
 
 def test_gradient_of_the_pseudo_loss_is_g_over_its_size():  # conventions.md test 7, dmd.md test 1

@@ -33,7 +33,8 @@ def copy_of_the_published(folder: Path) -> None:
 
 
 def test_every_table_is_published():
-    assert PUBLISHED == sorted(p.stem for p in (ROOT / "workflows/tables").glob("*.yaml")) == ["ablations", "gaussians", "pilot", "table2"]
+    wanted = [p.stem for p in (ROOT / "workflows/tables").glob("*.yaml") if yaml.safe_load(p.read_text()).get("kind") != "costs"]
+    assert PUBLISHED == sorted(wanted) == ["ablations", "gaussians", "pilot", "table2"]
 
 
 @pytest.mark.parametrize("table", PUBLISHED)

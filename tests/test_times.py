@@ -53,6 +53,43 @@ def test_uniform_range():  # dmd.md: t ~ U(0.02, 0.98) for the generator, the fu
     assert 0 <= t.min() < 5e-4 and 0.9995 < t.max() < 1
 
 
+def share(condition: torch.Tensor) -> float:
+    return float(condition.float().mean())
+
+
+def test_gap_law():  # specs/tvm.md test 8; its third digits differ from these, of 4 million draws of the official formula
+    t, s = times.gap_pair(Rng(0, "t, s"), N, -0.8, 1.0, -0.4, 1.0)
+    gap = t - s
+    assert s.min() >= 0 and t.max() <= 1 and (t > s).all() and t.dtype == s.dtype == torch.float32
+    for value, mean, quantiles in ((t, 0.6866, (0.324, 0.709, 0.970)), (s, 0.3468, (0.096, 0.326, 0.668))):
+        assert abs(value.mean() - mean) < 2e-3
+        found = torch.quantile(value, torch.tensor([0.05, 0.5, 0.95]))
+        assert (found - torch.tensor(quantiles)).abs().max() < 4e-3
+    assert abs(gap.mean() - 0.34) < 4e-3 and abs(share(t > 0.9) - 0.171) < 4e-3 and abs(share(gap > 0.9) - 0.0014) < 4e-4
+    g = times.logit_normal(Rng(0, "t, s"), N, -0.8, 1.0)  # the gap is the first draw, s is truncated by it
+    assert (gap - g).abs().max() < 1e-6 and (s <= 1 - g).all()
+    free = times.logit_normal(Rng(0, "s"), N, -0.4, 1.0)
+    assert abs(free.mean() - 0.347) > 0.05 and share(free > 1 - g) > 0.1  # planted: s without the truncation
+
+
+def test_truncated_and_clamped_laws():  # specs/tvm.md, Table 3
+    first = times.logit_normal(Rng(0, "t, s"), N, 1.0, 1.0)
+    for law, equal in ((times.truncated_pair, 0.0), (times.clamped_pair, 0.161)):  # P(N(1, 1) < N(-.4, 1)) = Phi(-1.4 / sqrt 2)
+        t, s = law(Rng(0, "t, s"), N, 1.0, 1.0, -0.4, 1.0)
+        assert torch.equal(t, first) and (s <= t).all() and s.min() >= 0 and abs(share(s == t) - equal) < 4e-3
+    t, s = times.truncated_pair(Rng(0, "t, s"), N, 1.0, 1.0, -0.4, 1.0)
+    rows = (t - 0.6).abs() < 0.02
+    u = times.logit_normal(Rng(0, "u"), N, -0.4, 1.0)
+    rejected, clamped = u[u <= 0.6], u.clamp(max=0.6)  # what the inverse CDF must draw, and what it must not
+    assert abs(s[rows].mean() - rejected.mean()) < 6e-3 and abs(s[rows].mean() - clamped.mean()) > 2e-2
+
+
+@pytest.mark.parametrize("high", [0.0, 1e-6, 1.0])
+def test_truncation_at_the_ends(high):
+    s = times.truncated_logit_normal(Rng(0, "s"), 1000, -0.4, 1.0, torch.full((1000,), high))
+    assert s.isfinite().all() and s.min() >= 0 and s.max() <= high
+
+
 def draws(rng: Rng, n: int) -> list[torch.Tensor]:
     return [rng.normal(n, 2, 3), rng.uniform(n), rng.integers(n, 100), *times.sorted_pair(rng, n, -0.4, 1.0, 0.25)]
 

@@ -13,17 +13,20 @@ from distillbench.teachers import Teacher
 CLASSES = 3
 
 
-def random_task(shape: tuple[int, ...], depth: int = 2, features: nn.Module | None = None) -> Task:
-    """Of three classes; all the teacher's weights are random (the last layer of a new network is zero)."""
+def random_task(
+    shape: tuple[int, ...], depth: int = 2, features: nn.Module | None = None, device: torch.device | str = "cpu",
+    start: dict[str, Tensor] | None = None,
+) -> Task:  # fmt: skip
+    """Of three classes; all the teacher's weights are random (the last layer of a new network is zero), the same on every device."""
     torch.manual_seed(1)
     teacher, meter = VelocityNetwork(shape, CLASSES, 16, depth), Meter()
     for p in teacher.parameters():
         nn.init.normal_(p, std=0.2)
-    meter.watch(teacher, lambda: "teacher")
+    meter.watch(teacher.to(device), lambda: "teacher")
     if features is not None:
-        meter.watch(features, lambda: "features")
+        meter.watch(features.to(device), lambda: "features")
     network = {"width": 16, "depth": depth}
-    return Task(shape, CLASSES, network, Teacher(teacher, CLASSES), teacher, 0, torch.device("cpu"), meter, features)
+    return Task(shape, CLASSES, network, Teacher(teacher, CLASSES), teacher, 0, torch.device(device), meter, features, start)
 
 
 def shake(*networks: nn.Module) -> None:

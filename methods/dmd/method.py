@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from distillbench import times
-from distillbench.matching import matching_gradient, pseudo_loss
+from distillbench.matching import critic_loss, matching_gradient, pseudo_loss
 from distillbench.method import Batch, Condition, Method, Needs, Pairs, Step, Task
 from distillbench.paths import denoiser, noised
 from distillbench.players import PlayerConfig
@@ -19,11 +19,6 @@ from distillbench.seeds import Rng
 def regression_loss(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared distance of generated x to the teacher's ODE samples y of the same noise, both [B, ...] (Eq. 9; App. I)."""
     return (x - y).square().mean()
-
-
-def critic_loss(v_fake: Tensor, x: Tensor, e: Tensor) -> Tensor:
-    """Flow matching of the critic to the generator's samples, mean |v_fake - (e - sg x)|^2 (Eq. 6, Algorithm 3)."""
-    return (v_fake - (e - x.detach())).square().mean()
 
 
 class DMD(Method):

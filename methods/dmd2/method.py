@@ -12,28 +12,12 @@ from torch import Tensor, nn
 
 from distillbench import times
 from distillbench.adversarial import VectorHead, softplus_discriminator, softplus_generator
-from distillbench.matching import matching_gradient, pseudo_loss
+from distillbench.matching import critic_loss, matching_gradient, pseudo_loss
 from distillbench.method import Batch, Condition, Method, Needs, Step, Task
 from distillbench.paths import denoiser, noised
 from distillbench.players import PlayerConfig
-from distillbench.samplers import renoising, simulated_input
+from distillbench.samplers import drawn_step, renoising, simulated_input
 from distillbench.seeds import Rng
-
-
-def critic_loss(v_fake: Tensor, x: Tensor, e: Tensor) -> Tensor:
-    """Flow matching of the critic to the student's samples, mean |v_fake - (e - sg x)|^2 (section 3, as in DMD)."""
-    return (v_fake - (e - x.detach())).square().mean()
-
-
-def drawn_step(step: Step, steps: int, every: int) -> int:
-    """k in 0..steps-1, uniform, one for the whole batch on every rank (section 4.5).
-
-    Over `steps * every` train steps the student's turns see each k once, in random order, and so do the steps of every other
-    place between two turns: simulated steps are paid for, so that independent draws would give cells of unequal cost.
-    """
-    block, i = divmod(step.index, steps * every)
-    turn, place = divmod(i, every)
-    return int(Rng(step.seed, "k", block, place).uniform(steps).argsort()[turn])  # not `step.rng`: equal on all ranks
 
 
 class DMD2(Method):

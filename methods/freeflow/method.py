@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from distillbench import times
+from distillbench.matching import critic_loss
 from distillbench.method import Batch, Condition, Method, Needs, Step, Task
 from distillbench.paths import noised, over
 from distillbench.players import PlayerConfig
@@ -69,11 +70,6 @@ def balance(alpha: float, prediction: Tensor, correction: Tensor) -> Tensor:
 def gradient_form(u: Tensor, delta: Tensor) -> Tensor:
     """E[U^T sg(Delta)]: a scalar whose gradient in u [B, ...] is Delta / B (Eqs. 9 and 11)."""
     return (u * delta.detach()).flatten(1).sum(1).mean()
-
-
-def auxiliary_loss(v_q: Tensor, x: Tensor, e: Tensor) -> Tensor:
-    """Flow matching of g_psi to the student's own samples, mean |v_q - (e - sg x)|^2 (Eq. 12)."""
-    return (v_q - (e - x.detach())).square().mean()
 
 
 class FreeFlow(Method):
@@ -143,7 +139,7 @@ class FreeFlow(Method):
             logged |= {"delta_N": delta_n.square().mean().sqrt(), "lambda": scale}
         self.student.update(gradient_form(u, torch.cat(parts)))
         if m < n:
-            loss = auxiliary_loss(v_q, x, e)
+            loss = critic_loss(v_q, x, e)
             self.critic.update(loss)
             logged["critic"] = loss.detach()
         return logged

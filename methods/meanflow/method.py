@@ -8,25 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from distillbench import times
+from distillbench.flowmaps import adaptive_loss, meanflow_target
 from distillbench.method import Batch, Condition, Method, Needs, Step, Task
-from distillbench.paths import noised, over
+from distillbench.paths import noised
 from distillbench.players import PlayerConfig
 from distillbench.samplers import jumps
 from distillbench.seeds import Rng
-
-
-def meanflow_target(v: Tensor, du: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """u_tgt = sg(v - (t-s) du/dt), Eq. 10-11. v, du: [B, ...]; t, s: [B]; detached, like v."""
-    return (v - over(t - s, v) * du).detach()
-
-
-def adaptive_loss(u: Tensor, target: Tensor, p: float, c: float) -> Tensor:
-    """Mean over the batch of L / sg(L + c)^p with L = sum of (u - target)^2 over a sample's elements, Eq. 22.
-
-    u, target: [B, ...]; p >= 0 (0: plain squared error), c > 0. The sum matters: a mean would change c by its size.
-    """
-    squared = (u - target).square().flatten(1).sum(1)
-    return (squared / (squared + c).detach().pow(p)).mean()
 
 
 class MeanFlow(Method):

@@ -6,7 +6,7 @@ ruleorder: teacher > train
 
 rule train:
     input:
-        teachers_of,
+        needed_by,
     output:
         touch("results/runs/{benchmark}/{arm}/{batch}.trained"),
     params:
@@ -23,7 +23,7 @@ rule train:
 rule evaluate:
     input:
         "results/runs/{benchmark}/{arm}/{batch}.trained",
-        teachers_of,
+        needed_by,
     output:
         touch("results/runs/{benchmark}/{arm}/{batch}.evaluated"),
     params:

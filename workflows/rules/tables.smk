@@ -18,3 +18,20 @@ rule table:
         "results/{wildcards.table}.md"
     shell:
         "exec python -m distillbench.cli table {wildcards.table}"
+
+
+# Tables of costs have no cells: they read the published records of other tables, the first of which is made if need be.
+rule costs:
+    input:
+        source=lambda w: f"results/{COSTS[w.table]}.md",
+        file="workflows/tables/{table}.yaml",
+    output:
+        update("results/{table}.md"),
+        update("results/{table}.csv"),
+        update("results/{table}.json"),
+    wildcard_constraints:
+        table="|".join(COSTS) or "none",
+    message:
+        "results/{wildcards.table}.md"
+    shell:
+        "exec python -m distillbench.cli table {wildcards.table}"
