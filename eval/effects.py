@@ -30,19 +30,18 @@ def ratio(first: list[float], second: list[float], level: float = 0.95) -> tuple
 
 
 def effects(records: list[Record], pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """One row per benchmark, pair of arms and metric of METRICS, each arm at its headline NFE; floats with 6 digits."""
+    """One row per benchmark, pair of arms and metric of METRICS; floats with 6 digits.
+
+    Both arms at the headline NFE of the first; the second at its own where it has no samples at that NFE.
+    """
     out = []
     for benchmark in sorted({r.result["benchmark"] for r in records}):
-        values = {
-            arm: {
-                m: [row.get(m) for r in records if r.arm == arm and r.result["benchmark"] == benchmark for row in _headline(r)]
-                for m in METRICS
-            }
-            for arm in {a for pair in pairs for a in pair}
-        }
+        own = [r for r in records if r.result["benchmark"] == benchmark]
         for first, second in pairs:
+            nfe = next((r.result["headline_nfe"] for r in own if r.arm == first and r.rows), None)
+            rows = [[row for r in own if r.arm == arm for row in _at(r, nfe)] for arm in (first, second)]
             for metric in METRICS:
-                a, b = ([v for v in values[arm][metric] if v is not None] for arm in (first, second))
+                a, b = ([row[metric] for row in part if row.get(metric) is not None] for part in rows)
                 if min(len(a), len(b)) < 2 or min(a + b) <= 0:
                     continue
                 middle, low, high = (float(f"{v:.6g}") for v in ratio(a, b))
@@ -51,8 +50,9 @@ def effects(records: list[Record], pairs: list[tuple[str, str]]) -> list[dict[st
     return out
 
 
-def _headline(record: Record) -> list[dict[str, Any]]:
-    return [row for row in record.rows if row["nfe"] == record.result["headline_nfe"]]
+def _at(record: Record, nfe: int | None) -> list[dict[str, Any]]:
+    """The row at an NFE, or at the headline NFE."""
+    return [r for r in record.rows if r["nfe"] == nfe] or [r for r in record.rows if r["nfe"] == record.result["headline_nfe"]]
 
 
 def section(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -64,7 +64,8 @@ def section(rows: Iterable[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     head = ["arms", "metric", "ratio", "95 % interval", "seeds"]
     words = (
-        "Ratio of the first arm's metric to the second's (geometric means over training seeds) with Welch's interval on the logarithms. "
+        "Ratio of the first arm's metric to the second's (geometric means over training seeds) with Welch's interval on the logarithms, "
+        "both at the headline NFE of the first (the second at its own, where it has no other). "
         "Several comparisons stand here and none is corrected for the others; no verdict is drawn."
     )
     return ["## Differences between arms", "", tabulate(body, head, "github", disable_numparse=True), "", words, ""]
