@@ -62,7 +62,7 @@ def test_a_failure_costs_its_own_row(tmp_path, monkeypatch):
         return original(arm, name, scale, batch, device)
 
     monkeypatch.setattr(gpu, "measured", measured)
-    result, page = run(tmp_path, "--methods", "meanflow", "sid", "tvm", "--precisions", "tf32")
+    result, page = run(tmp_path, "--arms", "meanflow", "sid", "tvm", "--precisions", "tf32")
     rows = {r["method"]: r for r in result["rows"]}
     assert rows["meanflow"]["status"] == "failed" and "planted" in rows["meanflow"]["error"] and "RuntimeError: planted" in page
     assert batches == [8] and rows["sid"]["status"] == "measured" and rows["sid"]["batch"] == 4 and "at batch 4" in page
@@ -74,7 +74,7 @@ def test_out_of_memory_at_every_batch_ends(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("planted")
 
     monkeypatch.setattr(gpu, "measured", measured)
-    result, _ = run(tmp_path, "--methods", "sid", "--precisions", "tf32")
+    result, _ = run(tmp_path, "--arms", "sid", "--precisions", "tf32")
     assert [r["status"] for r in result["rows"]] == ["out of memory at batch 4"] * 2
 
 
@@ -84,13 +84,13 @@ def test_a_counter_that_fails_does_not_end_the_row(tmp_path, monkeypatch):
             raise AssertionError("planted")
 
     monkeypatch.setattr("distillbench.meter.FlopCounterMode", Broken)
-    result, page = run(tmp_path, "--methods", "meanflow", "--precisions", "tf32")
+    result, page = run(tmp_path, "--arms", "meanflow", "--precisions", "tf32")
     assert all(r["status"] == "measured" and "planted" in r["flops"] and r["updates_per_cycle"] for r in result["rows"])
     assert "| meanflow |" in page
 
 
 def test_time_runs_out_between_rows(tmp_path):
-    result, page = run(tmp_path, "--seconds", "0", "--methods", "meanflow", "--precisions", "tf32")
+    result, page = run(tmp_path, "--seconds", "0", "--arms", "meanflow", "--precisions", "tf32")
     assert {r["status"] for r in result["rows"]} == {"not begun: no time left"} and "no time left" in page
 
 

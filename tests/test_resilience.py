@@ -790,7 +790,7 @@ def test_status_shows_a_matrix(checkout: Checkout):
     first = checkout.run("distillbench", "status", "tiny-ring")
     assert first.returncode == 0, first.stderr
     rows = {line.split()[0]: line.split(maxsplit=1)[1].rstrip() for line in first.stdout.splitlines() if "/" in line}
-    assert list(rows) == ["tiny-ring/teacher", *(f"tiny-ring/{m}" for m in sorted(registry.discover()))]
+    assert list(rows) == ["tiny-ring/teacher", *(f"tiny-ring/{m}" for m in [*sorted(registry.discover()), "meanflow@x0.7"])]
     assert rows["tiny-ring/teacher"].split() == ["to", "do", "to", "do"] and rows["tiny-ring/dmd"].split() == ["waiting", "waiting"]
     assert f"0 of {2 * len(rows)} cells done, time left unknown" in first.stdout
 
@@ -836,9 +836,9 @@ def test_time_left_comes_from_cells_that_are_done_on_this_machine(checkout: Chec
     write(cell(arm=None), 30, overview.hardware())
     write(cell(arm="dmd"), 20, overview.hardware())
     states = [(c, overview.state_of(c, lambda _: True)) for j in jobs for c in j.cells]
-    # Teacher 1: 30 s as teacher 0; dmd 1: 20 s as dmd 0; both seeds of the others: 7e9 / 3.5e9 * 20 s.
+    # Teacher 1: 30 s as teacher 0; dmd 1: 20 s as dmd 0; both seeds of the others: 7e9 / 3.5e9 * 20 s, of which FSF-DMD's start has 0.7.
     left = sorted(s for s in overview.seconds_left(states) if s is not None)
-    assert left == sorted([30, 20] + [40] * 2 * len(arms))
+    assert left == pytest.approx(sorted([30, 20, 12, 12, 28, 28] + [40] * 2 * (len(arms) - 1)))
     assert overview.summary(states) == f"2 of {len(states)} cells done, about {overview.duration(sum(left) / 2)} left on 2 cores"
     trained = [(c, overview.state_of(c, lambda _: False)) for c, _ in states]
     assert overview.summary(trained).startswith(f"0 of {len(states)} cells done, 2 trained but not evaluated, about ")
