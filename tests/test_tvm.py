@@ -359,7 +359,15 @@ def cost(student: int, teacher: int = 0) -> dict[str, int]:
     return {"student": student, "student.tangent": 1, "student.backward": 1} | ({"teacher": teacher} if teacher else {})
 
 
-DISTILLED = {None: (1, 1), "with-anchor": (2, 2), "detached-jvp": (1, 1), "t-is-1": (1, 1), "trunc": (1, 1), "clamp": (1, 1)}
+DISTILLED = {
+    None: (1, 1),
+    "with-anchor": (2, 2),
+    "detached-jvp": (1, 1),
+    "t-is-1": (1, 1),
+    "paper-gap": (1, 1),
+    "trunc": (1, 1),
+    "clamp": (1, 1),
+}
 COSTS = {name: cost(*counts) for name, counts in DISTILLED.items()} | {name: cost(3) for name in SCRATCH}
 
 
