@@ -10,7 +10,7 @@ table2: .venv/installed
 gaussians: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all results/gaussians.md
 
-# Five seeds of the arms of the pilot, ten sets of samples of one checkpoint, then the tables of docs/protocol.md: half an hour.
+# Five seeds of the arms of the pilot, ten sets of samples of one checkpoint, then the tables of docs/protocol.md: 80 core-minutes.
 protocol: .venv/installed
 	@export PATH="$(CURDIR)/$(BIN):$$PATH" && snakemake --cores all results/pilot.md && \
 	for arm in teacher dmd freeflow meanflow; do distillbench evaluate digits $$arm --seeds 0 --draws 10 || exit; done && \

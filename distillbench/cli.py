@@ -51,7 +51,7 @@ app = typer.Typer(
 out = Console(highlight=False)
 
 BenchmarkName = Annotated[str, typer.Argument(help="name of a file in workflows/benchmarks, e.g. digits")]
-ArmName = Annotated[str, typer.Argument(help="method, method@variant, or 'teacher'")]
+ArmName = Annotated[str, typer.Argument(help="method, method@variant, either with @x0.25 for that share of the budget; or 'teacher'")]
 TableName = Annotated[str, typer.Argument(help="name of a file in workflows/tables, e.g. table2")]
 Seeds = Annotated[str | None, typer.Option(help="comma-separated, e.g. 0,1,2; all seeds of the benchmark if left out")]
 

@@ -19,7 +19,7 @@ from distillbench.networks import VelocityNetwork
 from distillbench.paths import denoiser, noised, over
 from distillbench.seeds import Rng
 from tests.conftest import captured
-from tests.toys import random_task, shake, weights
+from tests.toys import calls_of_cycle, random_task, shake, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/dmd2"
 DMD2 = registry.load(SimpleNamespace(name="dmd2", path=FOLDER))
@@ -720,11 +720,7 @@ COSTS = {
 def test_no_evaluation_more_than_the_algorithm_needs(name, start):
     """A cycle costs the same wherever it stands, although the steps it simulates are drawn."""
     m, task = made(name)
-    cycle = DMD2.needs(m.config).cycle
-    with task.meter.counting():
-        for i in range(start * cycle, (start + 1) * cycle):
-            m.train_step(batch(), step(i))
-    assert dict(task.meter.calls) == COSTS[name]
+    assert calls_of_cycle(m, task, DMD2.needs(m.config).cycle, start, batch()) == COSTS[name]
 
 
 def test_only_the_students_turn_has_a_graph():

@@ -17,7 +17,7 @@ from distillbench.matching import matching_gradient, pseudo_loss
 from distillbench.method import Batch, Condition, Step
 from distillbench.paths import denoiser, jump, noised, over
 from tests.conftest import captured
-from tests.toys import random_task, shake, weights
+from tests.toys import calls_of_cycle, random_task, shake, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/fsf_dmd"
 FSFDMD = registry.load(SimpleNamespace(name="fsf_dmd", path=FOLDER))
@@ -395,11 +395,7 @@ COSTS = {
 @pytest.mark.parametrize("start", [0, 3])
 def test_no_evaluation_more_than_the_algorithm_needs(name, start):
     m, task = made(name)
-    cycle = FSFDMD.needs(m.config).cycle
-    with task.meter.counting():
-        for i in range(start * cycle, (start + 1) * cycle):
-            m.train_step(batch(), step(i))
-    assert dict(task.meter.calls) == COSTS[name]
+    assert calls_of_cycle(m, task, FSFDMD.needs(m.config).cycle, start, batch()) == COSTS[name]
 
 
 def test_samples_jump_along_a_uniform_grid():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.meter import Meter
-from distillbench.method import Method, Task
+from distillbench.method import Batch, Method, Step, Task
 from distillbench.networks import VelocityNetwork
 from distillbench.teachers import Teacher
 
@@ -58,3 +58,11 @@ def watch_updates(m: Method) -> list[str]:
     watched(m.student, m.net, m.fake)
     watched(m.critic, m.fake, m.net)
     return order
+
+
+def calls_of_cycle(m: Method, task: Task, cycle: int, number: int, batch: Batch) -> dict[str, int]:
+    """Network evaluations by role in the train steps of the `number`-th cycle."""
+    with task.meter.counting():
+        for i in range(number * cycle, (number + 1) * cycle):
+            m.train_step(batch, Step(i, 40, 0, torch.device("cpu")))
+    return dict(task.meter.calls)
