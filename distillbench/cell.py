@@ -27,7 +27,7 @@ from distillbench.registry import Arm
 # The modules whose code determines numbers; the command line, progress, dispatch and records are not among them.
 NUMERICAL = (
     "paths", "times", "matching", "flowmaps", "adversarial", "jvp", "samplers", "networks", "features", "teachers", "data", "method",
-    "players", "meter", "seeds", "train",
+    "players", "meter", "seeds", "build", "train",
 )  # fmt: skip
 GIT_SECONDS = 30
 LAST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"  # of a cell in training

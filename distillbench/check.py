@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distillbench import config, pages, registry, train
+from distillbench.build import Run, build, restore
 from distillbench.cell import Cell
 from distillbench.checkpoint import load_progress, save_progress
 from distillbench.errors import Refused, UserError, nearest
@@ -28,7 +29,6 @@ from distillbench.method import Batch, Condition
 from distillbench.progress import Report
 from distillbench.registry import Arm, MethodFolder
 from distillbench.seeds import Rng
-from distillbench.train import Run
 from distillbench.watch import Pulse
 
 MIXTURE, DIGITS = "check-mixture", "check-digits"  # workflows/benchmarks
@@ -155,7 +155,7 @@ class Check:
 
     def started(self, cell: Cell, made: train.Prepared, total: int, per_cycle: dict[str, int]) -> Run:
         """A fresh run of `total` steps."""
-        run = train.furnish(train.build(cell, Watching()), made)
+        run = train.furnish(build(cell, Watching()), made)
         for name, player in run.task.players.items():
             player.total_updates = max(1, per_cycle[name] * total // run.needs.cycle)
         return run
@@ -171,7 +171,7 @@ class Check:
             return
         cell = self.cell(MIXTURE)
         plan, made = train.price(cell, self.report)
-        cycle = train.build(cell).needs.cycle
+        cycle = build(cell).needs.cycle
         bought = plan["steps"] // cycle
         per_cycle = {name: count // bought for name, count in plan["updates"].items()}
         total, early = (-(-steps // cycle) * cycle for steps in (STEPS, EARLY))
@@ -268,7 +268,7 @@ class Check:
 
     def from_teacher(self, run: Run) -> bool:
         """Some network starts from the teacher's weights."""
-        fresh, source = train.build(run.cell), run.task._weights["teacher"]
+        fresh, source = build(run.cell), run.task._weights["teacher"]
         parts = [source["enter.weight"]] if source is not None else []
         own = [n.state_dict() for n in fresh.task._roles]
         return any(torch.equal(p, o["enter.weight"]) for p in parts for o in own if "enter.weight" in o)
@@ -306,7 +306,7 @@ class Check:
 
     def goal(self, run: Run, name: str) -> Tensor:
         """The teacher's own samples from the noise stream `name`."""
-        teacher = train.restore(run.cell.teacher)
+        teacher = restore(run.cell.teacher)
         return train.sample(teacher, teacher.needs.headline_nfe, COUNT, self.report, name).flatten(1)
 
     def sampling(self) -> None:
@@ -324,12 +324,12 @@ class Check:
             self.find(self.code, "a benchmark that it does not refuse", self.refused[DIGITS])
 
     def arm(self, cell: Cell, name: str) -> None:
-        run = train.build(cell)
+        run = build(cell)
         made = train.prepare(run, self.report, Pulse())
         with self.no_file_opened(name):  # the constructor once more, alone
             cls = registry.load(self.folder)  # anew, so that nothing is remembered
             cls(run.task, registry.configuration(Arm(self.folder, cell.arm.variant if cell.arm else None), cell.benchmark, cls))
-        run = train.furnish(train.build(cell, Watching()), made)
+        run = train.furnish(build(cell, Watching()), made)
         frozen = fingerprint(run)
         for player in run.task.players.values():
             player.total_updates = STEPS

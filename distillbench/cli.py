@@ -217,8 +217,8 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="how many, labels in turn")] = 60,
 ) -> None:
     """Draw fresh samples from a finished cell into a file."""
+    from distillbench.build import restore
     from distillbench.checkpoint import write_tensors
-    from distillbench.train import restore
     from distillbench.train import sample as draw
 
     if output.suffix not in (".png", ".safetensors"):

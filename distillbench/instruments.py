@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from distillbench.build import Run
 from distillbench.meter import Meter
 from distillbench.method import Batch
-from distillbench.train import Run
 
 CODE = (".py", ".pyc", ".so")
 

@@ -20,7 +20,7 @@ from distillbench.jvp import value_and_tangent
 from distillbench.meter import Meter
 from distillbench.networks import Norms, VelocityNetwork, copy_weights
 from distillbench.players import Player, PlayerConfig
-from distillbench.seeds import Rng, derive
+from distillbench.seeds import Rng, derive, ranks
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,16 @@ class Step:
 
     def rng(self, name: str) -> Rng:
         if name not in self._streams:
-            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            rank, world = ranks()
             self._streams[name] = Rng(self.seed, "step", self.index, name, rank=rank, world=world, device=self.device)
         return self._streams[name]
 
     def mean_across_ranks(self, value: Tensor) -> Tensor:
         """Mean of a detached tensor over all ranks."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if (world := ranks()[1]) > 1:
             value = value.detach().clone()
             dist.all_reduce(value)
-            value /= dist.get_world_size()
+            value /= world
         return value
 
 

@@ -62,7 +62,32 @@ class Block(nn.Module):
         return h + gate * self.down(F.silu(self.up(normalised(h, self.norms) * (scale + 1.0) + shift)))
 
 
-class VelocityNetwork(nn.Module):
+class Conditioned(nn.Module):
+    """What the velocity networks have in common: embeddings of t, label, t - s and guidance weight, each where there is one."""
+
+    def __init__(self, classes: int, width: int, second_time: bool, guidance: bool):
+        super().__init__()
+        self.classes = classes
+        self.time = Embedding(width)
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.gap = Embedding(width, zero=True) if second_time else None
+        self.guidance = Embedding(width, zero=True) if guidance else None
+
+    def condition(self, t: Tensor, labels: Tensor | None, s: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """[B, width], the activated sum of the embeddings; t, s, guidance [B]; labels [B] int64, `classes` is the null label."""
+        c = self.time(t)
+        if self.label is not None:
+            c = c + self.label(labels)
+        if self.gap is not None:
+            assert s is not None, "a network with a second time needs s"
+            # The gap is computed here, inside the differentiated function: d(t-s)/dt = 1.
+            c = c + self.gap(t - s)
+        if self.guidance is not None:
+            c = c + self.guidance(guidance)
+        return F.silu(c)
+
+
+class VelocityNetwork(Conditioned):
     """v(x, t, label), or u(x, t, s, label) with `second_time`, optionally conditioned on a guidance weight.
 
     x: [B, *shape] float32; t, s, guidance: [B]; labels: [B] int64 in [0, classes], where `classes` is the null label.
@@ -75,13 +100,9 @@ class VelocityNetwork(nn.Module):
         self, shape: tuple[int, ...], classes: int, width: int, depth: int, second_time: bool = False, guidance: bool = False,
         norms: Norms = "layer",
     ):  # fmt: skip
-        super().__init__()
-        self.shape, self.classes, self.norms = shape, classes, norms
+        super().__init__(classes, width, second_time, guidance)
+        self.shape, self.norms = shape, norms
         size = int(torch.Size(shape).numel())
-        self.time = Embedding(width)
-        self.label = nn.Embedding(classes + 1, width) if classes else None
-        self.gap = Embedding(width, zero=True) if second_time else None
-        self.guidance = Embedding(width, zero=True) if guidance else None
         self.enter = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width, norms) for _ in range(depth))
         self.modulation, self.leave = nn.Linear(width, 2 * width), nn.Linear(width, size)
@@ -95,16 +116,7 @@ class VelocityNetwork(nn.Module):
     ) -> Tensor | list[Tensor]:  # fmt: skip
         if features > len(self.blocks):
             raise ValueError(f"features={features} of a network with {len(self.blocks)} blocks")
-        c = self.time(t)
-        if self.label is not None:
-            c = c + self.label(labels)
-        if self.gap is not None:
-            assert s is not None, "a network with a second time needs s"
-            # The gap is computed here, inside the differentiated function: d(t-s)/dt = 1.
-            c = c + self.gap(t - s)
-        if self.guidance is not None:
-            c = c + self.guidance(guidance)
-        c = F.silu(c)
+        c = self.condition(t, labels, s, guidance)
         h = self.enter(x.reshape(x.shape[0], -1))
         outputs = []
         for block in self.blocks[: features or None]:

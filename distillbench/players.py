@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from distillbench.errors import Diverged
 from distillbench.meter import Meter
+from distillbench.seeds import ranks
 
 EVALUATION = "evaluation"  # the average that is sampled from, saved and reported
 
@@ -72,10 +73,10 @@ class Player:
         """
         self.meter.count(f"{self.name}.backward", 0)
         gradients = list(torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True))
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if (world := ranks()[1]) > 1:
             flat = torch.cat([g.flatten() for g in gradients])
             dist.all_reduce(flat)
-            flat /= dist.get_world_size()
+            flat /= world
             gradients = [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
         for p, g in zip(self.parameters, gradients):
             p.grad = g

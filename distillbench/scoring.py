@@ -149,7 +149,7 @@ def draws_of(cell: Cell, count: int) -> dict[str, Any]:
     import torch
 
     from distillbench import data as data_sets
-    from distillbench.train import restore
+    from distillbench.build import restore
     from distillbench.train import sample as draw
     from eval import evaluate as evaluation
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 def derive(seed: int, *names: object) -> int:
     """A 63-bit seed from a seed and the names of its use; distinct names give independent streams."""
     return int.from_bytes(hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and how many there are: (0, 1) unless several train one cell (`distillbench.ranks`)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class Rng:

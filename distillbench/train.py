@@ -7,111 +7,41 @@ import errno
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor
 
 from distillbench import data as data_sets
-from distillbench import features, registry, watch
+from distillbench import features, watch
+from distillbench.build import Run, build, saved_player, weights_file
 from distillbench.cell import Cell, describe, remove_leftovers, remove_progress, write_atomically
-from distillbench.checkpoint import load_progress, read_tensors, save_progress, write_tensors
+from distillbench.checkpoint import load_progress, save_progress, write_tensors
 from distillbench.errors import Diverged, OverBudget, Refused, UserError, nearest
 from distillbench.journal import Journal
 from distillbench.meter import Meter, peak_memory_mb
-from distillbench.method import Batch, Condition, Method, Needs, Step, Task
-from distillbench.networks import VelocityNetwork
-from distillbench.seeds import Rng, derive
-from distillbench.teachers import MixtureVelocity, Teacher, TeacherConfig, TeacherTraining, make_pairs
+from distillbench.method import Batch, Condition, Step
+from distillbench.seeds import Rng, derive, ranks
+from distillbench.teachers import make_pairs
 from distillbench.watch import Pulse
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
-CHECKPOINTS = 20  # per run
+CHECKPOINTS = 20  # per run, and
+CHECKPOINT_SECONDS = 600.0  # after the last one, for a machine that may be taken away at any time
 FEATURES_SHARE = 0.05  # of the budget, for training a discriminator's features without labels
 REFERENCE = "reference"  # the teacher's own set of samples, from a noise stream of its own
+RANK_SECONDS = 3.0  # that a rank waits for the first one's record of a failure that both had
 # Errors of files and terminals, not of the code that meets them.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO, errno.EROFS, errno.ESTALE)
-
-
-@dataclass
-class Run:
-    """A cell built and ready: what the loop and the sampler work on."""
-
-    cell: Cell
-    data: data_sets.Images | data_sets.Mixture
-    method: Method
-    needs: Needs
-    task: Task
-    meter: Meter
-    device: torch.device
-    pairs: dict[str, Tensor] | None = None
 
 
 Prepared = dict[str, dict[str, Tensor]]  # what set-up makes and is charged for: regression `pairs`, weights of the `features`
 
 
-def weights_file(cell: Cell) -> str:
-    return "teacher.safetensors" if cell.arm is None else "student.safetensors"
-
-
-def build(cell: Cell, meter: Meter | None = None) -> Run:
-    """Data, teacher, task and method of a cell, freshly initialised."""
-    meter = meter or Meter()
-    b = cell.benchmark
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = data_sets.load(b.data)
-    if cell.arm is None:
-        cls: type[Method] = TeacherTraining
-        config: Any = TeacherConfig(**b.teacher.model_dump(), guidance=b.guidance)
-    else:
-        cls = registry.load(cell.arm.folder)
-        config = registry.configuration(cell.arm, b, cls)
-    needs = cls.needs(config)
-    if needs.teacher and cell.arm is not None and cell.arm.attribute("group") == "from_scratch":
-        raise ValueError("group: from_scratch has the teacher's budget on top and so no teacher: needs(teacher=False)")
-    if cell.start is not None and cell.start.arm is not None and cell.arm is not None:
-        own, other = cell.arm.attribute("group"), cell.start.arm.attribute("group")
-        if own != other:
-            raise ValueError(f"group: {own} with a start of group {other}, which has another budget")
-    exact = MixtureVelocity(data).to(device) if isinstance(data, data_sets.Mixture) else None
-    weights: VelocityNetwork | None = None
-    teacher: Teacher | None = None
-    if needs.teacher:
-        weights = VelocityNetwork(data.shape, data.classes, **b.network.model_dump()).to(device)
-        weights.load_state_dict(read_tensors(cell.teacher.folder / "teacher.safetensors", device)[0])
-    # Withheld unless needed; the teacher's own training is told the exact velocity where there is one.
-    network = (exact or weights) if needs.teacher or cell.arm is None else None
-    if network is not None:
-        teacher = Teacher(network, data.classes)
-        # A closed form costs nothing, but stands for a network: it is charged as one.
-        stands_for = VelocityNetwork(data.shape, data.classes, **b.network.model_dump())
-        meter.watch(network, lambda: "teacher", row_flops(stands_for) if exact is not None else 0)
-    frozen: torch.nn.Module | None = None
-    if needs.features is not None:
-        torch.manual_seed(derive(cell.seed, "features"))
-        frozen = features.untrained(data.shape).requires_grad_(False).to(device)
-        meter.watch(frozen, lambda: "features")
-    start = None if cell.start is None else read_tensors(cell.start.folder / weights_file(cell.start), device)[0]
-    task = Task(data.shape, data.classes, b.network.model_dump(), teacher, weights, cell.seed, device, meter, frozen, start)
-    torch.manual_seed(derive(cell.seed, "build"))
-    method = cls(task, config)
-    return Run(cell, data, method, needs, task, meter, device)
-
-
-def row_flops(network: VelocityNetwork) -> int:
-    """FLOPs of one evaluation of one row."""
-    meter, one = Meter(), torch.zeros(1)
-    with meter.measured(), torch.no_grad():
-        network(torch.zeros(1, *network.shape), one, one.long() if network.classes else None)
-    return meter.flops
-
-
 def own_rows(batch: int) -> int:
     """This rank's share of a global batch."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = ranks()[1]
     if batch % world:
         raise ValueError(f"a batch of {batch} does not divide among {world} ranks")
     return batch // world
@@ -137,7 +67,8 @@ def batch_of(run: Run, step: Step) -> Batch:
 def one_step(run: Run, index: int, total: int) -> dict[str, Tensor]:
     """Train step `index` with all its randomness derived from (seed, index); raises Diverged on a scalar that is not finite."""
     step = Step(index, total, run.cell.seed, run.device)
-    torch.manual_seed(derive(run.cell.seed, "global", index))  # so that an author's randn_like resumes too
+    own = ranks()[:1] if ranks()[0] else ()  # rank 0 draws what one rank alone would
+    torch.manual_seed(derive(run.cell.seed, "global", index, *own))  # so that an author's randn_like resumes too
     try:
         logged = run.method.train_step(batch_of(run, step), step)
     except Diverged as e:  # by a player: the step, and what was the first to go wrong in it
@@ -213,7 +144,8 @@ def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[d
         for i in range(run.needs.cycle):
             one_step(run, i, run.needs.cycle)
             pulse.beat(watch.SETUP, i + 1)
-    cycle_flops = run.meter.flops - metered
+    world = ranks()[1]  # each trains its share of a batch; set-up, which each repeats, is charged once
+    cycle_flops = (run.meter.flops - metered) * world
     if cycle_flops == 0:
         raise ValueError("train_step computed nothing that the meter counts")
     limit: float | None = None
@@ -238,7 +170,7 @@ def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[d
         **({"start": spent} if spent else {}),
         "calls_per_cycle": dict(sorted(run.meter.calls.items())),
         "rows": {
-            role: int(setup_rows.get(role, 0) + share * run.meter.rows.get(role, 0))
+            role: int(setup_rows.get(role, 0) + share * world * run.meter.rows.get(role, 0))
             for role in sorted({*setup_rows, *run.meter.rows})
             if not role.endswith(".backward")
         },
@@ -248,31 +180,36 @@ def price(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> tuple[d
 
 
 def train(run: Run, plan: dict[str, Any], progress: Progress, pulse: Pulse | None = None) -> None:
-    """The loop: resumes from the checkpoint if there is one, and equals an uninterrupted run bit for bit."""
-    pulse, cell, steps = pulse or Pulse(), run.cell, plan["steps"]
+    """The loop: resumes from the checkpoint if there is one, and equals an uninterrupted run bit for bit.
+
+    Asked to leave (`Pulse.leaving`), it saves what it has after the step it is at and raises KeyboardInterrupt. Rank 0 alone saves.
+    """
+    pulse, cell, steps, first = pulse or Pulse(), run.cell, plan["steps"], ranks()[0] == 0
     for name, player in run.task.players.items():
         player.total_updates = plan["updates"][name]
     journal, players = Journal(cell.folder), run.task.players
     start, pulse.earlier = load_progress(cell.folder, cell.key, players, run.method, run.device)
-    journal.start(start, steps)
+    if first:
+        journal.start(start, steps)
     pulse.begin(start)
-    every, save_every = max(1, steps // 200), max(1, steps // CHECKPOINTS)
+    every, save_every, saved = max(1, steps // 200), max(1, steps // CHECKPOINTS), time.monotonic()
     for i in range(start, steps):
         logged = one_step(run, i, steps)
         pulse.beat(watch.TRAINING, i + 1)
+        if not first:
+            continue
         if i % every == 0:
             journal.add(step=i, **{k: float(f"{v.item():.6g}") for k, v in logged.items()})
             progress("training", i, steps)
-        if (i + 1) % save_every == 0 or i + 1 == steps:
+        late = time.monotonic() - saved > CHECKPOINT_SECONDS
+        if (i + 1) % save_every == 0 or i + 1 == steps or late or pulse.leaving:
             with pulse.patience():
                 save_progress(cell.folder, cell.key, i + 1, pulse.seconds(), players, run.method.state_dict())
             journal.add(checkpoint=i + 1)
+            saved = time.monotonic()
+        if pulse.leaving:
+            raise KeyboardInterrupt
     progress("training", steps, steps)
-
-
-def saved_player(run: Run) -> Any:
-    """The player whose average is the result."""
-    return run.task.players["teacher" if run.cell.arm is None else "student"]
 
 
 @torch.no_grad()
@@ -309,24 +246,20 @@ def sample(run: Run, nfe: int, count: int, progress: Progress, name: str = "eval
     return torch.cat(parts)
 
 
-def restore(cell: Cell) -> Run:
-    """A finished cell with its saved weights, ready to sample."""
-    run = build(cell)
-    state, _ = read_tensors(cell.folder / weights_file(cell), run.device)
-    saved_player(run).averaged().load_state_dict(state)
-    return run
-
-
 def run_cell(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> dict[str, Any]:
-    """Train and sample a cell and write its record; what the method does wrong becomes the record's status."""
+    """Train and sample a cell and write its record; what the method does wrong becomes the record's status.
+
+    Of several ranks the first samples and writes. Another one that fails writes the record in its place and raises UserError.
+    """
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         watch.limit_memory()
     pulse, plan = pulse or Pulse(), None
     pulse.started = time.monotonic()
-    remove_leftovers(cell.folder)
-    record = describe(cell)
+    rank, record = ranks()[0], describe(cell)
+    if rank == 0:
+        remove_leftovers(cell.folder)
     try:
         with pulse.limits():
             for one in cell.needed:
@@ -335,9 +268,12 @@ def run_cell(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> dict
                     raise Refused(f"its {what} ended as {other['status']}: {other['reason']}")
             plan, made = price(cell, progress, pulse)
             frozen = {"cell": cell.label, "key": cell.key, "plan": plan, "recipe": cell.recipe}
-            write_atomically(cell.folder / "config.yaml", yaml.safe_dump(frozen, sort_keys=False).encode())
+            if rank == 0:
+                write_atomically(cell.folder / "config.yaml", yaml.safe_dump(frozen, sort_keys=False).encode())
             run = furnish(build(cell), made)
             train(run, plan, progress, pulse)
+            if rank:
+                return record
             network, count = saved_player(run).averaged(), cell.benchmark.sampling.count
             samples = {f"nfe{n}": sample(run, n, count, progress, pulse=pulse) for n in run.needs.nfe}
             if cell.arm is None:  # what `FID to teacher` compares with: independent of the noise that students get
@@ -351,8 +287,13 @@ def run_cell(cell: Cell, progress: Progress, pulse: Pulse | None = None) -> dict
         }
     except BaseException as e:  # a method may raise anything; that costs its own row and nothing else
         record["status"], record["reason"] = judged(e, cell, pulse)
-        if record["status"] in ("failed", "oom"):
+        if rank == 0 and record["status"] in ("failed", "oom"):
             write_atomically(cell.folder / "traceback.txt", traceback.format_exc().encode())
+    if rank:
+        time.sleep(RANK_SECONDS)
+        if cell.result() is None:  # the first rank has not failed, and would wait for this one
+            watch.finish(cell, record, plan, pulse.seconds(), None)
+        raise UserError(f"{cell.label}: rank {rank} ended: {record['status']}: {record['reason']}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     watch.finish(cell, record, plan, pulse.seconds(), peak_memory_mb(device))
     if record["status"] == "done":
@@ -364,8 +305,10 @@ def judged(error: BaseException, cell: Cell, pulse: Pulse) -> tuple[str, str]:
     """Status and reason of a cell that ended with `error`; raises where the user or the machine ended it, not the method."""
     if isinstance(error, UserError):
         raise error
-    if pulse.interrupted:  # whatever the method made of it; a KeyboardInterrupt of its own is a failure
+    if pulse.interrupted or pulse.leaving:  # whatever the method made of it; a KeyboardInterrupt of its own is a failure
         raise KeyboardInterrupt from None
+    if any("torch/distributed/" in frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise UserError(f"{cell.label}: lost another rank ({one_line(error, cell)}); the same command continues") from None
     if isinstance(error, OSError) and error.errno in MACHINE:
         raise UserError(f"{cell.label}: {one_line(error, cell)}: mend the disk or terminal, then rerun") from None
     if isinstance(error, (watch.TimedOut, watch.Hung)):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distillbench.networks import EPSILON, Embedding, Norms
+from distillbench.networks import EPSILON, Conditioned, Norms
 
 RATIO = 4  # of an MLP's hidden width to the width
 LABEL_STD = 0.02  # of the label embedding at the start
@@ -76,7 +76,7 @@ class TransformerBlock(nn.Module):
         return h + gate_mlp * self.down(hidden)
 
 
-class DiT(nn.Module):
+class DiT(Conditioned):
     """v(x, t, label), or u(x, t, s, label) with `second_time`, optionally conditioned on a guidance weight.
 
     x: [B, C, H, W] float32, H and W multiples of `patch`; t, s, guidance: [B]; labels: [B] int64 in [0, classes], where `classes` is the
@@ -91,16 +91,12 @@ class DiT(nn.Module):
         self, shape: tuple[int, ...], classes: int, width: int, depth: int, heads: int, patch: int, second_time: bool = False,
         guidance: bool = False, norms: Norms = "layer",
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(classes, width, second_time, guidance)
         channels, rows, columns = shape
         if rows % patch or columns % patch or width % heads or width % 4:
             raise ValueError(f"patches of {patch} must tile {rows}x{columns}; {heads} heads and 4 must divide the width {width}")
-        self.shape, self.classes, self.patch, self.norms = shape, classes, patch, norms
+        self.shape, self.patch, self.norms = shape, patch, norms
         size = channels * patch**2
-        self.time = Embedding(width)
-        self.label = nn.Embedding(classes + 1, width) if classes else None
-        self.gap = Embedding(width, zero=True) if second_time else None
-        self.guidance = Embedding(width, zero=True) if guidance else None
         self.enter = nn.Linear(size, width)
         self.register_buffer("positions", positions(rows // patch, columns // patch, width), persistent=False)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, norms) for _ in range(depth))
@@ -124,15 +120,7 @@ class DiT(nn.Module):
     ) -> Tensor | list[Tensor]:  # fmt: skip
         if features > len(self.blocks):
             raise ValueError(f"features={features} of a network with {len(self.blocks)} blocks")
-        c = self.time(t)
-        if self.label is not None:
-            c = c + self.label(labels)
-        if self.gap is not None:
-            assert s is not None, "a network with a second time needs s"
-            c = c + self.gap(t - s)  # inside the differentiated function, as in VelocityNetwork
-        if self.guidance is not None:
-            c = c + self.guidance(guidance)
-        c = F.silu(c)
+        c = self.condition(t, labels, s, guidance)
         h = self.enter(self.patches(x)) + self.positions
         outputs = []
         for block in self.blocks[: features or None]:

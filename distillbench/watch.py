@@ -12,6 +12,8 @@ watcher reads it ten times a second:
   death of a cell that began at the same step costs the cell its row. Outside of a cell a second death ends the command.
 - The worker is killed by someone (SIGKILL, SIGTERM, SIGHUP, ...): no record ever comes of that; the command ends and the same
   command continues. A SIGKILL while the kernel's count of out-of-memory kills rose is a death as above, and becomes `oom`.
+- SIGTERM and SIGUSR2, by which machines are taken away: the worker ends after the step it is at, with a checkpoint, or at once where
+  it does not train. One that has not ended after 10 s is interrupted as by Ctrl-C, and 10 s later killed. The same command continues.
 - The watcher itself is killed: the kernel kills the worker (Linux).
 """
 
@@ -49,7 +51,7 @@ LONGEST_GRACE = 10.0  # seconds for Python code to react to SIGALRM
 DEATHS = 2  # of a cell at the same step, before it is recorded
 INTERRUPTED = 130
 SOMEBODY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 SETUP, TRAINING, SAMPLING = range(3)
 PHASES = ("set-up", "training", "sampling")
 TIMED_OUT, HUNG = 1, 2
@@ -79,6 +81,7 @@ class Pulse(ctypes.Structure):
         ("patient", ctypes.c_longlong),  # work of our own in which no step ends
         ("verdict", ctypes.c_longlong),  # why SIGALRM is sent
         ("interrupted", ctypes.c_longlong),  # by the user, whatever the method makes of it
+        ("leaving", ctypes.c_longlong),  # asked to save a checkpoint at the end of the step and to end
         ("ended", ctypes.c_longlong),  # the worker ends in order: its exit code is its own word
     ]
 
@@ -87,7 +90,9 @@ class Pulse(ctypes.Structure):
         return cls.from_buffer(mmap.mmap(-1, ctypes.sizeof(cls)))
 
     def enter(self, index: int) -> None:
-        """The worker is now at the cell of this index."""
+        """The worker is now at the cell of this index; KeyboardInterrupt where it was asked to leave."""
+        if self.leaving:
+            raise KeyboardInterrupt
         self.begun = self.phase = self.step = 0
         self.started, self.stopped, self.earlier = time.monotonic(), 0.0, 0.0
         self.cell = index + 1
@@ -105,7 +110,7 @@ class Pulse(ctypes.Structure):
         """A step has ended: cheap enough for every one."""
         self.phase, self.step = phase, step
         self.beats += 1
-        if self.interrupted:  # the method swallowed it
+        if self.interrupted or (self.leaving and phase != TRAINING):  # the method swallowed it; a step is saved first
             raise KeyboardInterrupt
 
     @contextmanager
@@ -254,11 +259,15 @@ def _fork(work: Callable[[Pulse], None], pulse: Pulse, dump: IO[bytes]) -> int:
     _end(work, pulse)
 
 
-def _interrupt(pulse: Pulse, _signal: int, _frame: FrameType | None) -> NoReturn:
-    """Once is enough: what follows is putting things in order."""
+def _interrupt(pulse: Pulse, number: int, _frame: FrameType | None) -> None:
+    """Once is enough: what follows is putting things in order. A machine that is taken away leaves time for a checkpoint."""
+    if number != signal.SIGINT:
+        pulse.leaving = 1
+        if pulse.limited and pulse.phase == TRAINING:
+            return
     pulse.interrupted = 1
-    for number in INTERRUPTS:
-        signal.signal(number, signal.SIG_IGN)
+    for other in INTERRUPTS:
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -307,9 +316,15 @@ class _Watcher:
                 signal.signal(number, handler)
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        """Ctrl-C reaches both of us, SIGTERM often only the watcher; the worker acts on the first and ignores the rest."""
+        """Ctrl-C reaches both of us, SIGTERM often only the watcher; the worker acts on the first and ignores the rest.
+
+        The pulse is told as well: a method may have taken the signal for itself.
+        """
         self.interrupted = self.interrupted or time.monotonic()
-        self.pulse.interrupted = 1  # a method may have taken the signal for itself
+        if number == signal.SIGINT:
+            self.pulse.interrupted = 1
+        else:
+            self.pulse.leaving = 1
         self._send(number)
 
     def _send(self, number: int) -> None:
@@ -334,7 +349,11 @@ class _Watcher:
                 cell, beats, idle = pulse.cell, pulse.beats, 0.0
             idle += passed
             if self.interrupted is not None and now - self.interrupted > LONGEST_GRACE:
-                self._send(signal.SIGKILL)  # a method that cannot be interrupted
+                if pulse.interrupted:
+                    self._send(signal.SIGKILL)  # a method that cannot be interrupted
+                else:  # its step does not end
+                    self._pass_on(signal.SIGINT, None)
+                    self.interrupted = now
             if pulse.limited and not stopped:
                 b = self.cells[cell - 1].benchmark
                 verdict = TIMED_OUT if pulse.seconds() > b.timeout_s else HUNG if idle > b.stall_s else 0

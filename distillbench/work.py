@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
-from distillbench import plan
+from distillbench import plan, ranks
 from distillbench.cell import Cell, remove_progress
 from distillbench.progress import reporter, say
 from distillbench.watch import Pulse, supervise
@@ -14,6 +15,10 @@ def again(cell: Cell) -> str:
     """What to delete where a student was refused for the sake of its teacher or start: its key does not tell how they ended."""
     failed = [c.record for c in cell.needed if (r := c.result()) is not None and r["status"] != "done"]
     return f"; to try again delete {' and '.join(map(str, [*failed, cell.record]))}" if failed else ""
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Progress of a rank that does not lead."""
 
 
 def train_cells(cells: list[Cell]) -> None:
@@ -35,12 +40,16 @@ def train_cells(cells: list[Cell]) -> None:
                 warning = plan.check(plan.Job(tuple(cells)))
             if warning:
                 say(f"distillbench: {warning}")
-        for index, one in enumerate(order):
-            with one.locked():
-                pulse.enter(index)
-                if one.result() is None:
-                    record = run_cell(one, reporter(one.label), pulse)
-                    text = "done" if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
-                    say(f"{one.label}: {text} in {record['cost']['seconds']:g} s{again(one)}")
+        with ranks.joined():
+            for index, one in enumerate(order):
+                with one.locked() if ranks.leads() else nullcontext():
+                    pulse.enter(index)
+                    ranks.meet()  # the first one has the lock
+                    if one.result() is None:
+                        record = run_cell(one, reporter(one.label) if ranks.leads() else silent, pulse)
+                        if ranks.leads():
+                            text = "done" if record["status"] == "done" else f"{record['status'].upper()}: {record['reason']}"
+                            say(f"{one.label}: {text} in {record['cost']['seconds']:g} s{again(one)}")
+                    ranks.meet()  # the record is there for all
 
     supervise(order, work)

@@ -398,6 +398,7 @@ def test_a_cell_trains_and_samples_here(checkout, benchmark, monkeypatch):
 def a_cell(benchmark: str, name: str) -> None:
     """The whole way of a cell in a throw-away checkout: teacher, pairs or features, training, samples, its weights read again."""
     from distillbench import train
+    from distillbench.build import restore
     from distillbench.cell import Cell
 
     cell, quiet = Cell(config.benchmark(benchmark), registry.arm(name), 0), lambda *_: None
@@ -406,5 +407,5 @@ def a_cell(benchmark: str, name: str) -> None:
             record = train.run_cell(one, quiet)
         assert record["status"] == "done", record
     with torch.no_grad():
-        again = train.sample(train.restore(cell), 1, 100, quiet)
+        again = train.sample(restore(cell), 1, 100, quiet)
     assert again.shape[0] == 100 and again.device.type == "cpu"

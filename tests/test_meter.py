@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distillbench import config, registry, train
 from distillbench import data as data_sets
+from distillbench.build import row_flops
 from distillbench.cell import Cell
 from distillbench.checkpoint import write_tensors
 from distillbench.meter import Meter
@@ -209,5 +210,5 @@ def test_a_closed_form_teacher_is_charged_as_the_network_it_stands_for(checkout)
     run = train.build(cell("dmd", "tiny-ring"))
     with run.meter.measured():
         run.task.teacher.velocity(torch.randn(5, 2), torch.rand(5), Condition(None))
-    network = train.row_flops(run.task.players["student"].networks[0])
+    network = row_flops(run.task.players["student"].networks[0])
     assert 5 * network <= run.meter.flops < 5 * network * 1.05  # the closed form's own products are next to nothing

@@ -400,10 +400,10 @@ def test_provenance_without_git(here: Checkout, monkeypatch: pytest.MonkeyPatch)
     assert found["commit"] is None and not found["dirty"] and found["versions"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 @pytest.mark.parametrize("whom", ["worker", "watcher"])
 def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: str, number: int):
-    """Not even many times at the same step; the same command continues."""
+    """Not even many times at the same step; the same command continues. Asked to leave, a process saves the step it was at."""
     process, folder = started(here, f"{whom}{number}", "time.sleep(0.06)")
     with until_end(process):
         wait_for(folder / LAST)
@@ -418,7 +418,10 @@ def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: st
     else:
         assert process.returncode == 130 and errors.strip() == "distillbench: interrupted; the same command continues"
     assert (folder / LAST).is_file() and not list(folder.glob(".*"))
-    checkpoints = [line["checkpoint"] for line in journal.read(folder) if "checkpoint" in line]
+    lines = journal.read(folder)
+    checkpoints = [line["checkpoint"] for line in lines if "checkpoint" in line]
+    if number in (signal.SIGTERM, signal.SIGUSR2):
+        assert lines[-1] == {"checkpoint": lines[-2]["step"] + 1}  # not one of the twenty: nothing is repeated
     done = here.run("distillbench", "train", "tiny-ring", f"{whom}{number}", "--seeds", "0")
     assert done.returncode == 0 and record_of(cell(arm=f"{whom}{number}"))["status"] == "done"
     starts = [line["start"] for line in journal.read(folder) if "start" in line]
@@ -464,7 +467,7 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 def wait_for_no(path: Path, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     with suppress(FileNotFoundError, ProcessLookupError):  # gone between two looks
-        while "Z" not in (path / "status").read_text().split("State:")[1][:4]:
+        while (state := (path / "status").read_text().partition("State:")[2][:4]) and "Z" not in state:
             assert time.monotonic() < end, path
             time.sleep(0.01)
 

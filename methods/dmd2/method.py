@@ -48,6 +48,8 @@ class DMD2(Method):
                 raise ValueError("matching: false with gan: 0 leaves the student without a loss")
             if self.disjoint and self.every == 1:
                 raise ValueError("disjoint with every: 1 never trains the critic")
+            if self.inputs == "noised_real" and self.input_time < 1:
+                raise ValueError("inputs: noised_real needs input_time: 1, whose first step sees noise without data, as in sampling")
             return self
 
     @classmethod
