@@ -1,11 +1,22 @@
-# The workflow's front door: `snakemake --cores all results/table2.md`. Rules order the stages; records decide.
+# The workflow's front door: `snakemake --cores all results/table2.md`, or `snakemake --profile slurm results/table2.md` on a cluster.
+# Rules order the stages; records decide.
+import os
 import sys
 
+from distillbench import cluster
 from distillbench import config as files
-from distillbench import plan
+from distillbench import plan, resources
 from distillbench.errors import UserError
 from distillbench.scoring import check_extractors
 from eval.records import is_evaluated
+
+
+def profile():
+    """The profile in use if it is one of a cluster, with a site.yaml, else None."""
+    words = iter(sys.argv)
+    named = [next(words, "") if word == "--profile" else word.partition("=")[2] for word in words if word.startswith("--profile")]
+    name = (named or [os.environ.get("SNAKEMAKE_PROFILE", "")])[-1].rstrip("/")
+    return name if name and (files.root() / name / "site.yaml").is_file() else None
 
 
 def evaluated(cell):
@@ -19,15 +30,17 @@ def prepare():
     of costs, which have no jobs, with their first source, whose jobs are among them."""
     names = sorted(p.stem for p in (files.root() / "workflows/tables").glob("*.yaml"))
     named = [n for n in names if any(f"results/{n}." in argument for argument in sys.argv)]
-    tables = {name: files.table(name) for name in named or names}
+    tables = {name: plan.table(name, PROFILE) for name in named or names}
     costs = {name: table.sources[0] for name, table in tables.items() if table.kind == "costs"}
-    tables |= {name: files.table(name) for name in costs.values()}
+    tables |= {name: plan.table(name, PROFILE) for name in costs.values()}
     tables = {name: table for name, table in tables.items() if name not in costs}
     jobs = {name: plan.jobs(table) for name, table in tables.items()}
     check_extractors([j.cells[0].benchmark for js in jobs.values() for j in js])
     every = {(j.benchmark, j.arm, j.keys): j for js in jobs.values() for j in js}
     todo = [j for j in every.values() if not j.sync("trained", plan.is_trained)]
     done = {key for key, j in every.items() if j.sync("evaluated", evaluated)}
+    if todo and PROFILE:
+        cluster.check([plan.request(j, "train", SITE) for j in todo])
     for warning in plan.validate(todo) if todo else []:
         print(f"distillbench: {warning}", file=sys.stderr)
     for name, js in jobs.items():
@@ -36,14 +49,25 @@ def prepare():
 
 
 try:
+    PROFILE = profile()
+    SITE = resources.site(PROFILE) if PROFILE else resources.Site()
     JOBS, EVERY, COSTS = prepare()
 except UserError as error:  # one line and exit code 2
     print(f"distillbench: {error}", file=sys.stderr)
     sys.exit(2)
 
 
+AS_PROFILE = f"--profile {PROFILE}" if PROFILE else ""
+RETRIES = 0 if PROFILE else 1  # a launcher tries by itself
+
+
 def job_of(wildcards):
-    return EVERY[wildcards.benchmark, wildcards.arm, wildcards.batch]
+    return EVERY[wildcards.benchmark, wildcards.get("arm", "teacher"), wildcards.batch]
+
+
+def request(stage):
+    """What a job of this stage may use, for its launcher."""
+    return lambda wildcards: plan.request(job_of(wildcards), stage, SITE)
 
 
 def needed_by(wildcards):
@@ -67,3 +91,9 @@ rule all:
     default_target: True
     input:
         "results/table2.md",
+
+
+onerror:
+    for name in JOBS:
+        shell(f"python -m distillbench.cli table {name} --partial {AS_PROFILE}")
+        print(f"results/{name}.partial.md says what is missing", file=sys.stderr)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from distillbench import config, plan, progress, registry
-from distillbench.cell import Cell, lock, write_json
+from distillbench.cell import Cell, lock, write_atomically, write_json
 from distillbench.dispatch import ONE_THREAD
 from distillbench.errors import UserError, nearest
 from distillbench.progress import reporter, say
@@ -34,6 +34,8 @@ app = typer.Typer(
 
     distillbench logs digits/dmd/0              what happened in a cell
 
+    distillbench cancel table2                  end its SLURM jobs
+
     distillbench train digits dmd --seeds 0     train (its teacher first, if need be) and sample
 
     distillbench evaluate digits dmd --seeds 0  metrics of these samples
@@ -53,6 +55,7 @@ out = Console(highlight=False)
 BenchmarkName = Annotated[str, typer.Argument(help="name of a file in workflows/benchmarks, e.g. digits")]
 ArmName = Annotated[str, typer.Argument(help="method, method@variant, either with @x0.25 for that share of the budget; or 'teacher'")]
 TableName = Annotated[str, typer.Argument(help="name of a file in workflows/tables, e.g. table2")]
+ProfileName = Annotated[str | None, typer.Option("--profile", help="a Snakemake profile, e.g. slurm: its site.yaml may change benchmarks")]
 Seeds = Annotated[str | None, typer.Option(help="comma-separated, e.g. 0,1,2; all seeds of the benchmark if left out")]
 
 
@@ -247,24 +250,22 @@ def sample(
 def status(
     table: TableName = "table2",
     long: Annotated[bool, typer.Option("--long", help="a line for each cell, with its reason, seconds and folder")] = False,
+    profile: ProfileName = None,
 ) -> None:
     """How far every cell of a table is: rows are methods, columns are seeds.
 
     done: trained and evaluated. trained: not evaluated yet. 41% 35 s left: running now. interrupted at 41%: the same command
-    as before continues it. waiting: for its teacher or start. to do: can start. FAILED, DIVERGED, OOM, TIMEOUT, HUNG, OVER BUDGET,
-    REFUSED: it has a record that says why; see `distillbench logs`.
+    as before continues it. waiting: for its teacher or start. to do: can start. queued (Priority): in SLURM's queue. lost: by the
+    cluster; the same command tries again. FAILED, DIVERGED, OOM, TIMEOUT, HUNG, OVER BUDGET, REFUSED: it has a record that says
+    why; see `distillbench logs`.
     """
     from distillbench import overview
 
-    jobs = plan.jobs(config.table(table))
+    jobs = plan.jobs(plan.table(table, profile))
     if not long:
         out.print(overview.matrix(jobs, is_evaluated))
-        return
-    for cell in (cell for job in jobs for cell in job.cells):
-        result, state = cell.result() or {}, overview.state_of(cell, is_evaluated)
-        reason = f": {result['reason']}" if result.get("reason") else ""
-        seconds = f", {result['cost']['seconds']:g} s" if result else ""
-        out.print(f"{cell.label}: {state}{reason}{seconds}  {cell.folder.relative_to(config.root())}", soft_wrap=True, markup=False)
+    for line in overview.details(jobs, is_evaluated) if long else []:
+        out.print(line, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -283,20 +284,29 @@ def logs(cell: Annotated[str, typer.Argument(help="benchmark/method[@variant]/se
 
 
 @app.command("plan")
-def plan_(table: TableName = "table2") -> None:
-    """What a table still needs, and a check of every file it will read."""
-    jobs = plan.jobs(config.table(table))
+def plan_(table: TableName = "table2", profile: ProfileName = None) -> None:
+    """What a table still needs, and a check of every file it will read; with --profile slurm also what would be asked of the cluster."""
+    from distillbench import overview
+
+    jobs = plan.jobs(plan.table(table, profile))
     check_extractors([j.cells[0].benchmark for j in jobs])
     todo = [j for j in jobs if not all(plan.is_trained(c) for c in j.cells)]
     for warning in plan.validate(todo):
         print(f"distillbench: {warning}", file=sys.stderr)
     if not todo:
-        out.print(f"{table}: every cell is there; `snakemake --cores all results/{table}.md` has at most to evaluate and render")
-    for j in todo:
-        missing = [c for c in j.cells if not plan.is_trained(c)]
-        b = missing[0].benchmark
-        cost = f"{b.teacher.updates} updates" if missing[0].arm is None else f"{missing[0].own_budget / 1e12:g} TFLOP"
-        out.print(f"{j.benchmark}/{j.arm}: seeds {', '.join(str(c.seed) for c in missing)}, {cost} each")
+        how = f"--profile {profile}" if profile else "--cores all"
+        out.print(f"{table}: every cell is there; `snakemake {how} results/{table}.md` has at most to evaluate and render")
+    for line in overview.forecast(todo, plan.is_trained, profile):
+        out.print(line, soft_wrap=True, markup=False)
+
+
+@app.command()
+def cancel(table: TableName = "table2", profile: ProfileName = "slurm") -> None:
+    """End the SLURM jobs of a table's cells; their launchers do not try again. The same snakemake command continues them later."""
+    from distillbench import cluster
+
+    numbers = cluster.cancel(plan.jobs(plan.table(table, profile)))
+    print(f"cancelled: jobs {', '.join(numbers)}" if numbers else "none of its jobs is in the queue")
 
 
 @app.command("table")
@@ -306,6 +316,8 @@ def table_(
         bool, typer.Option("--check", help="compare the files there with the published records; exit 1 if they differ")
     ] = False,
     render: Annotated[bool, typer.Option("--render", help="render from the published records; look at no cell")] = False,
+    profile: ProfileName = None,
+    partial: Annotated[bool, typer.Option("--partial", help="write NAME.partial.md: what is missing; render nothing")] = False,
 ) -> None:
     """Publish the records of a table's cells to results/records and render the table from them.
 
@@ -313,9 +325,14 @@ def table_(
     """
     import yaml
 
+    from distillbench import overview
     from eval import external, figures, records, tables
 
-    table, results = config.table(name), config.root() / "results"
+    table, results = plan.table(name, profile), config.root() / "results"
+    if partial:
+        text = overview.partial(name, plan.jobs(table), is_evaluated) if table.kind == "metrics" else ""
+        return write_atomically(results / f"{name}.partial.md", text.encode()) if text else None
+    (results / f"{name}.partial.md").unlink(missing_ok=True)
     if table.kind == "costs":
         raise typer.Exit(verdict(f"results/{name}", render_costs(table, check), check))
     folder = results / "records" / name

@@ -1,6 +1,9 @@
-"""Runs a stage of a cell's life where the workflow says: here, for now. Imports no torch, so that waiting costs nothing.
+"""Runs a stage of cells where the workflow says: here, or as a SLURM job. Imports no torch, so that waiting costs nothing.
 
-python -m distillbench.dispatch local train digits dmd
+python -m distillbench.dispatch PLACE STAMP REQUEST train digits dmd --seeds 0,1,2
+
+PLACE: local, which turns this process into the command; or slurm, which submits it, waits and says how it ended. STAMP: the
+workflow's output, beside which a job has its folder. REQUEST: what the job may use (`distillbench.resources.request`).
 """
 
 from __future__ import annotations
@@ -8,19 +11,23 @@ from __future__ import annotations
 import os
 import sys
 
-from distillbench.progress import LINES
-
+LINES = "DISTILLBENCH_LINES"  # of distillbench.progress: lines in place of bars, which would overwrite each other
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # bytes repeat only at a fixed thread count
 
 
 def main(arguments: list[str]) -> int:
-    """Replace this process by the command line's, with one thread."""
-    place, *command = arguments or [""]
-    if place != "local":
-        print(f"distillbench: dispatch to '{place}' is not supported, use 'local'", file=sys.stderr)
+    """Replace this process by the command line's, with one thread; or wait for the job that runs it."""
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1") | {LINES: "1"})
+    if len(arguments) < 4 or arguments[0] not in ("local", "slurm"):
+        place = f"'{arguments[0]}'" if arguments else "nowhere"
+        print(f"distillbench: dispatch to {place} is not supported, use 'local' or 'slurm'", file=sys.stderr)
         return 2
-    environment = os.environ | dict.fromkeys(ONE_THREAD, "1") | {LINES: "1"}
-    os.execve(sys.executable, [sys.executable, "-m", "distillbench.cli", *command], environment)
+    place, stamp, request, *words = arguments
+    if place == "local":
+        os.execve(sys.executable, [sys.executable, "-m", "distillbench.cli", *words], dict(os.environ))
+    from distillbench import launcher
+
+    return launcher.main(stamp, request, words)
 
 
 if __name__ == "__main__":

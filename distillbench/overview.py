@@ -6,32 +6,38 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from distillbench import config, journal, registry
+from distillbench import cluster, config, journal, registry, resources, squeue
 from distillbench.cell import Cell, hardware, is_locked, read_record
+from distillbench.cluster import Place
 from distillbench.errors import UserError, nearest
 from distillbench.plan import Job
+from distillbench.squeue import Queued
 
-COLOURS = {"done": "green", "trained": "green", "running": "yellow", "interrupted": "magenta", "waiting": "dim", "to do": "dim"}
+COLOURS = {"done": "green", "trained": "green", "running": "yellow", "evaluating": "yellow", "interrupted": "magenta", "lost": "red"}
+COLOURS |= dict.fromkeys(("queued", "waiting", "to do"), "dim")
 LAST_STEPS, LAST_LINES = 8, 12  # that `logs` shows of train.jsonl and of traceback.txt
 
 
 @dataclass(frozen=True)
 class State:
-    """`word`: done (and evaluated), trained, running, interrupted, waiting (for its teacher or start), to do, or the record's status."""
+    """`word`: done (and evaluated), trained, running, evaluating, interrupted, queued, lost (by a cluster), waiting (for its teacher or
+    start), to do, or the record's status."""
 
     word: str
     share: float = 0.0  # of its training steps, while it has no record
     left: float | None = None  # seconds of training, estimated from its own pace
+    pace: float | None = None  # steps per second
+    why: str = ""  # queued: SLURM's reason; lost: what happened; running on a cluster: the nodes
 
     def __str__(self) -> str:
         if self.word == "running":
@@ -40,6 +46,8 @@ class State:
             return "sampling" if self.share == 1 else f"{self.share:.0%}" + ("" if self.left is None else f" {duration(self.left)} left")
         if self.word == "interrupted":
             return f"interrupted at {self.share:.0%}"
+        if self.word == "queued":
+            return f"queued ({self.why})"
         return self.word if self.word in COLOURS else self.word.upper().replace("_", " ")
 
     @property
@@ -52,42 +60,130 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def progress_of(folder: Path) -> State:
-    """The state of a cell without a record, from its lock and its journal."""
-    word, lines = ("running" if is_locked(folder / "lock") else "interrupted"), journal.read(folder)
+def progress_of(folder: Path, running: bool = False) -> State:
+    """The state of a cell without a record, from its lock (unless it is known to be running) and its journal."""
+    word, lines = ("running" if running or is_locked(folder / "lock") else "interrupted"), journal.read(folder)
     starts = [i for i, line in enumerate(lines) if "start" in line]
     if not starts:
         return State(word if word == "running" else "to do")
     start = lines[starts[-1]]
     done = max([start["start"], *(line.get("checkpoint", line.get("step", -1) + 1) for line in lines[starts[-1] + 1 :])])
-    share, left = done / start["steps"], None
+    share, left, pace = done / start["steps"], None, None
     if word == "running" and done > start["start"]:
         now, seen = time.time(), (folder / journal.NAME).stat().st_mtime
-        left = max(0.0, (seen - start["time"]) * (start["steps"] - done) / (done - start["start"]) - (now - seen))
-    return State(word, share, left)
+        pace = (done - start["start"]) / max(seen - start["time"], 1e-3)
+        left = max(0.0, (start["steps"] - done) / pace - (now - seen))
+    return State(word, share, left, pace)
 
 
-def state_of(cell: Cell, evaluated: Callable[[Cell], bool]) -> State:
-    """The state of a cell."""
+def state_of(cell: Cell, evaluated: Callable[[Cell], bool], place: Place | None = None) -> State:
+    """The state of a cell; `place`: where its job on a cluster is."""
+    place = place or Place()
+    queued = place.queued
     if (record := cell.result()) is not None:
-        return State(record["status"] if record["status"] != "done" else "done" if evaluated(cell) else "trained")
+        if record["status"] != "done" or evaluated(cell):
+            return State(record["status"])
+        return State("evaluating" if queued and queued.state == "RUNNING" and place.evaluates else "trained", why=place.why)
+    if queued is not None and queued.state == "RUNNING":
+        return replace(progress_of(cell.folder, is_locked(cell.folder / "lock") or is_current(cell, queued)), why=queued.nodes)
+    if queued is not None:
+        return State("queued", why=queued.reason if queued.state == "PENDING" else queued.state.lower())
+    if place.why:
+        return State("lost", why=place.why)
     state = progress_of(cell.folder)
     if state.word == "to do" and any(c.result() is None for c in cell.needed):
         return State("waiting")
     return state
 
 
+def is_current(cell: Cell, queued: Queued) -> bool:
+    """Something was written to the cell's journal since its job began: a lock of another node may not be seen."""
+    *days, clock = queued.elapsed.split("-")
+    elapsed = int(days[0]) * 86400 if days else 0
+    for part, unit in zip(reversed(clock.split(":")), (1, 60, 3600)):
+        elapsed += int(part) * unit if part.isdecimal() else 0
+    path = cell.folder / journal.NAME
+    return path.is_file() and path.stat().st_mtime > time.time() - elapsed - squeue.SECONDS
+
+
 def matrix(jobs: list[Job], evaluated: Callable[[Cell], bool]) -> Group:
     """Rows benchmark/arm, columns seeds, and a line that sums it up."""
-    states = [(cell, state_of(cell, evaluated)) for job in jobs for cell in job.cells]
+    places = cluster.places(jobs)
+    states = [(cell, state_of(cell, evaluated, places.get(cell.key))) for job in jobs for cell in job.cells]
     rows: dict[str, dict[int, State]] = defaultdict(dict)
     for cell, state in states:
         rows[f"{cell.benchmark.name}/{cell.arm_name}"][cell.seed] = state
     seeds = sorted({cell.seed for cell, _ in states})
-    table = Table("", *(f"seed {seed}" for seed in seeds), box=None)
+    table = Table(Column("", overflow="fold"), *(f"seed {seed}" for seed in seeds), box=None)
     for name, row in rows.items():
         table.add_row(name, *(row[seed].text if seed in row else "" for seed in seeds))
-    return Group(table, Text(summary(states)))
+    lost = {f"{cell.benchmark.name}/{cell.arm_name}: {state.why}" for cell, state in states if state.word == "lost"}
+    price = spent(jobs, states)
+    return Group(table, *(Text(f"lost: {line}") for line in sorted(lost)), Text(summary(states)), *([Text(price)] if price else []))
+
+
+def details(jobs: list[Job], evaluated: Callable[[Cell], bool]) -> list[str]:
+    """A line for each cell: state, reason, pace, seconds, where its job is, folder."""
+    places, out = cluster.places(jobs), []
+    for cell in (cell for job in jobs for cell in job.cells):
+        place = places.get(cell.key) or Place()
+        result, state = cell.result() or {}, state_of(cell, evaluated, place)
+        facts = [result["reason"]] if result.get("reason") else [state.why] if state.why and state.word != "queued" else []
+        facts += [f"{state.pace:.3g} steps/s"] if state.pace else []
+        facts += [f"{result['cost']['seconds']:g} s"] if result else []
+        facts += [f"job {place.queued.id}"] if place.queued else []
+        out.append(f"{cell.label}: {state}{''.join(f', {fact}' for fact in facts)}  {cell.folder.relative_to(config.root())}")
+    return out
+
+
+def spent(jobs: list[Job], states: list[tuple[Cell, State]]) -> str:
+    """GPU-hours of the cells that ended, and about how many are left; '' where none asks for a GPU."""
+    per_second = {cell.key: cluster.hours(job, 1.0)[0] for job in jobs for cell in job.cells}
+    if not any(per_second.values()):
+        return ""
+    done = sum(per_second[c.key] * r["cost"]["seconds"] for c, _ in states if (r := c.result()) is not None)
+    open_ = [c for c, _ in states if c.result() is None]
+    rest = [None if s is None else s * per_second[c.key] for c, s in zip(open_, seconds_left(states))]
+    left = "unknown" if None in rest else f"about {sum(filter(None, rest)):.3g}"
+    return f"GPU-hours: {done:.3g} spent, {left} left"
+
+
+def forecast(jobs: list[Job], trained: Callable[[Cell], bool], profile: str | None) -> list[str]:
+    """What is not trained yet, a line for each job: cells and budget, and with a profile what is asked of the cluster."""
+    out, total, submitted = [], [0.0, 0.0], 0
+    for job in jobs:
+        if not (missing := [c for c in job.cells if not trained(c)]):
+            continue
+        b = missing[0].benchmark
+        cost = f"{b.teacher.updates} updates" if missing[0].arm is None else f"{missing[0].own_budget / 1e12:g} TFLOP"
+        line = f"{job.benchmark}/{job.arm}: seeds {', '.join(str(c.seed) for c in missing)}, {cost} each"
+        if profile:
+            r = resources.of(job.benchmark, job.arm)
+            size = f"{r.nodes} node{'s' if r.nodes > 1 else ''} x {r.ranks} rank{'s' if r.ranks > 1 else ''}"
+            line += f"; a job of {size}, {r.gpus} GPUs, {r.cpus} CPUs, {r.memory_gb:g} GB, {r.minutes} min"
+            submitted += 1
+            total = [a + h for a, h in zip(total, cluster.hours(job, 60 * r.minutes))]
+        out.append(line)
+    if profile and out:
+        site = {k: v for k, v in resources.site(profile).model_dump().items() if v and k != "benchmarks"}
+        out.append(f"{submitted} jobs for training, one more each for evaluating; training takes at most {total[0]:.3g} GPU-hours and "
+                   f"{total[1]:.3g} core-hours if no job reaches its time limit; sbatch: {site or 'defaults of the cluster'}")  # fmt: skip
+    return out
+
+
+def partial(name: str, jobs: list[Job], evaluated: Callable[[Cell], bool]) -> str:
+    """results/<name>.partial.md: which cells keep a table from being rendered, and why."""
+    places = cluster.places(jobs)
+    states = [(cell, state_of(cell, evaluated, places.get(cell.key))) for job in jobs for cell in job.cells]
+    missing = [(c, s) for c, s in states if s.word in COLOURS and s.word != "done"]
+    lines = [
+        f"# {name}: not complete",
+        "",
+        f"{len(states) - len(missing)} of {len(states)} cells have ended. The same command continues.",
+        "",
+    ]
+    lines += ["| cell | state | why |", "|---|---|---|"] + [f"| {c.label} | {s} | {s.why or '–'} |" for c, s in missing]
+    return "\n".join(lines) + "\n"
 
 
 def summary(states: list[tuple[Cell, State]]) -> str:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distillbench import config, registry
+from distillbench import config, registry, resources
 from distillbench.cell import Cell, make_folder, write_atomically, writing
 from distillbench.config import Table, canonical, digest, root
 from distillbench.errors import UserError, nearest
@@ -89,14 +89,29 @@ def arms(table: Table) -> list[registry.Arm]:
     return found
 
 
+def table(name: str, profile: str | None = None) -> Table:
+    """The table called `name`, on the benchmarks that the site file of a profile gives it, if it does."""
+    found = config.table(name)
+    if profile and (benchmarks := resources.site(profile).benchmarks.get(name)):
+        return found.model_copy(update={"benchmarks": benchmarks})
+    return found
+
+
 def jobs(table: Table) -> list[Job]:
-    """Every benchmark's teachers, a job each (students wait for them), and its arms, all seeds in a job."""
+    """Every benchmark's teachers, a job each (students wait for them), and its arms, as many seeds in a job as its resources say."""
     out = []
     for b in map(config.benchmark, table.benchmarks):
         seeds = table.seeds or b.seeds
         out += [Job((Cell(b, None, seed),)) for seed in seeds]
-        out += [Job(tuple(Cell(b, arm, seed) for seed in seeds)) for arm in arms(table)]
+        for arm in arms(table):
+            n = resources.of(b.name, arm.name).seeds or len(seeds)
+            out += [Job(tuple(Cell(b, arm, seed) for seed in seeds[i : i + n])) for i in range(0, len(seeds), n)]
     return out
+
+
+def request(job: Job, stage: str, site: resources.Site) -> str:
+    """What a job may use, for its launcher (`distillbench.dispatch`)."""
+    return resources.request(job.benchmark, job.arm, stage, site)
 
 
 def start_arms(found: list[registry.Arm]) -> list[registry.Arm]:

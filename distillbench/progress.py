@@ -12,8 +12,9 @@ from functools import lru_cache
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distillbench.dispatch import LINES
+
 Report = Callable[[str, int, int], None]  # (what, done, total)
-LINES = "DISTILLBENCH_LINES"  # set by dispatch: bars of parallel jobs would overwrite each other
 SECONDS_BETWEEN_LINES = 10
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 
-from distillbench import plan, ranks
-from distillbench.cell import Cell, remove_progress
+from distillbench import config, plan, ranks, registry
+from distillbench.cell import Cell, describe, remove_progress
 from distillbench.progress import reporter, say
-from distillbench.watch import Pulse, supervise
+from distillbench.watch import Pulse, finish, supervise
 
 
 def again(cell: Cell) -> str:
@@ -53,3 +53,18 @@ def train_cells(cells: list[Cell]) -> None:
                     ranks.meet()  # the record is there for all
 
     supervise(order, work)
+
+
+def give_up(words: list[str], status: str, reason: str) -> bool:
+    """Write the record of the cell at which SLURM ended `train BENCHMARK ARM --seeds ...` for good; False where it was at none."""
+    stage, benchmark, arm, _, seeds = words
+    if stage != "train":
+        return False
+    b, found = config.benchmark(benchmark), None if arm == "teacher" else registry.arm(arm)
+    for cell in (Cell(b, found, int(seed)) for seed in seeds.split(",")):
+        with cell.locked():
+            if cell.result() is None:
+                finish(cell, describe(cell) | {"status": status, "reason": reason}, None, 0.0, None)
+                say(f"{cell.label}: {status.upper()}: {reason}")
+                return True
+    return False

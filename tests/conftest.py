@@ -47,11 +47,12 @@ class Checkout:
     def __init__(self, folder: Path):
         self.folder = folder
         self.environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        for name in ("Snakefile", "workflows/rules", "profiles", "methods"):
+        for name in ("Snakefile", "workflows/rules", "workflows/resources.yaml", "profiles", "slurm", "methods"):
             source = ROOT / name
             if source.is_dir():
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, folder / name)
         self.write("distillbench.yaml", "method_paths: []\n")
         for name in ("check-mixture", "check-digits"):

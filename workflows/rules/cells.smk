@@ -13,11 +13,12 @@ rule train:
         seeds=lambda w: job_of(w).seeds,
     resources:
         dispatch="local",
-    retries: 1
+        request=request("train"),
+    retries: RETRIES
     message:
         "train {wildcards.arm} on {wildcards.benchmark}, seeds {params.seeds}"
     shell:
-        "exec python -m distillbench.dispatch {resources.dispatch} train {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"
+        "exec python -m distillbench.dispatch {resources.dispatch} {output} {resources.request:q} train {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"
 
 
 rule evaluate:
@@ -30,8 +31,9 @@ rule evaluate:
         seeds=lambda w: job_of(w).seeds,
     resources:
         dispatch="local",
-    retries: 1
+        request=request("evaluate"),
+    retries: RETRIES
     message:
         "evaluate {wildcards.arm} on {wildcards.benchmark}, seeds {params.seeds}"
     shell:
-        "exec python -m distillbench.dispatch {resources.dispatch} evaluate {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"
+        "exec python -m distillbench.dispatch {resources.dispatch} {output} {resources.request:q} evaluate {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"

@@ -17,7 +17,7 @@ rule table:
     message:
         "results/{wildcards.table}.md"
     shell:
-        "exec python -m distillbench.cli table {wildcards.table}"
+        "exec python -m distillbench.cli table {wildcards.table} {AS_PROFILE}"
 
 
 # Tables of costs have no cells: they read the published records of other tables, the first of which is made if need be.

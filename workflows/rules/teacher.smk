@@ -8,8 +8,9 @@ rule teacher:
         seeds=lambda w: EVERY[w.benchmark, "teacher", w.batch].seeds,
     resources:
         dispatch="local",
-    retries: 1
+        request=request("train"),
+    retries: RETRIES
     message:
         "teacher of {wildcards.benchmark}, seed {params.seeds}"
     shell:
-        "exec python -m distillbench.dispatch {resources.dispatch} train {wildcards.benchmark} teacher --seeds {params.seeds}"
+        "exec python -m distillbench.dispatch {resources.dispatch} {output} {resources.request:q} train {wildcards.benchmark} teacher --seeds {params.seeds}"

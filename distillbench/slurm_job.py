@@ -1,0 +1,126 @@
+"""What runs inside a SLURM job: one `distillbench` command, in as many attempts as preemption and time limits make of it.
+
+SLURM ends an attempt in three ways. At the time limit and on preemption it sends SIGUSR2, on which submitit calls `checkpoint` and
+requeues the job. `scontrol requeue` and preemption without that signal send SIGTERM, then SIGKILL, and start the job again by
+themselves. Every process of the job gets these signals, the command among them: it saves a checkpoint and ends (distillbench/watch.py).
+Its end is then nobody's failure: this process waits until SLURM ends it and leaves no outcome. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+OUTCOME, STARTED, MEETING = "outcome.json", "started.json", "meeting.json"
+INTERRUPTED = 130
+POLL = 0.1
+LEAVE_SECONDS = 60.0  # for the command to save a checkpoint
+TAKEN_SECONDS = 900.0  # for SLURM to take an attempt away that it has told to leave
+SOMEBODY = {INTERRUPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT}
+EARLY = 65.0  # seconds that SLURM may warn too early, measured
+
+
+def signal_delay(minutes: float) -> int:
+    """Seconds before a time limit at which SLURM is to send SIGUSR2: not too many of a short one."""
+    return int(min(90, minutes * 15))
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """JSON, atomically; on a file system shared with the launcher."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_text(json.dumps(value) + "\n")
+    os.replace(temporary, path)
+
+
+def packages() -> dict[str, str]:
+    """What must be the same where a job is submitted and where it runs."""
+    return {"python": ".".join(platform.python_version_tuple()[:2])} | {name: version(name) for name in ("torch", "numpy")}
+
+
+class Work:
+    """A command line of distillbench in a job; submitit pickles it. `time_limits`: how many limits it may still reach."""
+
+    def __init__(self, words: list[str], root: Path, folder: Path, minutes: float, time_limits: int):
+        self.words, self.root, self.folder = words, root, folder
+        self.minutes, self.time_limits = minutes, time_limits
+        self.packages = packages()
+        self._child: subprocess.Popen | None = None
+        self._began = 0.0
+
+    def __call__(self) -> None:
+        """Run the command; its outcome is written by rank 0 unless SLURM interrupts it."""
+        from submitit import JobEnvironment
+
+        job, self._began = JobEnvironment(), time.monotonic()
+        first = job.global_rank == 0
+        here = {"job": job.job_id, "node": job.hostname, "attempt": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "time": time.time()}
+        if (found := packages()) != self.packages:
+            differing = ", ".join(f"{k} {found[k]} instead of {v}" for k, v in self.packages.items() if found[k] != v)
+            if first:
+                write(self.folder / OUTCOME, here | {"code": 2, "why": f"node {job.hostname} has {differing}: use one environment"})
+            return
+        if first:
+            write(self.folder / STARTED, here)
+        command = [sys.executable, "-m", "distillbench.cli", *self.words]
+        self._child = child = subprocess.Popen(command, cwd=self.root, env=os.environ | self.place(job))
+        while child.poll() is None:
+            time.sleep(POLL)
+        code = child.returncode
+        if code in SOMEBODY:
+            time.sleep(TAKEN_SECONDS)
+        if first:
+            write(self.folder / OUTCOME, here | {"code": code})
+        if code:
+            sys.exit(1)  # with several ranks srun then ends the others
+
+    def place(self, job: Any) -> dict[str, str]:
+        """The environment by which ranks find each other (`distillbench.ranks`); nothing for one."""
+        if job.num_tasks == 1:
+            return {}
+        meeting = self.folder / MEETING
+        attempt = f"{job.job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        if job.global_rank == 0:
+            with socket.socket() as s:
+                s.bind(("", 0))
+                port = s.getsockname()[1]
+            write(meeting, {"attempt": attempt, "address": job.hostname, "port": port})
+        while True:
+            try:
+                found = json.loads(meeting.read_text())
+                if found["attempt"] == attempt:
+                    break
+            except (OSError, ValueError):
+                pass
+            time.sleep(POLL)
+        return {
+            "WORLD_SIZE": str(job.num_tasks), "RANK": str(job.global_rank), "LOCAL_RANK": str(job.local_rank),
+            "MASTER_ADDR": found["address"], "MASTER_PORT": str(found["port"]),
+        }  # fmt: skip
+
+    def checkpoint(self) -> Any:
+        """submitit's hook on SIGUSR2, in rank 0: everything is on disk once the command has ended; the same work goes on in the next
+        attempt. None, for no further one, where too many time limits have been reached."""
+        from submitit.helpers import DelayedSubmission
+
+        child, self._child = self._child, None
+        if child is not None:
+            child.send_signal(signal.SIGUSR2)
+            end = time.monotonic() + LEAVE_SECONDS
+            while time.monotonic() < end and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                time.sleep(POLL)
+        if time.monotonic() - self._began > 60 * self.minutes - signal_delay(self.minutes) - EARLY:  # earlier it is preemption
+            self.time_limits -= 1
+        if self.time_limits < 0:
+            here = {"job": os.environ["SLURM_JOB_ID"], "node": socket.gethostname(), "time": time.time()}
+            write(self.folder / OUTCOME, here | {"code": INTERRUPTED, "timeout": True})
+            return None
+        return DelayedSubmission(self)

@@ -1,0 +1,368 @@
+"""The workflow on a real cluster: nothing computed twice, nothing lost, a dead cell explained (workflow.md, section 3)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from distillbench import journal, launcher, squeue
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import Site
+
+LITERAL = ("snakemake", "--profile", "slurm")
+
+
+def local_metrics(site: Site, folder: Path, table: str = "small") -> dict[str, bytes]:
+    """What the same checkout gives without a cluster."""
+    shutil.copytree(site.folder, folder)
+    found = subprocess.run(
+        ["snakemake", "--cores", "2", f"results/{table}.md"], cwd=folder, env=site.environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    runs = folder / "results/runs"
+    return {str(p.relative_to(runs)): p.read_bytes() for p in sorted(runs.rglob("metrics.json"))}
+
+
+def submitted(text: str) -> list[str]:
+    return re.findall(r"job (\d+) submitted", text)
+
+
+def lines_of(site: Site, method: str) -> list[dict]:
+    (folder,) = (site.folder / f"results/runs/slow-ring/{method}").glob("seed0-*")
+    return journal.read(folder)
+
+
+def repeated(lines: list[dict]) -> int:
+    """Steps logged again that came before the checkpoint their process began at: there must be none."""
+    saved, bad = 0, 0
+    for line in lines:
+        if "start" in line:
+            bad += line["start"] != saved and line["start"] != saved + 1
+        saved = line.get("checkpoint", saved)
+    return bad
+
+
+def result(site: Site, method: str) -> dict:
+    (path,) = (site.folder / f"results/runs/slow-ring/{method}").glob("seed0-*/result.json")
+    return json.loads(path.read_text())
+
+
+def test_the_literal_command_gives_the_bytes_of_a_local_run(site: Site, tmp_path: Path):
+    expected = local_metrics(site, tmp_path / "local")
+    done = site.run(*LITERAL, "results/small.md")
+    assert done.returncode == 0, done.stderr
+    assert site.metrics() == expected and len(expected) == 6
+    jobs = submitted(done.stderr)
+    assert len(jobs) == len(set(jobs)) == 8  # two teachers and two arms, trained and evaluated
+    again = site.run(*LITERAL, "results/small.md")
+    assert again.returncode == 0 and not submitted(again.stderr)
+
+
+@pytest.mark.parametrize("how", ["requeue", "SIGUSR2", "SIGTERM"])
+def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: str):
+    site.slow()
+    site.table("taken", ["slow"], "slow-ring")
+    process = site.start(*LITERAL, "results/taken.md")
+    for nth in (1, 2):
+        number = site.training("slow", nth)
+        if how == "requeue":
+            site.cluster.run("scontrol", "requeue", number)
+        else:
+            site.cluster.run("scancel", f"--signal={how}", number)
+        if how == "SIGTERM":  # SLURM does not start it again by itself: whoever sends it requeues, as preemption does
+            site.cluster.run("scontrol", "requeue", number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "FAILED" not in errors and "lost" not in errors
+    lines = lines_of(site, "slow")
+    starts = [line["start"] for line in lines if "start" in line]
+    assert len(starts) == 3 and 0 < starts[1] < starts[2] and repeated(lines) == 0
+    assert len(submitted(errors)) == 4  # teacher and student, trained and evaluated: the same jobs went on
+
+
+def test_a_time_limit_is_a_pause_and_too_many_are_a_record(site: Site):
+    site.slow(1.0)
+    site.table("limited", ["slow"], "slow-ring")
+    site.resources(minutes=1, time_limits=1)
+    done = site.run(*LITERAL, "results/limited.md", timeout=600)
+    assert done.returncode == 0, done.stderr  # a failure of the method is a row
+    found = result(site, "slow")
+    assert found["status"] == "timeout" and found["reason"] == "not done in 2 jobs of 1 min (workflows/resources.yaml)"
+    starts = [line["start"] for line in lines_of(site, "slow") if "start" in line]
+    assert len(starts) == 2 and starts[1] > 10
+    assert "TIMEOUT: not done in 2 jobs" in (site.folder / "results/limited.md").read_text()
+
+
+def test_killed_launchers_are_no_loss(site: Site):
+    site.slow()
+    site.table("orphans", ["slow"], "slow-ring")
+    process = site.start(*LITERAL, "results/orphans.md")
+    number = site.training("slow")
+    os.killpg(process.pid, signal.SIGKILL)  # Snakemake and its launchers
+    process.wait()
+    assert site.cluster.jobs()[number] == "RUNNING"
+    done = site.run(*LITERAL, "results/orphans.md")
+    assert done.returncode == 0 and f"job {number} is in the queue already" in done.stderr
+    assert "train slow-ring slow --seeds 0: job" in done.stderr and not re.search(r"train .* submitted", done.stderr)
+    assert sum("start" in line for line in lines_of(site, "slow")) == 1
+
+
+def test_ctrl_c_leaves_jobs_running_and_a_second_launcher_waits(site: Site):
+    site.slow()
+    site.table("orphans", ["slow"], "slow-ring")
+    process = site.start(*LITERAL, "results/orphans.md")
+    number = site.training("slow")
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and f"job {number} goes on" in errors and "Traceback" not in errors
+    assert site.cluster.jobs()[number] == "RUNNING"
+    first, second = (site.start(*LITERAL, "results/orphans.md") for _ in range(2))
+    outputs = [p.communicate(timeout=200)[1] for p in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    assert sum("another launcher looks after this job" in text for text in outputs) >= 1
+    assert not any(re.search(r"train .* submitted", text) for text in outputs)
+
+
+def test_two_checkouts_do_not_see_each_other(site: Site, tmp_path: Path):
+    site.slow()
+    site.table("mine", ["slow"], "slow-ring")
+    (tmp_path / "other").mkdir()
+    other = Site(tmp_path / "other", site.cluster)
+    other.slow()
+    other.table("mine", ["slow"], "slow-ring")
+    both = [s.start(*LITERAL, "results/mine.md") for s in (site, other)]
+    outputs = [p.communicate(timeout=200)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], outputs
+    jobs = [submitted(text) for text in outputs]
+    assert len(jobs[0]) == len(jobs[1]) == 4 and not set(jobs[0]) & set(jobs[1])
+    assert site.metrics() == other.metrics()
+
+
+def test_a_number_that_another_job_has_now_is_not_ours(site: Site, monkeypatch: pytest.MonkeyPatch):
+    """Numbers begin anew when a controller loses its state; the name tells."""
+    monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
+    site.cluster.run("sbatch", "--job-name=somebody", "--wrap", "sleep 60", "--output=/dev/null")
+    number = site.until(lambda: list(site.cluster.jobs()), "a job")[0]
+    queue = squeue.Board(site.folder).since(time.time())
+    assert (
+        queue.job(number, "somebody") is not None and queue.job(number, "distillbench-0") is None and queue.named("distillbench-0") is None
+    )
+
+
+def test_a_lost_job_is_tried_again_and_then_given_up_without_a_record(site: Site):
+    site.slow()
+    site.table("lost", ["slow"], "slow-ring")
+    process = site.start(*LITERAL, "results/lost.md")
+    number = site.training("slow")
+    site.cluster.run("scancel", number)  # by hand
+    site.until(lambda: [n for n in site.cluster.jobs() if n != number], "a second job")
+    second = site.training("slow", 2)
+    site.cluster.run("scancel", "--signal=KILL", "--full", second)  # the step and the batch script
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert errors.count("trying again") == 2 and "CANCELLED" in errors and repeated(lines_of(site, "slow")) == 0
+
+
+def test_too_many_losses_end_the_command_and_say_what_is_missing(site: Site):
+    site.slow()
+    site.table("lost", ["slow"], "slow-ring")
+    site.resources(tries=1)
+    process = site.start(*LITERAL, "results/lost.md")
+    site.cluster.run("scancel", site.training("slow"))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and not list(site.folder.glob("results/runs/slow-ring/slow/seed0-*/result.json"))
+    assert "| slow-ring/slow seed 0 | lost | CANCELLED" in (site.folder / "results/lost.partial.md").read_text()
+    assert "lost.partial.md says what is missing" in errors
+    done = site.run(*LITERAL, "results/lost.md")
+    assert done.returncode == 0 and not (site.folder / "results/lost.partial.md").exists()
+    assert repeated(lines_of(site, "slow")) == 0
+
+
+def test_a_node_that_dies_costs_an_attempt(site: Site):
+    site.slow()
+    site.table("node", ["slow"], "slow-ring")
+    process = site.start(*LITERAL, "results/node.md")
+    number = site.training("slow")
+    node = site.cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%N").stdout.strip()
+    site.cluster.kill(node)
+    site.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        _, errors = process.communicate(timeout=300)
+    finally:
+        site.cluster.start_node(node)
+        site.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+    assert process.returncode == 0, errors
+    assert result(site, "slow")["status"] == "done" and repeated(lines_of(site, "slow")) == 0
+
+
+FAULTS = {
+    "raises": ("raise ValueError('bad method')", "failed", "ValueError: bad method"),
+    "hangs": ("time.sleep(1000)", "hung", "nothing ended for 30 s"),
+    "dies": ("os._exit(3)", "failed", "the process died 2 times"),
+    "greedy": ("raise torch.OutOfMemoryError('no room')", "oom", "OutOfMemoryError: no room"),
+}
+
+
+def test_what_a_method_does_is_a_row(site: Site):
+    for name, (code, *_) in FAULTS.items():
+        site.slow(0.0, name)
+        with open(site.folder / f"methods/{name}/method.py", "a") as f:
+            f.write(f"\n\nimport os, time, torch\ndef fault(*step):\n    {code}\nMeanFlow.train_step = fault\n")
+    path = site.folder / "workflows/benchmarks/slow-ring.yaml"
+    path.write_text(path.read_text() + "stall_s: 30\n")
+    site.table("faults", [*FAULTS, "meanflow"], "slow-ring")
+    done = site.run(*LITERAL, "results/faults.md", timeout=500)
+    assert done.returncode == 0, done.stderr
+    page = (site.folder / "results/faults.md").read_text()
+    for name, (_, status, reason) in FAULTS.items():
+        found = result(site, name)
+        assert (found["status"], reason in found["reason"]) == (status, True), found["reason"]
+        assert re.search(rf"slow-ring/{name} seed 0: {status.upper()}: .*\[job \d+\]", done.stderr), done.stderr
+        assert status.upper() in page
+    assert result(site, "meanflow")["status"] == "done"
+
+
+def test_two_nodes_train_a_cell(site: Site):
+    site.resources(nodes=2, seeds=1, gpus=1)
+    site.table("wide", ["meanflow"], "tiny-ring", [0])
+    site.environment |= {"GLOO_SOCKET_IFNAME": "lo"}
+    done = site.run(*LITERAL, "results/wide.md")
+    assert done.returncode == 0, done.stderr
+    (path,) = site.folder.glob("results/runs/tiny-ring/meanflow/seed0-*/result.json")
+    assert json.loads(path.read_text())["status"] == "done"
+    (log,) = site.folder.glob("results/runs/tiny-ring/meanflow/*.trained.slurm/*/*_1_log.out")
+    assert "global_rank=1(2)" in log.read_text()
+    status = site.run("distillbench", "status", "wide", "--profile", "slurm").stdout
+    assert "GPU-hours" in status
+
+
+def test_status_plan_and_cancel(site: Site):
+    site.slow()
+    site.resources(gpus=1)
+    site.table("seen", ["slow"], "slow-ring")
+    plan = site.run("distillbench", "plan", "seen", "--profile", "slurm").stdout
+    assert "slow-ring/slow: seeds 0" in plan and "1 GPUs" in plan and "GPU-hours" in plan
+    process = site.start(*LITERAL, "results/seen.md")
+    number = site.training("slow")
+    status = site.run("distillbench", "status", "seen", "--long").stdout
+    assert re.search(rf"slow-ring/slow seed 0: \d+%.* left, n\d, .*steps/s, job {number}", status), status
+    cancelled = site.run("distillbench", "cancel", "seen")
+    assert cancelled.returncode == 0 and number in cancelled.stdout
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "cancelled" in errors and "trying again" not in errors
+    assert "lost: slow-ring/slow: cancelled" in site.run("distillbench", "status", "seen").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("partition: nowhere", "invalid partition specified: nowhere"),
+        ("sbatch: {constraint: unheard-of}", "mend `constraint` in slurm/site.yaml"),
+        ("partitio: gpu", "unknown key 'partitio', did you mean 'partition'?"),
+    ],
+)
+def test_a_mistake_in_the_site_file_is_one_line_before_any_work(site: Site, text: str, words: str):
+    site.write("slurm/site.yaml", text + "\n")
+    done = site.run(*LITERAL, "results/small.md")
+    ours = [line for line in done.stderr.splitlines() if line.startswith("distillbench: ")]
+    assert done.returncode == 2 and len(ours) == 1 and words in ours[0], done.stderr
+    assert not list(site.folder.glob("results/runs/**/*.slurm")) and "Traceback" not in done.stderr
+
+
+def test_a_job_that_would_wait_for_ever_is_taken_back(site: Site):
+    site.write("slurm/site.yaml", "partition: short\n")  # its limit is two minutes; sbatch takes the job all the same
+    done = site.run(*LITERAL, "results/small.md")
+    assert done.returncode == 1 and "would never start (PartitionTimeLimit): lower `minutes` in workflows/resources.yaml" in done.stderr
+    assert not site.cluster.jobs()
+
+
+def test_more_than_the_cluster_has_is_refused(site: Site):
+    site.resources(gpus=9)
+    done = site.run(*LITERAL, "results/small.md")
+    assert done.returncode == 2 and "ask for less in workflows/resources.yaml" in done.stderr, done.stderr
+    site.resources(nodes=2)
+    done = site.run(*LITERAL, "results/small.md")
+    assert done.returncode == 2 and "several ranks train one cell: set seeds: 1" in done.stderr, done.stderr
+
+
+def test_no_slurm_here_is_one_line(site: Site):
+    folder = site.folder / "bin"
+    folder.mkdir()
+    for name in ("snakemake", "python", "bash", "env", "cat", "uname", "git"):
+        found = Path(sys.executable).parent / name
+        os.symlink(found if found.exists() else shutil.which(name), folder / name)
+    site.environment["PATH"] = str(folder)
+    done = site.run(*LITERAL, "results/small.md")
+    assert done.returncode == 2 and "no sbatch here: run on a login node of the cluster" in done.stderr, done.stderr
+
+
+def test_a_job_that_cannot_start_says_what_to_look_at(site: Site, cluster: Cluster):
+    """Its Python is not there when it starts, as on a node with another file system."""
+    python = site.folder / "python"
+    os.symlink(os.path.realpath(sys.executable), python)
+    site.environment["PYTHONPATH"] += f":{sysconfig.get_path('purelib')}"  # it knows nothing of the environment
+    request = json.dumps({"nodes": 1, "ranks": 1, "gpus": 0, "cpus": 1, "memory_gb": 1, "minutes": 5, "time_limits": 1, "tries": 1,
+                          "backoff_s": 0, "sbatch": {"hold": True}})  # fmt: skip
+    process = site.start(str(python), "-m", "distillbench.dispatch", "slurm", "results/runs/tiny-ring/teacher/0.trained", request,
+                         "train", "tiny-ring", "teacher", "--seeds", "0")  # fmt: skip
+    number = site.until(lambda: list(cluster.jobs()), "a job")[0]
+    python.unlink()
+    cluster.run("scontrol", "release", number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "before it could start: see that the nodes have" in errors and str(python) in errors, errors
+
+
+def test_a_node_with_other_packages_is_named(site: Site, monkeypatch: pytest.MonkeyPatch):
+    from distillbench import slurm_job
+
+    monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
+    monkeypatch.setenv("PATH", site.environment["PATH"])
+    monkeypatch.setattr(slurm_job, "packages", lambda: {"python": "2.7", "torch": "0.1"})
+    request = {
+        "nodes": 1,
+        "ranks": 1,
+        "gpus": 0,
+        "cpus": 1,
+        "memory_gb": 1,
+        "minutes": 5,
+        "time_limits": 1,
+        "tries": 2,
+        "backoff_s": 0,
+        "sbatch": {},
+    }
+    one = launcher.Launcher(
+        site.folder / "results/runs/tiny-ring/teacher/0.trained", ["train", "tiny-ring", "teacher", "--seeds", "0"], request
+    )
+    assert one.run() == 2
+    assert (
+        "has python 3." in launcher.read(one.folder / launcher.LOST)["why"]
+        and "instead of 2.7" in launcher.read(one.folder / launcher.LOST)["why"]
+    )
+
+
+def test_launchers_share_their_questions(site: Site):
+    """At most one squeue in five seconds, however many ask."""
+    log = site.folder / "questions"
+    real = shutil.which("squeue")
+    site.write("bin/squeue", f'#!/bin/sh\necho >> {log}\nexec {real} "$@"\n').chmod(0o755)
+    site.environment["PATH"] = f"{site.folder}/bin:{site.environment['PATH']}"
+    code = (
+        "import pathlib, time; from distillbench.squeue import Board; b = Board(pathlib.Path('.')); end = time.time() + 12\n"
+        "while time.time() < end: b.look(); time.sleep(0.2)"
+    )
+    began = time.time()
+    asking = [site.start(sys.executable, "-c", code) for _ in range(8)]
+    assert [p.wait(timeout=60) for p in asking] == [0] * 8
+    questions = log.read_text().count("\n")
+    assert 2 <= questions <= (time.time() - began) / squeue.SECONDS + 1
