@@ -16,8 +16,10 @@ protocol: .venv/installed
 	for arm in teacher dmd freeflow meanflow; do distillbench evaluate digits $$arm --seeds 0 --draws 10 || exit; done && \
 	distillbench table pilot && python -m eval.protocol pilot
 
+# tests/slurm has the machine for itself: its jobs take all cores.
 test: .venv/installed
-	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 && $(BIN)/python -m pytest -n auto --ignore tests/slurm && \
+	$(BIN)/python -m pytest tests/slurm
 
 test-slow: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.slow

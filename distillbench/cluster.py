@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,12 @@ def cancel(jobs: list[Job]) -> list[str]:
     if shutil.which("scancel") is None:
         raise UserError("no scancel here: run on a login node of the cluster")
     launched = list(folders(jobs))
+    if not launched:
+        return []
     for *_, folder in launched:
         (folder / CANCELLED).touch()
     try:
-        queue = Board(root() / "results/runs").since(0)
+        queue = Board(root() / "results/runs").since(time.time())
     except RuntimeError as e:
         raise UserError(str(e)) from None
     active = [q.id for *_, folder in launched if (q := queue.named(name_of(folder))) is not None and q.active]

@@ -96,8 +96,10 @@ class Launcher:
                 say(f"{self.what}: another launcher looks after this job; waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 outcome = read(self.folder / OUTCOME)
-                if outcome.get("code") == 0 and outcome["time"] > came - 3600 and (self.folder / OUTCOME).stat().st_mtime >= came:
+                if outcome.get("code") == 0 and outcome["time"] >= came:
                     return 0  # it was finished meanwhile
+            if self.cancelled(came):
+                return 1
             (self.folder / CANCELLED).unlink(missing_ok=True)
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
@@ -106,6 +108,11 @@ class Launcher:
                 job = f"job {self.number} goes on" if self.number else "nothing was submitted"
                 say(f"{self.what}: {job}; the same command continues, `distillbench cancel` ends the jobs of a table")
                 return INTERRUPTED
+
+    def cancelled(self, since: float = 0.0) -> bool:
+        """`distillbench cancel` was here, after the moment `since`."""
+        path = self.folder / CANCELLED
+        return path.exists() and path.stat().st_mtime >= since
 
     def tries(self) -> int:
         """Submit, and again where the machine lost the job."""
@@ -117,6 +124,9 @@ class Launcher:
                 time.sleep(pause)
             try:
                 found = self.board.since(time.time()).named(self.name)
+                if self.cancelled():
+                    return 1
+                (self.folder / LOST).unlink(missing_ok=True)
                 number = found.id if found is not None and found.active else self.submit(limits)
             except RuntimeError as e:  # of sbatch or squeue
                 say(f"{self.what}: {e}")
@@ -134,10 +144,10 @@ class Launcher:
                 return self.give_up(outcome)
             say(f"{self.what}: job {number} lost: {outcome['why']}")
             write(self.folder / LOST, {"job": number, "why": outcome["why"], "log": str(self.log(number))})
-            if (self.folder / CANCELLED).exists():
+            if self.cancelled():
                 break
             self.tail(number)
-            if outcome.get("code") == 2:
+            if outcome.get("final"):
                 return 2
         return 1
 
@@ -165,6 +175,7 @@ class Launcher:
             message = " ".join(str(e).split())
             message = message.partition("sbatch: error: ")[2] or message
             if help_ := remedy(message):
+                write(self.folder / LOST, {"why": f"sbatch refused: {message}: {help_}"})
                 refuse(f"{self.what}: sbatch refused: {message}: {help_}")
             raise RuntimeError(f"sbatch refused: {message}") from None
         say(f"{self.what}: job {number} submitted")
@@ -180,7 +191,8 @@ class Launcher:
             own = outcome if outcome.get("job") == number else {}
             if own.get("code") == 0:
                 return own
-            if (self.folder / CANCELLED).exists():
+            if self.cancelled():
+                subprocess.run(["scancel", number], capture_output=True)
                 return {"why": "cancelled"}
             queue = self.board.look()
             if queue is not None and queue.time > began:
@@ -189,6 +201,7 @@ class Launcher:
                 missing = 0 if now else missing + 1
                 if now is not None and now.reason != warned and now.reason in STUCK and now.state == "PENDING":
                     subprocess.run(["scancel", number], capture_output=True)
+                    write(self.folder / LOST, {"job": number, "why": f"would never start ({now.reason}): {STUCK[now.reason]}"})
                     refuse(f"{self.what}: job {number} would never start ({now.reason}): {STUCK[now.reason]}")
                 over = (now is not None and not now.active) or missing * POLL > NOTICE / 2
                 ended = (ended or time.time()) if over else 0.0

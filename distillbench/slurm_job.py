@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,11 @@ class Work:
         here = {"job": job.job_id, "node": job.hostname, "attempt": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "time": time.time()}
         if (found := packages()) != self.packages:
             differing = ", ".join(f"{k} {found[k]} instead of {v}" for k, v in self.packages.items() if found[k] != v)
-            if first:
-                write(self.folder / OUTCOME, here | {"code": 2, "why": f"node {job.hostname} has {differing}: use one environment"})
-            return
+            why = f"node {job.hostname} has {differing}: use one environment"
+            write(self.folder / OUTCOME, here | {"code": 2, "final": True, "why": why})
+            sys.exit(1)  # whatever the rank: srun then ends the others
         if first:
+            (self.folder / OUTCOME).unlink(missing_ok=True)  # of an attempt that was taken away
             write(self.folder / STARTED, here)
         command = [sys.executable, "-m", "distillbench.cli", *self.words]
         self._child = child = subprocess.Popen(command, cwd=self.root, env=os.environ | self.place(job))
@@ -78,7 +80,7 @@ class Work:
         if code in SOMEBODY:
             time.sleep(TAKEN_SECONDS)
         if first:
-            write(self.folder / OUTCOME, here | {"code": code})
+            write(self.folder / OUTCOME, here | {"code": code, "time": time.time()})
         if code:
             sys.exit(1)  # with several ranks srun then ends the others
 
@@ -112,11 +114,12 @@ class Work:
         from submitit.helpers import DelayedSubmission
 
         child, self._child = self._child, None
-        if child is not None:
-            child.send_signal(signal.SIGUSR2)
-            end = time.monotonic() + LEAVE_SECONDS
-            while time.monotonic() < end and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-                time.sleep(POLL)
+        if child is not None and child.returncode is None:
+            with suppress(ProcessLookupError, ChildProcessError):  # it has ended, and may be reaped
+                os.kill(child.pid, signal.SIGUSR2)
+                end = time.monotonic() + LEAVE_SECONDS
+                while time.monotonic() < end and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                    time.sleep(POLL)
         if time.monotonic() - self._began > 60 * self.minutes - signal_delay(self.minutes) - EARLY:  # earlier it is preemption
             self.time_limits -= 1
         if self.time_limits < 0:

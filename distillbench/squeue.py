@@ -100,7 +100,7 @@ class Board:
             asked = time.time()
             try:
                 done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=TIMEOUT)
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, OSError):  # no squeue here
                 done = None
             if done is None or done.returncode:
                 self.path.with_suffix(".failed").touch()

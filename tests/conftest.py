@@ -67,7 +67,7 @@ class Checkout:
         target.write_text(text)
         return target
 
-    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """`distillbench ...` or `snakemake ...` here."""
         return subprocess.run(list(command), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout)
 

@@ -46,7 +46,7 @@ def test_two_ranks_are_one_rank(checkout: Checkout, arm: str):
     one, record = load_file(alone / "student.safetensors"), json.loads((alone / "result.json").read_text())
     (alone / "result.json").unlink()
     for process in (started := ranks(checkout, arm)):
-        errors = process.communicate(timeout=120)[1]
+        errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors
     assert len(started) == WORLD
     two, again = load_file(alone / "student.safetensors"), json.loads((alone / "result.json").read_text())
@@ -94,8 +94,8 @@ def lossy(checkout: Checkout, fault: str) -> list[subprocess.Popen]:
 
 def test_an_error_of_one_rank_is_the_records_reason(checkout: Checkout):
     first, second = lossy(checkout, 'raise ValueError("rank one fell over")')
-    assert second.wait(timeout=120) == 2 and "rank 1 ended: failed: ValueError: rank one fell over" in second.stderr.read()
-    assert first.wait(timeout=120) == 2 and "lost another rank" in first.stderr.read()
+    assert second.wait(timeout=300) == 2 and "rank 1 ended: failed: ValueError: rank one fell over" in second.stderr.read()
+    assert first.wait(timeout=300) == 2 and "lost another rank" in first.stderr.read()
     record = json.loads((folder(checkout, "lossy") / "result.json").read_text())
     assert record["status"] == "failed" and record["reason"].startswith("ValueError: rank one fell over")
 
@@ -103,7 +103,7 @@ def test_an_error_of_one_rank_is_the_records_reason(checkout: Checkout):
 def test_a_rank_that_is_killed_leaves_no_record(checkout: Checkout):
     started = time.monotonic()
     first, second = lossy(checkout, "os.kill(os.getpid(), 9)")
-    assert second.wait(timeout=120) == 2 and "was killed (SIGKILL)" in second.stderr.read()
-    assert first.wait(timeout=120) == 2 and "lost another rank" in first.stderr.read()
-    assert not (folder(checkout, "lossy") / "result.json").exists() and time.monotonic() - started < 100
+    assert second.wait(timeout=300) == 2 and "was killed (SIGKILL)" in second.stderr.read()
+    assert first.wait(timeout=300) == 2 and "lost another rank" in first.stderr.read()
+    assert not (folder(checkout, "lossy") / "result.json").exists() and time.monotonic() - started < 280
     assert os.environ.get("WORLD_SIZE") is None

@@ -81,7 +81,7 @@ class Site(Checkout):
             start_new_session=True,
         )  # fmt: skip
 
-    def until(self, ready, what: str, seconds: float = 120):
+    def until(self, ready, what: str, seconds: float = 300):
         """Wait for a value that is true."""
         end = time.monotonic() + seconds
         while not (found := ready()):

@@ -68,7 +68,7 @@ def test_the_literal_command_gives_the_bytes_of_a_local_run(site: Site, tmp_path
     assert again.returncode == 0 and not submitted(again.stderr)
 
 
-@pytest.mark.parametrize("how", ["requeue", "SIGUSR2", "SIGTERM"])
+@pytest.mark.parametrize("how", ["requeue", "SIGUSR2", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: str):
     site.slow()
     site.table("taken", ["slow"], "slow-ring")
@@ -81,7 +81,7 @@ def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: st
             site.cluster.run("scancel", f"--signal={how}", number)
         if how == "SIGTERM":  # SLURM does not start it again by itself: whoever sends it requeues, as preemption does
             site.cluster.run("scontrol", "requeue", number)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "FAILED" not in errors and "lost" not in errors
     lines = lines_of(site, "slow")
@@ -90,11 +90,12 @@ def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: st
     assert len(submitted(errors)) == 4  # teacher and student, trained and evaluated: the same jobs went on
 
 
+@pytest.mark.slow
 def test_a_time_limit_is_a_pause_and_too_many_are_a_record(site: Site):
     site.slow(1.0)
     site.table("limited", ["slow"], "slow-ring")
     site.resources(minutes=1, time_limits=1)
-    done = site.run(*LITERAL, "results/limited.md", timeout=600)
+    done = site.run(*LITERAL, "results/limited.md", timeout=900)
     assert done.returncode == 0, done.stderr  # a failure of the method is a row
     found = result(site, "slow")
     assert found["status"] == "timeout" and found["reason"] == "not done in 2 jobs of 1 min (workflows/resources.yaml)"
@@ -123,16 +124,17 @@ def test_ctrl_c_leaves_jobs_running_and_a_second_launcher_waits(site: Site):
     process = site.start(*LITERAL, "results/orphans.md")
     number = site.training("slow")
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode != 0 and f"job {number} goes on" in errors and "Traceback" not in errors
     assert site.cluster.jobs()[number] == "RUNNING"
     first, second = (site.start(*LITERAL, "results/orphans.md") for _ in range(2))
-    outputs = [p.communicate(timeout=200)[1] for p in (first, second)]
+    outputs = [p.communicate(timeout=600)[1] for p in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
     assert sum("another launcher looks after this job" in text for text in outputs) >= 1
     assert not any(re.search(r"train .* submitted", text) for text in outputs)
 
 
+@pytest.mark.slow
 def test_two_checkouts_do_not_see_each_other(site: Site, tmp_path: Path):
     site.slow()
     site.table("mine", ["slow"], "slow-ring")
@@ -141,7 +143,7 @@ def test_two_checkouts_do_not_see_each_other(site: Site, tmp_path: Path):
     other.slow()
     other.table("mine", ["slow"], "slow-ring")
     both = [s.start(*LITERAL, "results/mine.md") for s in (site, other)]
-    outputs = [p.communicate(timeout=200)[1] for p in both]
+    outputs = [p.communicate(timeout=600)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
     jobs = [submitted(text) for text in outputs]
     assert len(jobs[0]) == len(jobs[1]) == 4 and not set(jobs[0]) & set(jobs[1])
@@ -168,7 +170,7 @@ def test_a_lost_job_is_tried_again_and_then_given_up_without_a_record(site: Site
     site.until(lambda: [n for n in site.cluster.jobs() if n != number], "a second job")
     second = site.training("slow", 2)
     site.cluster.run("scancel", "--signal=KILL", "--full", second)  # the step and the batch script
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert errors.count("trying again") == 2 and "CANCELLED" in errors and repeated(lines_of(site, "slow")) == 0
 
@@ -179,7 +181,7 @@ def test_too_many_losses_end_the_command_and_say_what_is_missing(site: Site):
     site.resources(tries=1)
     process = site.start(*LITERAL, "results/lost.md")
     site.cluster.run("scancel", site.training("slow"))
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1 and not list(site.folder.glob("results/runs/slow-ring/slow/seed0-*/result.json"))
     assert "| slow-ring/slow seed 0 | lost | CANCELLED" in (site.folder / "results/lost.partial.md").read_text()
     assert "lost.partial.md says what is missing" in errors
@@ -188,6 +190,7 @@ def test_too_many_losses_end_the_command_and_say_what_is_missing(site: Site):
     assert repeated(lines_of(site, "slow")) == 0
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_costs_an_attempt(site: Site):
     site.slow()
     site.table("node", ["slow"], "slow-ring")
@@ -197,7 +200,7 @@ def test_a_node_that_dies_costs_an_attempt(site: Site):
     site.cluster.kill(node)
     site.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     try:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=600)
     finally:
         site.cluster.start_node(node)
         site.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
@@ -221,7 +224,7 @@ def test_what_a_method_does_is_a_row(site: Site):
     path = site.folder / "workflows/benchmarks/slow-ring.yaml"
     path.write_text(path.read_text() + "stall_s: 30\n")
     site.table("faults", [*FAULTS, "meanflow"], "slow-ring")
-    done = site.run(*LITERAL, "results/faults.md", timeout=500)
+    done = site.run(*LITERAL, "results/faults.md", timeout=900)
     assert done.returncode == 0, done.stderr
     page = (site.folder / "results/faults.md").read_text()
     for name, (_, status, reason) in FAULTS.items():
@@ -258,7 +261,7 @@ def test_status_plan_and_cancel(site: Site):
     assert re.search(rf"slow-ring/slow seed 0: \d+%.* left, n\d, .*steps/s, job {number}", status), status
     cancelled = site.run("distillbench", "cancel", "seen")
     assert cancelled.returncode == 0 and number in cancelled.stdout
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1 and "cancelled" in errors and "trying again" not in errors
     assert "lost: slow-ring/slow: cancelled" in site.run("distillbench", "status", "seen").stdout
 
@@ -318,7 +321,7 @@ def test_a_job_that_cannot_start_says_what_to_look_at(site: Site, cluster: Clust
     number = site.until(lambda: list(cluster.jobs()), "a job")[0]
     python.unlink()
     cluster.run("scontrol", "release", number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "before it could start: see that the nodes have" in errors and str(python) in errors, errors
 
