@@ -128,11 +128,12 @@ def details(jobs: list[Job], evaluated: Callable[[Cell], bool]) -> list[str]:
     for cell in (cell for job in jobs for cell in job.cells):
         place = places.get(cell.key) or Place()
         result, state = cell.result() or {}, state_of(cell, evaluated, place)
-        facts = [result["reason"]] if result.get("reason") else [state.why] if state.why and state.word != "queued" else []
+        reason = f": {result['reason']}" if result.get("reason") else ""
+        facts = [state.why] if state.why and state.word != "queued" else []
         facts += [f"{state.pace:.3g} steps/s"] if state.pace else []
         facts += [f"{result['cost']['seconds']:g} s"] if result else []
         facts += [f"job {place.queued.id}"] if place.queued else []
-        out.append(f"{cell.label}: {state}{''.join(f', {fact}' for fact in facts)}  {cell.folder.relative_to(config.root())}")
+        out.append(f"{cell.label}: {state}{reason}{''.join(f', {fact}' for fact in facts)}  {cell.folder.relative_to(config.root())}")
     return out
 
 
