@@ -40,7 +40,7 @@ def prepare():
     todo = [j for j in every.values() if not j.sync("trained", plan.is_trained)]
     done = {key for key, j in every.items() if j.sync("evaluated", evaluated)}
     if todo and PROFILE:
-        cluster.check([plan.request(j, "train", SITE) for j in todo])
+        cluster.check([resources.request(j.benchmark, j.arm, "train", SITE) for j in todo])
     for warning in plan.validate(todo) if todo else []:
         print(f"distillbench: {warning}", file=sys.stderr)
     for name, js in jobs.items():
@@ -67,7 +67,7 @@ def job_of(wildcards):
 
 def request(stage):
     """What a job of this stage may use, for its launcher."""
-    return lambda wildcards: plan.request(job_of(wildcards), stage, SITE)
+    return lambda w: resources.request(w.benchmark, w.get("arm", "teacher"), stage, SITE)
 
 
 def needed_by(wildcards):

@@ -151,7 +151,7 @@ def spent(jobs: list[Job], states: list[tuple[Cell, State]]) -> str:
 
 def forecast(jobs: list[Job], trained: Callable[[Cell], bool], profile: str | None) -> list[str]:
     """What is not trained yet, a line for each job: cells and budget, and with a profile what is asked of the cluster."""
-    out, total, submitted = [], [0.0, 0.0], 0
+    out, total = [], [0.0, 0.0]
     for job in jobs:
         if not (missing := [c for c in job.cells if not trained(c)]):
             continue
@@ -162,12 +162,11 @@ def forecast(jobs: list[Job], trained: Callable[[Cell], bool], profile: str | No
             r = resources.of(job.benchmark, job.arm)
             size = f"{r.nodes} node{'s' if r.nodes > 1 else ''} x {r.ranks} rank{'s' if r.ranks > 1 else ''}"
             line += f"; a job of {size}, {r.gpus} GPUs, {r.cpus} CPUs, {r.memory_gb:g} GB, {r.minutes} min"
-            submitted += 1
             total = [a + h for a, h in zip(total, cluster.hours(job, 60 * r.minutes))]
         out.append(line)
     if profile and out:
         site = {k: v for k, v in resources.site(profile).model_dump().items() if v and k != "benchmarks"}
-        out.append(f"{submitted} jobs for training, one more each for evaluating; training takes at most {total[0]:.3g} GPU-hours and "
+        out.append(f"{len(out)} jobs for training, one more each for evaluating; training takes at most {total[0]:.3g} GPU-hours and "
                    f"{total[1]:.3g} core-hours if no job reaches its time limit; sbatch: {site or 'defaults of the cluster'}")  # fmt: skip
     return out
 

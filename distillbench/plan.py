@@ -109,11 +109,6 @@ def jobs(table: Table) -> list[Job]:
     return out
 
 
-def request(job: Job, stage: str, site: resources.Site) -> str:
-    """What a job may use, for its launcher (`distillbench.dispatch`)."""
-    return resources.request(job.benchmark, job.arm, stage, site)
-
-
 def start_arms(found: list[registry.Arm]) -> list[registry.Arm]:
     """The arms that others start from and that are not among them: a student is shown beside what it started from."""
     starts = {start.name: start for arm in found if (start := arm.start) is not None}

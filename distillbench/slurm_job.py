@@ -27,7 +27,7 @@ POLL = 0.1
 LEAVE_SECONDS = 60.0  # for the command to save a checkpoint
 TAKEN_SECONDS = 900.0  # for SLURM to take an attempt away that it has told to leave
 SOMEBODY = {INTERRUPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT}
-EARLY = 65.0  # seconds that SLURM may warn too early, measured
+EARLY = 65.0  # seconds that SLURM may warn too early: 60 by its documentation
 
 
 def signal_delay(minutes: float) -> int:

@@ -13,21 +13,11 @@ import pytest
 
 from distillbench import journal
 from distillbench.launcher import name_of
-from tests.conftest import Checkout
+from tests.conftest import RING, Checkout
 from tests.slurm.cluster import Cluster, missing
 
 REQUIRED = "DISTILLBENCH_REQUIRE_SLURM"  # set where a skipped test is a failure
-SLOW = """
-name: slow-ring
-family: gaussians
-data: {kind: mixture, layout: ring, sigma: 0.15, weights: [1, 2, 3]}
-network: {width: 32, depth: 1}
-teacher: {updates: 60, batch: 32, lr: 1.0e-3, heun_steps: 4}
-budget: {flops: 7.0e+9}
-sampling: {count: 500}
-seeds: [0]
-timeout_s: 600
-"""
+SLOW = RING.replace("tiny-ring", "slow-ring").replace("seeds: [0, 1]", "seeds: [0]").replace("timeout_s: 60", "timeout_s: 600")
 
 
 @pytest.fixture(scope="session")
