@@ -13,7 +13,8 @@ watcher reads it ten times a second:
 - The worker is killed by someone (SIGKILL, SIGTERM, SIGHUP, ...): no record ever comes of that; the command ends and the same
   command continues. A SIGKILL while the kernel's count of out-of-memory kills rose is a death as above, and becomes `oom`.
 - SIGTERM and SIGUSR2, by which machines are taken away: the worker ends after the step it is at, with a checkpoint, or at once where
-  it does not train. One that has not ended after 10 s is interrupted as by Ctrl-C, and 10 s later killed. The same command continues.
+  it does not train. One that has not ended after 45 s is interrupted as by Ctrl-C, and 10 s later killed, but not while it saves.
+  The same command continues.
 - The watcher itself is killed: the kernel kills the worker (Linux).
 """
 
@@ -47,7 +48,8 @@ from distillbench.memory import oom_kills
 from distillbench.progress import say
 
 POLL = 0.1  # seconds between two looks of the watcher
-LONGEST_GRACE = 10.0  # seconds for Python code to react to SIGALRM
+LONGEST_GRACE = 10.0  # seconds for Python code to react to SIGALRM and Ctrl-C
+STEP_GRACE = 45.0  # seconds for the step at hand to end, when a machine is taken away
 DEATHS = 2  # of a cell at the same step, before it is recorded
 INTERRUPTED = 130
 SOMEBODY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -149,7 +151,7 @@ class Pulse(ctypes.Structure):
 
 
 def line_of(error: BaseException, cell: Cell) -> str:
-    """`method.py:83`: the innermost line of the method's own code on the way to `error`, or of any code."""
+    """`method.py:83`: the innermost line of the method's own code on the way to `error`, or of ours, or of any."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     return _innermost([(f.filename, f.lineno or 0) for f in reversed(frames)], cell)
 
@@ -161,8 +163,9 @@ def _line_in(text: str, cell: Cell) -> str:
 
 def _innermost(frames: list[tuple[str, int]], cell: Cell) -> str:
     own = [f for f in frames if cell.arm is not None and Path(f[0]).is_relative_to(cell.arm.folder.path)]
+    ours = [f for f in frames if Path(f[0]).parent == Path(__file__).parent]
     real = [f for f in frames if not f[0].startswith("<")]  # no `<frozen importlib._bootstrap>`
-    return next((f"{Path(name).name}:{line}" for name, line in own or real), "")
+    return next((f"{Path(name).name}:{line}" for name, line in own or ours or real), "")
 
 
 def reason_of(verdict: int, cell: Cell, pulse: Pulse, line: str) -> tuple[str, str]:
@@ -348,7 +351,8 @@ class _Watcher:
             if pulse.cell != cell or pulse.beats != beats or stopped or pulse.patient or not pulse.limited:
                 cell, beats, idle = pulse.cell, pulse.beats, 0.0
             idle += passed
-            if self.interrupted is not None and now - self.interrupted > LONGEST_GRACE:
+            grace = LONGEST_GRACE if pulse.interrupted else STEP_GRACE
+            if self.interrupted is not None and now - self.interrupted > grace and (pulse.interrupted or not pulse.patient):
                 if pulse.interrupted:
                     self._send(signal.SIGKILL)  # a method that cannot be interrupted
                 else:  # its step does not end
