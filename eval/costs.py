@@ -133,7 +133,7 @@ def _counts(done: list[Record]) -> Row:
         "rows": {role: n / updates for role, n in cost["rows"].items()}, "flops_update": per_update, "setup_flops": cost["setup_flops"],
         "budget_flops": cost["limit_flops"], "memory_mb": max(r.result["cost"]["peak_memory_mb"] for r in done),
         "seconds_update": summarise(r.result["cost"]["seconds"] / r.result["cost"]["updates"]["student"] for r in done)[0],
-        "hardware": sorted({f"{r.result['provenance']['hardware']}, {_threads(r)}" for r in done}),
+        "hardware": machines(done),
     }  # fmt: skip
 
 
@@ -157,6 +157,11 @@ def _against_minimum(record: Record, anatomy: Row) -> Row:
     }  # fmt: skip
 
 
+def machines(records: list[Record]) -> list[str]:
+    """Where these cells were trained: processor and threads."""
+    return sorted({f"{r.result['provenance']['hardware']}, {_threads(r)}" for r in records})
+
+
 def quality_rows(records: list[Record]) -> list[Row]:
     """FID (sliced W2 on mixtures) at the headline NFE by share of the budget, a row for each (benchmark, arm, share)."""
     found: dict[tuple[str, str, float], list[Record]] = {}
@@ -172,7 +177,7 @@ def quality_rows(records: list[Record]) -> list[Row]:
         mean, sd = summarise(row[metric] for _, row in done)
         seconds = summarise(r.result["cost"]["seconds"] + r.result["cost"].get("start", {}).get("seconds", 0) for r, _ in done)[0]
         title = own[0].result["title"] + (f" ({arm.partition('@')[2]})" if "@" in arm else "")
-        base = {"benchmark": benchmark, "arm": arm, "title": title, "share": share, "metric": metric}
+        base = {"benchmark": benchmark, "arm": arm, "title": title, "share": share, "metric": metric, "hardware": machines(own)}
         out.append(base | {"mean": mean, "sd": sd, "seeds": len(done), "seconds": seconds, "failed": len(own) - len(done)})
     return out
 
@@ -333,11 +338,11 @@ def _update_notes(rows: list[Row]) -> list[str]:
 
 
 def _budget_notes(rows: list[Row], source: str) -> list[str]:
-    machines = sorted({m for r in rows for m in r.get("hardware", [])})
+    found = sorted({m for r in rows for m in r.get("hardware", [])})
     return [
         f"From the records of [{source}]({source}.md). TFLOP: what a run may spend; a method from scratch has the teacher’s on top. "
         "Set-up: regression pairs, training of frozen features, the arm it starts from. Seconds: of the whole run, set-up, metering and "
-        f"sampling included, over the student’s updates, mean over seeds, on {'; '.join(machines) or MISSING}: they are of that machine, "
+        f"sampling included, over the student’s updates, mean over seeds, on {'; '.join(found) or MISSING}: they are of that machine, "
         "which other runs shared. Peak memory: of the process, libraries included, largest over seeds.",
     ]
 
@@ -345,9 +350,11 @@ def _budget_notes(rows: list[Row], source: str) -> list[str]:
 def _quality_notes(rows: list[Row], source: str) -> list[str]:
     if not rows:
         return ["No run with another share of the budget is published."]
+    found = sorted({m for r in rows for m in r["hardware"]})
     return [
         f"At the headline NFE, from the records of `{source}`: mean ± sample sd over the seeds there are, seconds of the whole run and of "
-        "its start, number of seeds; — where not run. All settings are those of the full budget: schedules and averages are shares of it.",
+        f"its start, on {'; '.join(found)}, number of seeds; — where not run. All settings are those of the full budget: schedules and "
+        "averages are shares of it.",
     ]
 
 

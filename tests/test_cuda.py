@@ -382,26 +382,26 @@ def test_scores_of_classes_take_tensors_on_cuda():
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["dmd", "add", "meanflow"])
-@pytest.mark.parametrize("benchmark", ["tiny", "tiny-ring"])
-def test_a_cell_trains_and_samples_on_cuda(checkout, name, benchmark):
-    a_cell(benchmark, name)
+@pytest.mark.parametrize("where", ["tiny", "tiny-ring"])
+def test_a_cell_trains_and_samples_on_cuda(checkout, name, where):
+    a_cell(where, name)
 
 
-@pytest.mark.parametrize("benchmark", ["tiny", "tiny-ring"])
-def test_a_cell_trains_and_samples_here(checkout, benchmark, monkeypatch):
+@pytest.mark.parametrize("where", ["tiny", "tiny-ring"])
+def test_a_cell_trains_and_samples_here(checkout, where, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("distillbench.watch.limit_memory", lambda: None)  # of this whole process, in which others use a GPU
-    a_cell(benchmark, "dmd")
+    a_cell(where, "dmd")
     torch.set_flush_denormal(False)
 
 
-def a_cell(benchmark: str, name: str) -> None:
+def a_cell(where: str, name: str) -> None:
     """The whole way of a cell in a throw-away checkout: teacher, pairs or features, training, samples, its weights read again."""
     from distillbench import train
     from distillbench.build import restore
     from distillbench.cell import Cell
 
-    cell, quiet = Cell(config.benchmark(benchmark), registry.arm(name), 0), lambda *_: None
+    cell, quiet = Cell(config.benchmark(where), registry.arm(name), 0), lambda *_: None
     for one in (cell.teacher, cell):
         with one.locked():
             record = train.run_cell(one, quiet)
