@@ -2,6 +2,7 @@
 # Rules order the stages; records decide.
 import os
 import sys
+import time
 
 from distillbench import cluster
 from distillbench import config as files
@@ -57,6 +58,7 @@ except UserError as error:  # one line and exit code 2
     sys.exit(2)
 
 
+os.environ["DISTILLBENCH_BEGAN"] = str(time.time())  # to its launchers
 AS_PROFILE = f"--profile {PROFILE}" if PROFILE else ""
 RETRIES = 0 if PROFILE else 1  # a launcher tries by itself
 

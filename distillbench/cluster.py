@@ -14,7 +14,7 @@ from typing import Any
 from distillbench import resources
 from distillbench.config import root
 from distillbench.errors import UserError
-from distillbench.launcher import CANCELLED, LOST, name_of, read, remedy
+from distillbench.launcher import CANCELLED, LOST, name_of, options, read, remedy
 from distillbench.plan import Job
 from distillbench.squeue import Board, Queued
 
@@ -31,15 +31,10 @@ class Place:
     evaluates: bool = False
 
 
-def options(request: dict[str, Any]) -> list[str]:
+def flags(request: dict[str, Any]) -> list[str]:
     """sbatch's options for a request (`distillbench.resources.request`), as submitit writes them into its script."""
-    r = request
-    found: dict[str, Any] = {
-        "time": r["minutes"], "mem": f"{round(r['memory_gb'] * 1024)}MB", "nodes": r["nodes"], "ntasks-per-node": r["ranks"],
-        "cpus-per-task": r["cpus"],
-    }  # fmt: skip
-    found |= {"gpus-per-node": r["gpus"]} if r["gpus"] else {}
-    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in (found | r["sbatch"]).items()]
+    found = {key.replace("_", "-"): value for key, value in options(request).items()} | request["sbatch"]
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in found.items()]
 
 
 def check(requests: Iterable[str]) -> None:
@@ -48,7 +43,7 @@ def check(requests: Iterable[str]) -> None:
         if shutil.which(program) is None:
             raise UserError(f"no {program} here: run on a login node of the cluster, or without it: snakemake --cores all")
     for request in sorted(set(requests)):
-        command = ["sbatch", "--test-only", *options(json.loads(request)), "--wrap", "true"]
+        command = ["sbatch", "--test-only", *flags(json.loads(request)), "--wrap", "true"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:
@@ -84,14 +79,16 @@ def places(jobs: list[Job]) -> dict[str, Place]:
 
 
 def cancel(jobs: list[Job]) -> list[str]:
-    """End the active jobs of these cells and tell their launchers not to try again; returns the job numbers."""
+    """End the active jobs of these cells; their launchers do not try again, and those still to come do not submit. Job numbers."""
     if shutil.which("scancel") is None:
         raise UserError("no scancel here: run on a login node of the cluster")
     launched = list(folders(jobs))
     if not launched:
         return []
-    for *_, folder in launched:
-        (folder / CANCELLED).touch()
+    for stamp in (root() / job.stamp(stage) for job in jobs for stage in STAGES):
+        if not stamp.exists():
+            (folder := Path(f"{stamp}.slurm")).mkdir(parents=True, exist_ok=True)
+            (folder / CANCELLED).touch()
     try:
         queue = Board(root() / "results/runs").since(time.time())
     except RuntimeError as e:

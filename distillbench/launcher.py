@@ -27,7 +27,8 @@ from distillbench.slurm_job import INTERRUPTED, OUTCOME, STARTED, Work, signal_d
 from distillbench.squeue import STUCK, Board, Queued
 
 POLL = 1.0
-NOTICE = 20.0  # seconds after the end of a job in which its outcome may still appear on a shared file system
+NOTICE = 10.0  # seconds after the end of a job in which its outcome may still appear on a shared file system
+BEGAN = "DISTILLBENCH_BEGAN"  # when the workflow did: a variable of the environment, set in the Snakefile
 CANCELLED, LOST = "cancelled", "lost.json"  # files: `distillbench cancel` was here; why there is no record
 LAST_LINES = 15
 PROGRESS = re.compile(r": .*\d+%, \d+ s left$")
@@ -60,6 +61,13 @@ def name_of(folder: Path) -> str:
     return f"distillbench-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
 
 
+def options(request: dict[str, Any]) -> dict[str, Any]:
+    """sbatch's options for a request, in submitit's spelling."""
+    r = request
+    found = {"time": r["minutes"], "mem": f"{round(r['memory_gb'] * 1024)}MB", "nodes": r["nodes"], "ntasks_per_node": r["ranks"]}
+    return found | {"cpus_per_task": r["cpus"]} | ({"gpus_per_node": r["gpus"]} if r["gpus"] else {})
+
+
 def remedy(message: str) -> str | None:
     """What helps against a refusal by sbatch that is for good; None where trying again may."""
     return next((help_ for words, help_ in REFUSED.items() if words in message.lower()), None)
@@ -87,8 +95,18 @@ class Launcher:
 
     def run(self) -> int:
         """Until the job has succeeded or was tried often enough; returns an exit code."""
-        came = time.time()
+        began = float(os.environ.get(BEGAN, time.time()))
         self.folder.mkdir(parents=True, exist_ok=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return self.alone(began)
+        except KeyboardInterrupt:
+            job = f"job {self.number} goes on" if self.number else "nothing was submitted"
+            say(f"{self.what}: {job}; the same command continues, `distillbench cancel` ends the jobs of a table")
+            return INTERRUPTED
+
+    def alone(self, began: float) -> int:
+        """The same, as the one launcher that looks after the job; `began`: seconds since the epoch, when the workflow did."""
         with open(self.folder / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,18 +114,13 @@ class Launcher:
                 say(f"{self.what}: another launcher looks after this job; waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 outcome = read(self.folder / OUTCOME)
-                if outcome.get("code") == 0 and outcome["time"] >= came:
+                if outcome.get("code") == 0 and outcome["time"] >= began:
                     return 0  # it was finished meanwhile
-            if self.cancelled(came):
+            if self.cancelled(began):
+                say(f"{self.what}: cancelled before it was submitted")
                 return 1
             (self.folder / CANCELLED).unlink(missing_ok=True)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            try:
-                return self.tries()
-            except KeyboardInterrupt:
-                job = f"job {self.number} goes on" if self.number else "nothing was submitted"
-                say(f"{self.what}: {job}; the same command continues, `distillbench cancel` ends the jobs of a table")
-                return INTERRUPTED
+            return self.tries()
 
     def cancelled(self, since: float = 0.0) -> bool:
         """`distillbench cancel` was here, after the moment `since`."""
@@ -116,7 +129,6 @@ class Launcher:
 
     def tries(self) -> int:
         """Submit, and again where the machine lost the job."""
-        limits = self.request["time_limits"]
         for attempt in range(self.request["tries"]):
             if attempt:
                 pause = self.request["backoff_s"] * 2 ** (attempt - 1)
@@ -127,7 +139,7 @@ class Launcher:
                 if self.cancelled():
                     return 1
                 (self.folder / LOST).unlink(missing_ok=True)
-                number = found.id if found is not None and found.active else self.submit(limits)
+                number = found.id if found is not None and found.active else self.submit()
             except RuntimeError as e:  # of sbatch or squeue
                 say(f"{self.what}: {e}")
                 write(self.folder / LOST, {"why": str(e)})
@@ -140,8 +152,11 @@ class Launcher:
             if outcome.get("code") == 0:
                 self.report(number)
                 return 0
-            if outcome.get("timeout") or outcome.get("state") == "OUT_OF_MEMORY":
-                return self.give_up(outcome)
+            if outcome.get("timeout"):
+                say(f"{self.what}: {outcome['why']}: raise it there")
+                return 1
+            if outcome.get("state") == "OUT_OF_MEMORY":
+                return self.give_up()
             say(f"{self.what}: job {number} lost: {outcome['why']}")
             write(self.folder / LOST, {"job": number, "why": outcome["why"], "log": str(self.log(number))})
             if self.cancelled():
@@ -151,9 +166,9 @@ class Launcher:
                 return 2
         return 1
 
-    def submit(self, limits: int) -> str:
+    def submit(self) -> str:
         """The number of a new job; RuntimeError with sbatch's words where it may help to try again, else exit."""
-        from submitit import SlurmExecutor
+        from submitit import SlurmExecutor  # here, since most launchers find their job in the queue or wait for its end
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         for name in (OUTCOME, STARTED, LOST):
@@ -163,12 +178,10 @@ class Launcher:
             refuse("no sbatch here: run on a login node of the cluster, or without it: snakemake --cores all")
         executor = SlurmExecutor(folder=self.folder / "%j", max_num_timeout=10**6)  # our own count: Work.time_limits
         executor.update_parameters(
-            job_name=self.name, time=r["minutes"], mem=f"{round(r['memory_gb'] * 1024)}MB", nodes=r["nodes"], ntasks_per_node=r["ranks"],
-            cpus_per_task=r["cpus"], signal_delay_s=signal_delay(r["minutes"]), stderr_to_stdout=True,
-            srun_args=["--kill-on-bad-exit=1"], **({"gpus_per_node": r["gpus"]} if r["gpus"] else {}),
-            additional_parameters={"requeue": True} | r["sbatch"],
+            **options(r), job_name=self.name, signal_delay_s=signal_delay(r["minutes"]), stderr_to_stdout=True,
+            srun_args=["--kill-on-bad-exit=1"], additional_parameters={"requeue": True} | r["sbatch"],
         )  # fmt: skip
-        work = Work(self.words, Path.cwd(), self.folder, r["minutes"], limits)
+        work = Work(self.words, Path.cwd(), self.folder, r["minutes"], r["time_limits"])
         try:
             number = executor.submit(work).job_id
         except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError, OSError) as e:
@@ -243,16 +256,13 @@ class Launcher:
             say(f"  {line}")
         say(f"  log: {self.log(number)}")
 
-    def give_up(self, outcome: dict[str, Any]) -> int:
-        """Record what a method, not the machine, made of its cell, and go on with the job's other cells."""
+    def give_up(self) -> int:
+        """Record that SLURM's limit of memory ended the cell at hand, and go on with the job's other cells."""
         from distillbench.work import give_up
 
-        r = self.request
-        limits = f"not done in {r['time_limits'] + 1} jobs of {r['minutes']} min"
-        memory = f"killed by SLURM for lack of memory ({r['memory_gb']:g} GB)"
-        status, reason = ("timeout", limits) if outcome.get("timeout") else ("oom", memory)
-        if not give_up(self.words, status, f"{reason} (workflows/resources.yaml)"):
-            say(f"{self.what}: {reason}: raise it in workflows/resources.yaml")
+        reason = f"killed by SLURM for lack of memory ({self.request['memory_gb']:g} GB, workflows/resources.yaml)"
+        if not give_up(self.words, "oom", reason, node=read(self.folder / STARTED).get("node")):
+            say(f"{self.what}: {reason}: raise it there")
             return 1
         return self.tries()
 

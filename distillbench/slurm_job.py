@@ -48,11 +48,12 @@ def packages() -> dict[str, str]:
 
 
 class Work:
-    """A command line of distillbench in a job; submitit pickles it. `time_limits`: how many limits it may still reach."""
+    """A command line of distillbench in a job; submitit pickles it. `time_limits`: how many limits a cell may reach."""
 
     def __init__(self, words: list[str], root: Path, folder: Path, minutes: float, time_limits: int):
         self.words, self.root, self.folder = words, root, folder
         self.minutes, self.time_limits = minutes, time_limits
+        self.left, self.finished = time_limits, 0  # of the cell at hand; cells of this arm that had a record at the last limit
         self.packages = packages()
         self._child: subprocess.Popen | None = None
         self._began = 0.0
@@ -110,7 +111,7 @@ class Work:
 
     def checkpoint(self) -> Any:
         """submitit's hook on SIGUSR2, in rank 0: everything is on disk once the command has ended; the same work goes on in the next
-        attempt. None, for no further one, where too many time limits have been reached."""
+        attempt. A cell that has reached too many time limits gets a record; None, for no further attempt, if nothing was being trained."""
         from submitit.helpers import DelayedSubmission
 
         child, self._child = self._child, None
@@ -120,10 +121,24 @@ class Work:
                 end = time.monotonic() + LEAVE_SECONDS
                 while time.monotonic() < end and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
                     time.sleep(POLL)
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
         if time.monotonic() - self._began > 60 * self.minutes - signal_delay(self.minutes) - EARLY:  # earlier it is preemption
-            self.time_limits -= 1
-        if self.time_limits < 0:
-            here = {"job": os.environ["SLURM_JOB_ID"], "node": socket.gethostname(), "time": time.time()}
-            write(self.folder / OUTCOME, here | {"code": INTERRUPTED, "timeout": True})
+            finished = len(list(self.folder.parent.glob("seed*/result.json")))
+            self.left, self.finished = (self.left if finished == self.finished else self.time_limits) - 1, finished
+        if self.left < 0 and not self.give_up():
             return None
         return DelayedSubmission(self)
+
+    def give_up(self) -> bool:
+        """Record the cell at hand as timed out; the job's other cells have all their time limits yet."""
+        from distillbench.work import give_up
+
+        os.chdir(self.root)
+        why = f"not done in {self.time_limits + 1} jobs of {self.minutes:g} min (workflows/resources.yaml)"
+        self.left = self.time_limits
+        if give_up(self.words, "timeout", why):
+            return True
+        here = {"job": os.environ["SLURM_JOB_ID"], "node": socket.gethostname(), "time": time.time()}
+        write(self.folder / OUTCOME, here | {"code": INTERRUPTED, "timeout": True, "why": why})
+        return False

@@ -176,10 +176,12 @@ def reason_of(verdict: int, cell: Cell, pulse: Pulse, line: str) -> tuple[str, s
     return "hung", f"nothing ended for {cell.benchmark.stall_s:g} s {at}"
 
 
-def finish(cell: Cell, record: dict[str, Any], plan: dict[str, Any] | None, seconds: float, memory_mb: float | None) -> dict[str, Any]:
-    """Complete and write a cell's record: from here on the cell is fresh."""
+def finish(
+    cell: Cell, record: dict[str, Any], plan: dict[str, Any] | None, seconds: float, memory_mb: float | None, hardware: str | None = None
+) -> dict[str, Any]:
+    """Complete and write a cell's record: from here on the cell is fresh. `hardware`: where it was trained, if not here."""
     cost = {"seconds": round(seconds, 1), "peak_memory_mb": None if memory_mb is None else round(memory_mb)}
-    record |= {"cost": (plan or {}) | cost, "provenance": provenance(cell)}
+    record |= {"cost": (plan or {}) | cost, "provenance": provenance(cell) | ({"hardware": hardware} if hardware else {})}
     write_json(cell.record, record)
     return record
 

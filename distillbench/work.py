@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 
+from safetensors import SafetensorError, safe_open
+
 from distillbench import config, plan, ranks, registry
-from distillbench.cell import Cell, describe, remove_progress
+from distillbench.cell import LAST, Cell, describe, remove_progress
 from distillbench.progress import reporter, say
 from distillbench.watch import Pulse, finish, supervise
 
@@ -55,8 +57,18 @@ def train_cells(cells: list[Cell]) -> None:
     supervise(order, work)
 
 
-def give_up(words: list[str], status: str, reason: str) -> bool:
-    """Write the record of the cell at which SLURM ended `train BENCHMARK ARM --seeds ...` for good; False where it was at none."""
+def seconds_saved(cell: Cell) -> float:
+    """That the steps up to the last checkpoint took, in all processes; 0 without one."""
+    try:
+        with safe_open(cell.folder / LAST, framework="numpy") as f:
+            return float(f.metadata()["seconds"])
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return 0.0
+
+
+def give_up(words: list[str], status: str, reason: str, node: str | None = None) -> bool:
+    """Write the record of the cell at which SLURM ended `train BENCHMARK ARM --seeds ...` for good; False where it was at none.
+    `node`: where it ran, if not here."""
     stage, benchmark, arm, _, seeds = words
     if stage != "train":
         return False
@@ -64,7 +76,9 @@ def give_up(words: list[str], status: str, reason: str) -> bool:
     for cell in (Cell(b, found, int(seed)) for seed in seeds.split(",")):
         with cell.locked():
             if cell.result() is None:
-                finish(cell, describe(cell) | {"status": status, "reason": reason}, None, 0.0, None)
+                finish(
+                    cell, describe(cell) | {"status": status, "reason": reason}, None, seconds_saved(cell), None, node and f"node {node}"
+                )
                 say(f"{cell.label}: {status.upper()}: {reason}")
                 return True
     return False

@@ -12,7 +12,10 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 CONFIGURATION = """
@@ -63,10 +66,13 @@ def missing() -> list[str]:
     return found + ([] if os.geteuid() == 0 else ["root"])
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """All different, since they are held together."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in held]
 
 
 class Cluster:
@@ -81,19 +87,28 @@ class Cluster:
         (folder / "state").mkdir()
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
         self.daemons: dict[str, subprocess.Popen] = {}
+        controller, self._dbd_port, self._sql_port, *ports = free_ports(3 + nodes)
         lines = [
-            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cpus} "
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
             f"RealMemory=100000 Gres=gpu:{gpus} State=UNKNOWN"
-            for name in self.names
+            for name, port in zip(self.names, ports, strict=True)
         ]
         text = CONFIGURATION.format(
-            host=socket.gethostname().split(".")[0], d=folder, port=free_port(), nodes="\n".join(lines), kill_wait=kill_wait, grace=grace,
+            host=socket.gethostname().split(".")[0], d=folder, port=controller, nodes="\n".join(lines), kill_wait=kill_wait, grace=grace,
             min_job_age=min_job_age, accounting=self._accounting() if accounting else "",
         )  # fmt: skip
         (folder / "slurm.conf").write_text(text)
         (folder / "gres.conf").write_text(
             "AutoDetect=off\n" + "".join(f"NodeName={name} Name=gpu File={self._devices(gpus)}\n" for name in self.names if gpus)
         )
+        try:
+            self._start_all(accounting)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start_all(self, accounting: bool) -> None:
+        folder = self.folder
         self._start("munge", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={self._key()}",
                     f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munged.seed", f"--log-file={folder}/munged.log")  # fmt: skip
         self._until(lambda: (folder / "munge.socket").exists(), "munge")
@@ -142,6 +157,18 @@ class Cluster:
         self.daemons[name].send_signal(number)
         self.daemons[name].wait(timeout=60)
 
+    def lose(self, name: str) -> None:
+        """A node with everything that runs on it, and SLURM is told."""
+        jobs = self.run("squeue", "--noheader", f"--nodelist={name}", "--states=RUNNING,COMPLETING", "--format=%i").stdout.split()
+        self.kill(name)
+        for one in psutil.process_iter(["cmdline"]):
+            title = " ".join(one.info["cmdline"] or [])
+            if title.startswith("slurmstepd: ") and any(f"[{job}." in title for job in jobs):
+                for process in [*one.children(recursive=True), one]:
+                    with suppress(psutil.Error):
+                        process.kill()
+        self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
+
     def run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
 
@@ -170,10 +197,8 @@ class Cluster:
                 os.killpg(daemon.pid, signal.SIGKILL)
 
     def _accounting(self) -> str:
-        port = free_port()
-        self._dbd_port, self._sql_port = port, free_port()
         return (
-            f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\nAccountingStoragePort={port}\n"
+            f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\nAccountingStoragePort={self._dbd_port}\n"
             f"AccountingStoragePass={self.folder}/munge.socket\n"
             "JobAcctGatherType=jobacct_gather/linux"
         )

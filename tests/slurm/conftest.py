@@ -54,8 +54,8 @@ class Site(Checkout):
         lines = [f"  {key}: {value}\n" for key, value in values.items()]
         self.write("workflows/resources.yaml", "defaults:\n" + "".join(lines))
 
-    def slow(self, seconds: float = 0.05, name: str = "slow") -> None:
-        """A copy of meanflow whose steps take longer."""
+    def slow(self, seconds: float | str = 0.05, name: str = "slow") -> None:
+        """A copy of meanflow whose steps take longer, by a number of seconds or an expression of it."""
         for file in ("method.py", "config.yaml"):
             self.write(f"methods/{name}/{file}", (self.folder / "methods/meanflow" / file).read_text())
         with open(self.folder / f"methods/{name}/method.py", "a") as f:

@@ -197,15 +197,15 @@ def test_a_node_that_dies_costs_an_attempt(site: Site):
     process = site.start(*LITERAL, "results/node.md")
     number = site.training("slow")
     node = site.cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%N").stdout.strip()
-    site.cluster.kill(node)
-    site.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    site.cluster.lose(node)
     try:
         _, errors = process.communicate(timeout=600)
     finally:
         site.cluster.start_node(node)
         site.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
     assert process.returncode == 0, errors
-    assert result(site, "slow")["status"] == "done" and repeated(lines_of(site, "slow")) == 0
+    lines = lines_of(site, "slow")
+    assert result(site, "slow")["status"] == "done" and repeated(lines) == 0 and sum("start" in line for line in lines) == 2
 
 
 FAULTS = {
@@ -251,18 +251,19 @@ def test_two_nodes_train_a_cell(site: Site):
 
 def test_status_plan_and_cancel(site: Site):
     site.slow()
-    site.resources(gpus=1)
-    site.table("seen", ["slow"], "slow-ring")
+    site.resources(gpus=1, seeds=1)
+    site.table("seen", ["slow"], "slow-ring", [0, 1])
     plan = site.run("distillbench", "plan", "seen", "--profile", "slurm").stdout
     assert "slow-ring/slow: seeds 0" in plan and "1 GPUs" in plan and "GPU-hours" in plan
-    process = site.start(*LITERAL, "results/seen.md")
+    process = site.start(*LITERAL, "--cores", "1", "results/seen.md")
     number = site.training("slow")
     status = site.run("distillbench", "status", "seen", "--long").stdout
-    assert re.search(rf"slow-ring/slow seed 0: \d+%.* left, n\d, .*steps/s, job {number}", status), status
+    assert re.search(rf"slow-ring/slow seed \d: \d+%.* left, n\d, .*steps/s, job {number}", status), status
     cancelled = site.run("distillbench", "cancel", "seen")
     assert cancelled.returncode == 0 and number in cancelled.stdout
     _, errors = process.communicate(timeout=600)
-    assert process.returncode == 1 and "cancelled" in errors and "trying again" not in errors
+    assert process.returncode == 1 and "lost: cancelled" in errors and "trying again" not in errors
+    assert len(submitted(errors)) == 3 and errors.count("cancelled before it was submitted") == 1  # the other seed
     assert "lost: slow-ring/slow: cancelled" in site.run("distillbench", "status", "seen").stdout
 
 

@@ -1,0 +1,144 @@
+"""One table of twelve cells while its jobs, nodes, launchers and Snakemake itself are taken away twenty times."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from distillbench import journal
+from tests.slurm.conftest import Site
+from tests.slurm.test_slurm import LITERAL, local_metrics, repeated
+
+ARMS, SEEDS, EVENTS = [f"slow{i}" for i in range(4)], [0, 1, 2], 20
+PAUSE = "CHAOS_SECONDS"  # of every step, through the environment, so that the undisturbed run has the same methods
+
+
+class Chaos:
+    """Random events for a table that is being made; the seed fixes their kinds, not their moments."""
+
+    def __init__(self, site: Site, seed: int):
+        self.site, self.random, self.done = site, random.Random(seed), Counter[str]()
+        self.process = self.start()
+        self.errors: list[str] = []
+
+    def start(self) -> subprocess.Popen[str]:
+        with open(self.site.folder / "chaos.log", "a") as log:
+            return subprocess.Popen(
+                [*LITERAL, "results/chaos.md"], cwd=self.site.folder, env=self.site.environment, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def again(self) -> None:
+        """The same command, where it ended."""
+        if self.process.poll() is not None:
+            assert self.process.returncode != 0, f"the table was made after {self.done}, before the last event"
+            self.process = self.start()
+
+    def running(self) -> list[str]:
+        return [number for number, state in self.site.cluster.jobs().items() if state == "RUNNING"]
+
+    def ours(self, words: str) -> list[psutil.Process]:
+        """Processes of this checkout whose command line has these words."""
+        found = []
+        for one in psutil.process_iter(["cmdline"]):
+            try:
+                if words in " ".join(one.info["cmdline"] or []) and one.cwd() == str(self.site.folder):
+                    found.append(one)
+            except psutil.Error:
+                continue
+        return found
+
+    def requeue(self, number: str) -> None:
+        self.site.cluster.run("scontrol", "requeue", number)
+
+    def preempt(self, number: str) -> None:
+        self.site.cluster.run("scancel", "--signal=USR2", number)
+
+    def cancel(self, number: str) -> None:
+        self.site.cluster.run("scancel", number)
+
+    def kill_step(self, number: str) -> None:
+        self.site.cluster.run("scancel", "--signal=KILL", number)
+
+    def kill_worker(self, _: str) -> None:
+        """The processes that train or evaluate, as an administrator would."""
+        for one in self.ours("distillbench.cli")[:2]:
+            one.kill()
+
+    def kill_snakemake(self, _: str) -> None:
+        """Its launchers live on."""
+        self.process.kill()
+        self.process.wait()
+
+    def kill_everything(self, _: str) -> None:
+        """A login node that is lost."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def kill_launcher(self, _: str) -> None:
+        for one in self.ours("distillbench.dispatch slurm")[:1]:
+            one.kill()
+
+    def lose_node(self, number: str) -> None:
+        """slurmd and everything that the node runs; it comes back some seconds later."""
+        cluster = self.site.cluster
+        node = cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%N").stdout.strip()
+        if node not in cluster.names:
+            return
+        cluster.lose(node)
+        time.sleep(3)
+        cluster.start_node(node)
+        cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def restart_controller(self, _: str) -> None:
+        self.site.cluster.kill("slurmctld")
+        self.site.cluster.start_controller()
+
+    def event(self) -> None:
+        """One of them, while a job runs."""
+        time.sleep(self.random.uniform(1, 5))
+        number = self.random.choice(self.site.until(lambda: self.again() or self.running(), "a job runs"))
+        kinds: list[Callable[[str], None]] = [
+            self.requeue, self.preempt, self.cancel, self.kill_step, self.kill_worker, self.kill_snakemake, self.kill_everything,
+            self.kill_launcher, self.lose_node, self.restart_controller,
+        ]  # fmt: skip
+        kind = kinds[sum(self.done.values())] if sum(self.done.values()) < len(kinds) else self.random.choice(kinds)
+        kind(number)
+        self.done[kind.__name__] += 1
+
+
+@pytest.mark.slow
+def test_twenty_random_events_change_nothing(site: Site):
+    for name in ARMS:
+        site.slow(f"float(__import__('os').environ.get('{PAUSE}', 0))", name)
+    site.table("chaos", ARMS, "slow-ring", SEEDS)
+    site.resources(seeds=1, tries=9)
+    expected = local_metrics(site, site.folder.parent / "local", "chaos")
+    page = (site.folder.parent / "local/results/chaos.md").read_bytes()
+    assert len(expected) == (len(ARMS) + 1) * len(SEEDS)
+
+    site.environment[PAUSE] = "0.3"
+    began, chaos = time.monotonic(), Chaos(site, seed=0)
+    while sum(chaos.done.values()) < EVENTS:
+        chaos.event()
+    disturbed = time.monotonic() - began
+    for _ in range(5):  # what the last events ended
+        if chaos.process.wait(timeout=900) == 0:
+            break
+        chaos.again()
+    log = (site.folder / "chaos.log").read_text()
+    assert chaos.process.returncode == 0, log[-5000:]
+    assert site.metrics() == expected and (site.folder / "results/chaos.md").read_bytes() == page
+    journals = [journal.read(p) for arm in ARMS for p in site.folder.glob(f"results/runs/slow-ring/{arm}/seed*")]
+    assert len(journals) == len(ARMS) * len(SEEDS) and [repeated(lines) for lines in journals] == [0] * len(journals)
+    starts = sum("start" in line for lines in journals for line in lines)
+    print(f"\n{dict(chaos.done)} in {disturbed:.0f} s of {time.monotonic() - began:.0f}; {len(journals)} cells in {starts} processes; "
+          f"{log.count(' submitted')} jobs submitted, {log.count(' is in the queue already')} found in the queue")  # fmt: skip
