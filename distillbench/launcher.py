@@ -31,6 +31,7 @@ NOTICE = 10.0  # seconds after the end of a job in which its outcome may still a
 BEGAN = "DISTILLBENCH_BEGAN"  # when the workflow did: a variable of the environment, set in the Snakefile
 CANCELLED, LOST = "cancelled", "lost.json"  # files: `distillbench cancel` was here; why there is no record
 LAST_LINES = 15
+STARVED = re.compile(r"^slurmstepd.*(exceeded memory limit|oom.kill)", re.IGNORECASE)  # in a job's log, where the state does not say it
 PROGRESS = re.compile(r": .*\d+%, \d+ s left$")
 # What sbatch says of a request that no repetition mends, and what does.
 REFUSED = {
@@ -155,7 +156,7 @@ class Launcher:
             if outcome.get("timeout"):
                 say(f"{self.what}: {outcome['why']}: raise it there")
                 return 1
-            if outcome.get("state") == "OUT_OF_MEMORY":
+            if outcome.get("state") == "OUT_OF_MEMORY" or (not outcome.get("code") and any(map(STARVED.search, self.lines(number)))):
                 return self.give_up()
             say(f"{self.what}: job {number} lost: {outcome['why']}")
             write(self.folder / LOST, {"job": number, "why": outcome["why"], "log": str(self.log(number))})

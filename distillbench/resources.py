@@ -24,7 +24,7 @@ class Resources(Strict):
     cpus: int = Field(gt=0, description="per rank")
     memory_gb: float = Field(gt=0, description="per node")
     minutes: int = Field(gt=0, description="time limit; a job that reaches it saves a checkpoint and goes on in the next one")
-    time_limits: int = Field(ge=0, description="how many of them a job may reach before its cell is recorded as `timeout`")
+    time_limits: int = Field(ge=0, description="how many of them a cell may reach before it is recorded as `timeout`")
     seeds: int | None = Field(gt=0, description="per job; null: all, so that short cells share an import of torch")
     tries: int = Field(gt=0, description="submissions of a job that the machine lost: node failure, cancelled, refused")
     backoff_s: float = Field(ge=0, description="seconds before the second of them; each further one waits twice as long")

@@ -18,7 +18,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from eval.records import Record
-from eval.rows import Row, summarise
+from eval.rows import Row, fidelity_words, summarise
 
 SHARES = (0.25, 1.0, 4.0)  # of the budget, shown in any case
 SHARE = re.compile(r"(?:^|@)x[0-9.]+$")  # what a variant's name ends in where another share of the budget was spent
@@ -242,9 +242,8 @@ def _method_table(rows: list[Row]) -> str:
             body.append([r["title"], (r["error"] or r["status"]).replace("|", "\\|"), *[MISSING] * 5])
             continue
         nfe = ", ".join(f"**{n}**" if n == r["headline_nfe"] else str(n) for n in r["nfe"])
-        fidelity = ", ".join(filter(None, [r["fidelity"], "adaptation" if r["adaptation"] else None])) or MISSING
         sizes = [_millions(r["params"]), _millions(r["params_trained"])]
-        body.append([r["title"], trained_words(r), needs_words(r), nfe, *sizes, fidelity])
+        body.append([r["title"], trained_words(r), needs_words(r), nfe, *sizes, fidelity_words(r) or MISSING])
     return tabulate(body, head, "github", disable_numparse=True)
 
 

@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from eval import costs
 from eval.curves import picture
-from eval.rows import Row
+from eval.rows import Row, fidelity_words
 from eval.tables import SHOWN
 
 TABLES = ("table2", "gaussians")  # whose rows and curves a page shows
@@ -170,7 +170,7 @@ def _reported(claims: dict[str, Any]) -> list[str]:
         out = ["claims.yaml has no reported number."]
     else:
         body = [
-            [r["metric"].upper(), f"{r['value']:g}", MISSING if r["nfe"] is None else r["nfe"], r["setting"], r["where"],
+            [r["metric"].upper().replace("_", " "), f"{r['value']:g}", MISSING if r["nfe"] is None else r["nfe"], r["setting"], r["where"],
              f"`{r['arm']}`" if r["arm"] else MISSING]
             for r in claims["reported"]
         ]  # fmt: skip
@@ -179,7 +179,7 @@ def _reported(claims: dict[str, Any]) -> list[str]:
     if claims["claims"]:
         body = [
             [c["id"], c["claim"], c["where"], f"`{c['arms'][0]}` better than `{c['arms'][1]}`",
-             f"{c['metric']}, {c['direction']}, by {c['margin']:.1%} on {c['benchmark']}"]
+             f"{c['metric']}, {c['direction']}" + (f", by {c['margin']:.1%}" if c["margin"] else "") + f" on {c['benchmark']}"]
             for c in claims["claims"]
         ]  # fmt: skip
         head = ["claim", "in words", "where", "arms that test it", "supported if"]
@@ -201,13 +201,13 @@ def index(sources: list[Source], rows: list[Row], known: list[Row], benchmark: s
         mine = lambda r, name=s.name: r["method"] == name and not r["variant"] and r["benchmark"] == benchmark  # type: ignore[misc]
         cost, row = next(filter(mine, known), None), next((r for r in rows if mine(r) and r["headline"]), None)
         metered, built = cost if cost is not None and "calls" in cost else None, "error" not in s.anatomy
-        line = [f"[{s.about['title']}]({s.name}.md)", s.about["paper"], s.about["fidelity"]]
+        line = [f"[{s.about['title']}]({s.name}.md)", s.about["paper"], fidelity_words(s.about)]
         line += [costs.trained_words(s.anatomy), costs.needs_words(s.anatomy)] if built else [MISSING] * 2
         line += [f"{metered['flops_update'] / 1e6:.0f}", f"{metered['updates']['student']:,}"] if metered else [MISSING] * 2
         line += [str(row["nfe"] or MISSING), *(_value(row, m) for m in ("fid", "fid_teacher", "recall"))] if row else [MISSING] * 4
-        body.append([*line, "yes" if parse(s.name, s.readme).under("Algorithm") else "no"])
-    head = ["method", "paper", "fidelity", "trains", "needs", "MFLOP / update", "updates", "NFE", "FID ↓", "FID to teacher ↓", "recall ↑",
-            "algorithm box"]  # fmt: skip
+        body.append(line)
+    head = ["method", "paper", "fidelity", "trains", "needs", "MFLOP / update", "updates", "NFE"]
+    head += ["FID ↓", "FID to teacher ↓", "recall ↑"]
     words = (
         f"On {benchmark}, default arm, headline NFE, mean ± sample sd over seeds; {MISSING}: no published record. Costs in full: "
         "[Table 1](../../results/table1.md). Reference rows, beside which a number has to be read: [Table 2](../../results/table2.md)."

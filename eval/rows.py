@@ -27,6 +27,11 @@ OTHER_DATA = "scored against other data: run evaluate again"
 Row = dict[str, Any]
 
 
+def fidelity_words(about: dict[str, Any]) -> str:
+    """What a method is faithful to, and whether it is used outside its paper's setting."""
+    return ", ".join(filter(None, [about["fidelity"], "adaptation" if about["adaptation"] else None]))
+
+
 def summarise(values: Iterable[float | None]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation; (None, None) without values, sd None for one."""
     known = [v for v in values if v is not None]
@@ -94,7 +99,7 @@ def _arm_rows(records: list[Record], anchors: dict[int, Any]) -> list[Row]:
         "benchmark": first["benchmark"], "group": first["group"], "method": first["method"], "variant": first["variant"],
         "title": first["title"] + (f" ({first['variant']})" if first["variant"] else ""),
         "status": _status(records), "division": first["division"], "trajectory": first.get("trajectory", False),
-        "fidelity": ", ".join(filter(None, [first["fidelity"], "adaptation" if first["adaptation"] else None])) or None,
+        "fidelity": fidelity_words(first) or None,
         "budget": summarise(r.result["cost"].get("flops") for r in records)[0], "reported": None,
     }  # fmt: skip
     if not done:

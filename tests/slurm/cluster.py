@@ -36,7 +36,10 @@ SlurmctldPort={port}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=2
+JobAcctGatherParams=OverMemoryKill
 ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -199,8 +202,7 @@ class Cluster:
     def _accounting(self) -> str:
         return (
             f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\nAccountingStoragePort={self._dbd_port}\n"
-            f"AccountingStoragePass={self.folder}/munge.socket\n"
-            "JobAcctGatherType=jobacct_gather/linux"
+            f"AccountingStoragePass={self.folder}/munge.socket"
         )
 
     def _start_accounting(self) -> None:

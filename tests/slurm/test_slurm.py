@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distillbench import journal, launcher, squeue
+from distillbench import journal, launcher, slurm_job, squeue
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site
 
@@ -213,6 +213,7 @@ FAULTS = {
     "hangs": ("time.sleep(1000)", "hung", "nothing ended for 30 s"),
     "dies": ("os._exit(3)", "failed", "the process died 2 times"),
     "greedy": ("raise torch.OutOfMemoryError('no room')", "oom", "OutOfMemoryError: no room"),
+    "eats": ("torch.ones(3 << 28); time.sleep(60)", "oom", "killed by SLURM for lack of memory (3 GB, workflows/resources.yaml)"),
 }
 
 
@@ -224,29 +225,72 @@ def test_what_a_method_does_is_a_row(site: Site):
     path = site.folder / "workflows/benchmarks/slow-ring.yaml"
     path.write_text(path.read_text() + "stall_s: 30\n")
     site.table("faults", [*FAULTS, "meanflow"], "slow-ring")
+    site.resources(memory_gb=3)
     done = site.run(*LITERAL, "results/faults.md", timeout=900)
     assert done.returncode == 0, done.stderr
     page = (site.folder / "results/faults.md").read_text()
     for name, (_, status, reason) in FAULTS.items():
         found = result(site, name)
         assert (found["status"], reason in found["reason"]) == (status, True), found["reason"]
-        assert re.search(rf"slow-ring/{name} seed 0: {status.upper()}: .*\[job \d+\]", done.stderr), done.stderr
+        whose = "" if name == "eats" else r".*\[job \d+\]"  # it could not say so itself
+        assert re.search(rf"slow-ring/{name} seed 0: {status.upper()}: {whose}", done.stderr), done.stderr
         assert status.upper() in page
     assert result(site, "meanflow")["status"] == "done"
 
 
 def test_two_nodes_train_a_cell(site: Site):
     site.resources(nodes=2, seeds=1, gpus=1)
-    site.table("wide", ["meanflow"], "tiny-ring", [0])
+    site.table("wide", ["meanflow"], "tiny", [0])
     site.environment |= {"GLOO_SOCKET_IFNAME": "lo"}
     done = site.run(*LITERAL, "results/wide.md")
     assert done.returncode == 0, done.stderr
-    (path,) = site.folder.glob("results/runs/tiny-ring/meanflow/seed0-*/result.json")
+    (path,) = site.folder.glob("results/runs/tiny/meanflow/seed0-*/result.json")
     assert json.loads(path.read_text())["status"] == "done"
-    (log,) = site.folder.glob("results/runs/tiny-ring/meanflow/*.trained.slurm/*/*_1_log.out")
+    (log,) = site.folder.glob("results/runs/tiny/meanflow/*.trained.slurm/*/*_1_log.out")
     assert "global_rank=1(2)" in log.read_text()
     status = site.run("distillbench", "status", "wide", "--profile", "slurm").stdout
     assert "GPU-hours" in status
+
+
+@pytest.mark.slow
+def test_a_job_on_two_nodes_survives_the_loss_of_one(site: Site):
+    site.slow()
+    site.resources(nodes=2, seeds=1)
+    site.table("wide", ["slow"], "slow-ring")
+    site.environment |= {"GLOO_SOCKET_IFNAME": "lo"}
+    process = site.start(*LITERAL, "results/wide.md")
+    site.training("slow")
+    site.cluster.lose("n2")
+    time.sleep(5)
+    site.cluster.start_node("n2")
+    site.cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    _, errors = process.communicate(timeout=600)
+    lines = lines_of(site, "slow")
+    assert process.returncode == 0 and result(site, "slow")["status"] == "done", errors
+    assert repeated(lines) == 0 and sum("start" in line for line in lines) == 2
+
+
+def test_time_limits_are_counted_for_each_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A cell that follows one that took long has all of its own."""
+    given_up: list[str] = []
+    monkeypatch.setattr("distillbench.work.give_up", lambda words, status, why: not given_up.append(why))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    folder = tmp_path / "results/runs/tiny-ring/meanflow/0.trained.slurm"
+    folder.mkdir(parents=True)
+    work = slurm_job.Work(["train"], tmp_path, folder, 60, 1)
+    work._began = -1e9
+
+    def limits(count: int) -> int:
+        for _ in range(count):
+            assert work.checkpoint() is not None
+        return len(given_up)
+
+    assert limits(1) == 0
+    record = tmp_path / "results/runs/tiny-ring/meanflow/seed0-a/result.json"
+    record.parent.mkdir()
+    record.touch()
+    assert limits(1) == 0 and limits(1) == 1 and given_up == ["not done in 2 jobs of 60 min (workflows/resources.yaml)"]
+    assert limits(1) == 1
 
 
 def test_status_plan_and_cancel(site: Site):
@@ -328,8 +372,6 @@ def test_a_job_that_cannot_start_says_what_to_look_at(site: Site, cluster: Clust
 
 
 def test_a_node_with_other_packages_is_named(site: Site, monkeypatch: pytest.MonkeyPatch):
-    from distillbench import slurm_job
-
     monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
     monkeypatch.setenv("PATH", site.environment["PATH"])
     monkeypatch.setattr(slurm_job, "packages", lambda: {"python": "2.7", "torch": "0.1"})
