@@ -6,10 +6,12 @@ import time
 
 from distillbench import cluster
 from distillbench import config as files
-from distillbench import plan, resources
+from distillbench import launcher, plan, resources
 from distillbench.errors import UserError
 from distillbench.scoring import check_extractors
 from eval.records import is_evaluated
+
+os.environ[launcher.BEGAN] = str(time.time())  # to the launchers, which a later `distillbench cancel` ends
 
 
 def profile():
@@ -40,8 +42,9 @@ def prepare():
     every = {(j.benchmark, j.arm, j.keys): j for js in jobs.values() for j in js}
     todo = [j for j in every.values() if not j.sync("trained", plan.is_trained)]
     done = {key for key, j in every.items() if j.sync("evaluated", evaluated)}
-    if todo and PROFILE:
-        cluster.check([resources.request(j.benchmark, j.arm, "train", SITE) for j in todo])
+    if PROFILE:
+        ahead = [(j, "train") for j in todo] + [(j, "evaluate") for key, j in every.items() if key not in done]
+        cluster.check([resources.request(j.benchmark, j.arm, stage, SITE) for j, stage in ahead])
     for warning in plan.validate(todo) if todo else []:
         print(f"distillbench: {warning}", file=sys.stderr)
     for name, js in jobs.items():
@@ -58,7 +61,6 @@ except UserError as error:  # one line and exit code 2
     sys.exit(2)
 
 
-os.environ["DISTILLBENCH_BEGAN"] = str(time.time())  # to its launchers
 AS_PROFILE = f"--profile {PROFILE}" if PROFILE else ""
 RETRIES = 0 if PROFILE else 1  # a launcher tries by itself
 

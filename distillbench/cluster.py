@@ -82,13 +82,11 @@ def cancel(jobs: list[Job]) -> list[str]:
     """End the active jobs of these cells; their launchers do not try again, and those still to come do not submit. Job numbers."""
     if shutil.which("scancel") is None:
         raise UserError("no scancel here: run on a login node of the cluster")
-    launched = list(folders(jobs))
-    if not launched:
-        return []
     for stamp in (root() / job.stamp(stage) for job in jobs for stage in STAGES):
         if not stamp.exists():
             (folder := Path(f"{stamp}.slurm")).mkdir(parents=True, exist_ok=True)
             (folder / CANCELLED).touch()
+    launched = list(folders(jobs))
     try:
         queue = Board(root() / "results/runs").since(time.time())
     except RuntimeError as e:

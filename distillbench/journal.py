@@ -3,7 +3,7 @@
     {"start": k, "steps": n, "time": t}   a process begins training at step k of n (0, or a checkpoint's); t: UTC seconds
     {"step": i, <scalar>: value, ...}     scalars of step i, for about 200 steps of a run; steps after a resume come again
     {"checkpoint": k}                     the checkpoint of the first k steps is on disk
-    {"died": "SIGSEGV", "at": "..."}      the process ended without a record
+    {"died": "SIGSEGV", "at": "...", "begun": k}   the process, which began at step k, ended without a record
 
 Lines are written at once but not synced: a kill loses none, a power failure may lose the last ones. An unfinished last line
 is cut when the next process begins.

@@ -23,15 +23,18 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distillbench.slurm_job import INTERRUPTED, OUTCOME, STARTED, Work, signal_delay, write
-from distillbench.squeue import STUCK, Board, Queued
+from distillbench.errors import UserError
+from distillbench.slurm_job import INTERRUPTED, OUTCOME, STARTED, Work, log_of, signal_delay, write
+from distillbench.squeue import PATIENCE, PREFIX, Board, Queued, stuck
 
 POLL = 1.0
-NOTICE = 10.0  # seconds after the end of a job in which its outcome may still appear on a shared file system
+NOTICE = 10.0  # seconds after the end of a job in which its outcome may still appear on a shared file system,
+COMPLETED_NOTICE = 60.0  # and after a good end, of which there always is one: NFS may keep a folder's listing for that long
 BEGAN = "DISTILLBENCH_BEGAN"  # when the workflow did: a variable of the environment, set in the Snakefile
 CANCELLED, LOST = "cancelled", "lost.json"  # files: `distillbench cancel` was here; why there is no record
 LAST_LINES = 15
-STARVED = re.compile(r"^slurmstepd.*(exceeded memory limit|oom.kill)", re.IGNORECASE)  # in a job's log, where the state does not say it
+STARVED = re.compile(r"^slurmstepd.*exceeded memory limit")
+ATTEMPT = "Starting with JobEnvironment"  # submitit's first words in the log of a job's every attempt
 PROGRESS = re.compile(r": .*\d+%, \d+ s left$")
 # What sbatch says of a request that no repetition mends, and what does.
 REFUSED = {
@@ -59,7 +62,7 @@ def refuse(text: str) -> NoReturn:
 
 def name_of(folder: Path) -> str:
     """The job's name: the same for this folder alone, wherever another checkout lies."""
-    return f"distillbench-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
+    return f"{PREFIX}{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
 
 
 def options(request: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +121,7 @@ class Launcher:
                 if outcome.get("code") == 0 and outcome["time"] >= began:
                     return 0  # it was finished meanwhile
             if self.cancelled(began):
-                say(f"{self.what}: cancelled before it was submitted")
-                return 1
+                return self.fail("cancelled before it was submitted")
             (self.folder / CANCELLED).unlink(missing_ok=True)
             return self.tries()
 
@@ -131,6 +133,7 @@ class Launcher:
     def tries(self) -> int:
         """Submit, and again where the machine lost the job."""
         for attempt in range(self.request["tries"]):
+            self.number = None
             if attempt:
                 pause = self.request["backoff_s"] * 2 ** (attempt - 1)
                 say(f"{self.what}: trying again in {pause:g} s ({attempt + 1} of {self.request['tries']})")
@@ -138,28 +141,31 @@ class Launcher:
             try:
                 found = self.board.since(time.time()).named(self.name)
                 if self.cancelled():
-                    return 1
+                    return self.fail("cancelled before it was submitted")
+                if found is not None and found.state == "PENDING" and not self.submitted(found.id).exists():
+                    subprocess.run(["scancel", found.id], capture_output=True)  # its launcher was killed while it submitted
+                    found = None
                 (self.folder / LOST).unlink(missing_ok=True)
                 number = found.id if found is not None and found.active else self.submit()
             except RuntimeError as e:  # of sbatch or squeue
-                say(f"{self.what}: {e}")
-                write(self.folder / LOST, {"why": str(e)})
+                self.fail(str(e))
                 continue
             if found is not None and found.id == number:
                 say(f"{self.what}: job {number} is in the queue already ({found.state}): waiting for it")
             self.number = number
             outcome = self.wait(number)
-            self.number = None
             if outcome.get("code") == 0:
                 self.report(number)
                 return 0
             if outcome.get("timeout"):
-                say(f"{self.what}: {outcome['why']}: raise it there")
-                return 1
-            if outcome.get("state") == "OUT_OF_MEMORY" or (not outcome.get("code") and any(map(STARVED.search, self.lines(number)))):
-                return self.give_up()
-            say(f"{self.what}: job {number} lost: {outcome['why']}")
-            write(self.folder / LOST, {"job": number, "why": outcome["why"], "log": str(self.log(number))})
+                return self.fail(f"{outcome['why']}: raise it there")
+            state = outcome.get("state")
+            if state == "OUT_OF_MEMORY" or (state == "FAILED" and self.starved(number)):
+                return self.give_up(number)
+            if self.settled():  # by another rank than the one that ended the job
+                self.report(number)
+                return 0
+            self.fail(outcome["why"], f"job {number} lost: ")
             if self.cancelled():
                 break
             self.tail(number)
@@ -169,22 +175,23 @@ class Launcher:
 
     def submit(self) -> str:
         """The number of a new job; RuntimeError with sbatch's words where it may help to try again, else exit."""
-        from submitit import SlurmExecutor  # here, since most launchers find their job in the queue or wait for its end
+        from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         for name in (OUTCOME, STARTED, LOST):
             (self.folder / name).unlink(missing_ok=True)
         r = self.request
-        if shutil.which("sbatch") is None:
-            refuse("no sbatch here: run on a login node of the cluster, or without it: snakemake --cores all")
         executor = SlurmExecutor(folder=self.folder / "%j", max_num_timeout=10**6)  # our own count: Work.time_limits
         executor.update_parameters(
             **options(r), job_name=self.name, signal_delay_s=signal_delay(r["minutes"]), stderr_to_stdout=True,
             srun_args=["--kill-on-bad-exit=1"], additional_parameters={"requeue": True} | r["sbatch"],
         )  # fmt: skip
         work = Work(self.words, Path.cwd(), self.folder, r["minutes"], r["time_limits"])
+        signals = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # a job that SLURM has must have its pickle
         try:
             number = executor.submit(work).job_id
+            self.number = number
         except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError, OSError) as e:
             message = " ".join(str(e).split())
             message = message.partition("sbatch: error: ")[2] or message
@@ -192,6 +199,8 @@ class Launcher:
                 write(self.folder / LOST, {"why": f"sbatch refused: {message}: {help_}"})
                 refuse(f"{self.what}: sbatch refused: {message}: {help_}")
             raise RuntimeError(f"sbatch refused: {message}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         say(f"{self.what}: job {number} submitted")
         return number
 
@@ -199,7 +208,7 @@ class Launcher:
         """How the job ended: what it wrote itself, or {"why"} in SLURM's words."""
         began, missing, ended = time.time(), 0, 0.0
         last: Queued | None = None
-        warned = ""
+        heard = time.monotonic()
         while True:
             outcome = read(self.folder / OUTCOME)
             own = outcome if outcome.get("job") == number else {}
@@ -209,24 +218,31 @@ class Launcher:
                 subprocess.run(["scancel", number], capture_output=True)
                 return {"why": "cancelled"}
             queue = self.board.look()
+            if queue is None and time.monotonic() - heard > PATIENCE:
+                say(f"{self.what}: squeue has not answered for {PATIENCE:g} s; waiting for job {number}")
+            if queue is not None or time.monotonic() - heard > PATIENCE:
+                heard = time.monotonic()
             if queue is not None and queue.time > began:
                 now = queue.job(number, self.name)
                 last = now or last
                 missing = 0 if now else missing + 1
-                if now is not None and now.reason != warned and now.reason in STUCK and now.state == "PENDING":
+                if now is not None and now.state == "PENDING" and (help_ := stuck(now.reason)):
                     subprocess.run(["scancel", number], capture_output=True)
-                    write(self.folder / LOST, {"job": number, "why": f"would never start ({now.reason}): {STUCK[now.reason]}"})
-                    refuse(f"{self.what}: job {number} would never start ({now.reason}): {STUCK[now.reason]}")
+                    why = f"would never start ({now.reason}): {help_}"
+                    write(self.folder / LOST, {"job": number, "why": why})
+                    refuse(f"{self.what}: job {number} {why}")
                 over = (now is not None and not now.active) or missing * POLL > NOTICE / 2
                 ended = (ended or time.time()) if over else 0.0
-                if over and (own or time.time() - ended > NOTICE or (last is not None and last.state in ("CANCELLED", "NODE_FAIL"))):
+                notice = {"CANCELLED": 0.0, "NODE_FAIL": 0.0, "COMPLETED": COMPLETED_NOTICE}.get(last.state if last else "", NOTICE)
+                if over and (own or time.time() - ended > notice):
                     state = {"state": last.state} if last is not None and not own else {}
                     return own | state | {"why": own.get("why") or self.why(number, last, own)}
             time.sleep(POLL)
 
     def why(self, number: str, last: Queued | None, own: dict[str, Any]) -> str:
         """A job's end that the command did not choose."""
-        state = f"{last.state} ({last.reason})" if last is not None and last.reason not in ("None", "") else last.state if last else "gone"
+        reason = f" ({last.reason})" if last is not None and last.reason not in ("None", "") else ""
+        state = "gone" if last is None else f"{'gone, last seen ' if last.active else ''}{last.state}{reason}"
         if own:
             return f"its command ended with code {own['code']} on {own['node']}"
         if read(self.folder / STARTED).get("job") == number:
@@ -236,14 +252,34 @@ class Launcher:
             f"e.g. srun ls {self.runs} {sys.executable}"
         )
 
-    def log(self, number: str) -> Path:
-        return self.folder / number / f"{number}_0_log.out"
+    def submitted(self, number: str) -> Path:
+        """What a job runs, as submitit names it."""
+        return self.folder / number / f"{number}_submitted.pkl"
 
     def lines(self, number: str) -> list[str]:
+        """Of the job's log."""
         try:
-            return self.log(number).read_text(errors="replace").splitlines()
+            return log_of(self.folder, number).read_text(errors="replace").splitlines()
         except OSError:
             return []
+
+    def starved(self, number: str) -> bool:
+        """SLURM's last words in the log, of the last attempt, are that it took too much memory: where it polls, no state says so."""
+        lines = self.lines(number)
+        last = max((i for i, line in enumerate(lines) if ATTEMPT in line), default=0)
+        return any(STARVED.search(line) for line in lines[last:])
+
+    def settled(self) -> bool:
+        """Every cell that the job was to train has a record."""
+        from distillbench.work import at_hand
+
+        return self.words[0] == "train" and at_hand(self.words) is None
+
+    def fail(self, why: str, before: str = "") -> int:
+        """Say why there is no record and keep it for `status` and the partial table."""
+        say(f"{self.what}: {before}{why}")
+        write(self.folder / LOST, {"why": why} | ({"job": self.number} if self.number else {}))
+        return 1
 
     def report(self, number: str) -> None:
         """What the command said, less its progress."""
@@ -255,19 +291,26 @@ class Launcher:
         """The end of the job's log, and where it is."""
         for line in self.lines(number)[-LAST_LINES:]:
             say(f"  {line}")
-        say(f"  log: {self.log(number)}")
+        say(f"  log: {log_of(self.folder, number)}")
 
-    def give_up(self) -> int:
+    def give_up(self, number: str) -> int:
         """Record that SLURM's limit of memory ended the cell at hand, and go on with the job's other cells."""
         from distillbench.work import give_up
 
         reason = f"killed by SLURM for lack of memory ({self.request['memory_gb']:g} GB, workflows/resources.yaml)"
-        if not give_up(self.words, "oom", reason, node=read(self.folder / STARTED).get("node")):
-            say(f"{self.what}: {reason}: raise it there")
-            return 1
+        if not give_up(self.words, "oom", reason, log_of(self.folder, number), read(self.folder / STARTED).get("node")):
+            return self.fail(f"{reason}: raise it there")
         return self.tries()
 
 
 def main(stamp: str, request: str, words: list[str]) -> int:
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    return Launcher(Path(stamp), words, json.loads(request)).run()
+    for program in ("sbatch", "squeue"):
+        if shutil.which(program) is None:
+            refuse(f"no {program} here: run on a login node of the cluster, or without it: snakemake --cores all")
+    try:
+        return Launcher(Path(stamp), words, json.loads(request)).run()
+    except OSError as e:
+        refuse(f"{' '.join(words)}: {e.strerror} ({e.filename}): make room or make it writable, then rerun; jobs go on")
+    except UserError as e:
+        refuse(str(e))

@@ -282,5 +282,9 @@ def story(folder: Path) -> Group:
         parts.append(table)
     if (trace := folder / "traceback.txt").is_file():
         parts += [Text("traceback.txt:"), Text("\n".join(f"  {line}" for line in trace.read_text().splitlines()[-LAST_LINES:]))]
+    if record is not None and record["status"] != "done":
+        log = [Text(f"log: {record['log']}")] if record.get("log") else []
+        words = f"{folder.parent.parent.name} {folder.parent.name} --seeds {folder.name.partition('-')[0].removeprefix('seed')}"
+        parts += [*log, Text(f"to try again: rm {folder / 'result.json'} && distillbench train {words}")]
     parts += [Text(str(p)) for p in sorted(folder.iterdir()) if p.name != "lock"]
     return Group(*parts)

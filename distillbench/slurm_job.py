@@ -23,6 +23,7 @@ from typing import Any
 
 OUTCOME, STARTED, MEETING = "outcome.json", "started.json", "meeting.json"
 INTERRUPTED = 130
+LOG = "DISTILLBENCH_LOG"  # to the command, the path of its job's log in the checkout: a variable of the environment
 POLL = 0.1
 LEAVE_SECONDS = 60.0  # for the command to save a checkpoint
 TAKEN_SECONDS = 900.0  # for SLURM to take an attempt away that it has told to leave
@@ -47,13 +48,18 @@ def packages() -> dict[str, str]:
     return {"python": ".".join(platform.python_version_tuple()[:2])} | {name: version(name) for name in ("torch", "numpy")}
 
 
+def log_of(folder: Path, number: str) -> Path:
+    """What rank 0 of a job wrote, as submitit names it."""
+    return folder / number / f"{number}_0_log.out"
+
+
 class Work:
     """A command line of distillbench in a job; submitit pickles it. `time_limits`: how many limits a cell may reach."""
 
     def __init__(self, words: list[str], root: Path, folder: Path, minutes: float, time_limits: int):
         self.words, self.root, self.folder = words, root, folder
         self.minutes, self.time_limits = minutes, time_limits
-        self.left, self.finished = time_limits, 0  # of the cell at hand; cells of this arm that had a record at the last limit
+        self.left, self.cell = time_limits, ""  # of the cell at hand; which one that was at the last limit
         self.packages = packages()
         self._child: subprocess.Popen | None = None
         self._began = 0.0
@@ -74,7 +80,8 @@ class Work:
             (self.folder / OUTCOME).unlink(missing_ok=True)  # of an attempt that was taken away
             write(self.folder / STARTED, here)
         command = [sys.executable, "-m", "distillbench.cli", *self.words]
-        self._child = child = subprocess.Popen(command, cwd=self.root, env=os.environ | self.place(job))
+        environment = os.environ | self.place(job) | {LOG: os.path.relpath(self.log(), self.root)}
+        self._child = child = subprocess.Popen(command, cwd=self.root, env=environment)
         while child.poll() is None:
             time.sleep(POLL)
         code = child.returncode
@@ -124,20 +131,30 @@ class Work:
                 with suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGKILL)
         if time.monotonic() - self._began > 60 * self.minutes - signal_delay(self.minutes) - EARLY:  # earlier it is preemption
-            finished = len(list(self.folder.parent.glob("seed*/result.json")))
-            self.left, self.finished = (self.left if finished == self.finished else self.time_limits) - 1, finished
+            cell = self.at_hand()
+            self.left, self.cell = (self.left if cell in ("", self.cell) else self.time_limits) - 1, cell
         if self.left < 0 and not self.give_up():
             return None
         return DelayedSubmission(self)
+
+    def at_hand(self) -> str:
+        """The label of the cell that is being trained, "" where none is."""
+        from distillbench.work import at_hand
+
+        os.chdir(self.root)
+        return cell.label if (cell := at_hand(self.words)) else ""
+
+    def log(self) -> Path:
+        """Of this job, all its attempts."""
+        return log_of(self.folder, os.environ["SLURM_JOB_ID"])
 
     def give_up(self) -> bool:
         """Record the cell at hand as timed out; the job's other cells have all their time limits yet."""
         from distillbench.work import give_up
 
-        os.chdir(self.root)
         why = f"not done in {self.time_limits + 1} jobs of {self.minutes:g} min (workflows/resources.yaml)"
         self.left = self.time_limits
-        if give_up(self.words, "timeout", why):
+        if give_up(self.words, "timeout", why, self.log()):
             return True
         here = {"job": os.environ["SLURM_JOB_ID"], "node": socket.gethostname(), "time": time.time()}
         write(self.folder / OUTCOME, here | {"code": INTERRUPTED, "timeout": True, "why": why})

@@ -16,6 +16,7 @@ from pathlib import Path
 SECONDS = 5.0  # between two questions
 TIMEOUT = 60.0  # of one question
 PATIENCE = 300.0  # with a controller that does not answer
+PREFIX = "distillbench-"  # of our jobs' names; a user's others are not kept
 COMMAND = ("squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%j|%M|%r|%N")
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
@@ -29,8 +30,17 @@ STUCK = {
     "QOSNotAllowed": "mend `qos` in slurm/site.yaml",
     "InvalidAccount": "mend `account` in slurm/site.yaml",
     "InvalidQOS": "mend `qos` in slurm/site.yaml",
+    "DependencyNeverSatisfied": "mend `sbatch` in slurm/site.yaml",
     "launch failed requeued held": "the node cannot start jobs: exclude it in slurm/site.yaml (sbatch: {exclude: NODE})",
 }
+
+
+PER_JOB = "ask for less in workflows/resources.yaml"  # reasons like QOSMaxWallDurationPerJobLimit
+
+
+def stuck(reason: str) -> str | None:
+    """What helps a job that will never start by itself; None for one that may."""
+    return STUCK.get(reason) or (PER_JOB if "PerJob" in reason else None)
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Queued:
 
 @dataclass(frozen=True)
 class Queue:
-    """All jobs of this user, as seen at `time` (seconds since the epoch)."""
+    """All distillbench jobs of this user, as seen at `time` (seconds since the epoch)."""
 
     time: float
     jobs: tuple[Queued, ...]
@@ -106,7 +116,7 @@ class Board:
                 self.path.with_suffix(".failed").touch()
                 os.utime(self.path.with_suffix(".failed"))
                 return None
-            found = Queue(asked, parse(done.stdout))
+            found = Queue(asked, tuple(job for job in parse(done.stdout) if job.name.startswith(PREFIX)))
             temporary = self.path.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps({"time": asked, "jobs": [list(vars(job).values()) for job in found.jobs]}))
             os.replace(temporary, self.path)

@@ -38,14 +38,16 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, ClassVar, NoReturn
 
-from distillbench import progress
+from distillbench import journal, progress, ranks
 from distillbench.cell import Cell, describe, provenance, write_atomically, write_json
+from distillbench.config import root
 from distillbench.errors import UserError
 from distillbench.journal import Journal
 from distillbench.memory import is_out_of_memory as is_out_of_memory  # what the loop asks of the watch
 from distillbench.memory import limit_memory as limit_memory
 from distillbench.memory import oom_kills
 from distillbench.progress import say
+from distillbench.slurm_job import LOG
 
 POLL = 0.1  # seconds between two looks of the watcher
 LONGEST_GRACE = 10.0  # seconds for Python code to react to SIGALRM and Ctrl-C
@@ -179,7 +181,13 @@ def reason_of(verdict: int, cell: Cell, pulse: Pulse, line: str) -> tuple[str, s
 def finish(
     cell: Cell, record: dict[str, Any], plan: dict[str, Any] | None, seconds: float, memory_mb: float | None, hardware: str | None = None
 ) -> dict[str, Any]:
-    """Complete and write a cell's record: from here on the cell is fresh. `hardware`: where it was trained, if not here."""
+    """Complete and write a cell's record: from here on the cell is fresh. `hardware`: where it was trained, if not here.
+
+    A failure's `log` says where to read more, relative to the checkout: its traceback, or the log of its job on a cluster.
+    """
+    if record["status"] != "done":
+        trace = cell.folder / "traceback.txt"
+        record.setdefault("log", os.path.relpath(trace, root()) if trace.is_file() else os.environ.get(LOG))
     cost = {"seconds": round(seconds, 1), "peak_memory_mb": None if memory_mb is None else round(memory_mb)}
     record |= {"cost": (plan or {}) | cost, "provenance": provenance(cell) | ({"hardware": hardware} if hardware else {})}
     write_json(cell.record, record)
@@ -209,8 +217,9 @@ def supervise(cells: list[Cell], work: Callable[[Pulse], None]) -> None:
         oom = code == -signal.SIGKILL and oom_kills() > kills
         if code < 0 and -code in SOMEBODY and not oom and not verdict:
             raise UserError(f"{cells[index].label}: the process was killed ({name}); the same command continues")
-        key = (pulse.cell, pulse.begun if began else -1)
-        deaths[key] = deaths.get(key, 0) + 1
+        key, several = (pulse.cell, pulse.begun if began else -1), not ranks.alone()
+        before = sum(line.get("begun") == pulse.begun for line in journal.read(cells[index].folder)) if began and several else 0
+        deaths[key] = deaths.get(key, before) + 1
         final = bool(verdict) or deaths[key] >= DEATHS
         if not began:  # no method's doing
             if final:
@@ -220,11 +229,13 @@ def supervise(cells: list[Cell], work: Callable[[Pulse], None]) -> None:
             say(f"the process died before any cell began ({name}); starting it again")
             continue
         _note_death(cells[index], pulse, name, verdict, oom, text, final)
+        if several:  # the others cannot go on: SLURM ends them, and the next job of these cells counts this death
+            sys.exit(1)
 
 
 def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, text: str, final: bool) -> None:
     """Write down that the worker died in this cell, and the cell's record if it is not to be tried again."""
-    with cell.locked():
+    with cell.locked() if ranks.alone() else contextlib.nullcontext():  # of several ranks the first has the lock
         if cell.result() is not None:
             return
         line = _line_in(text, cell)
@@ -236,7 +247,7 @@ def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, te
         else:
             status, reason = "failed", f"the process died {DEATHS} times: {name} {at}"
         Journal(cell.folder).cut()
-        Journal(cell.folder).add(died="hung" if verdict else name, at=at)
+        Journal(cell.folder).add(died="hung" if verdict else name, at=at, begun=pulse.begun)
         if text:
             write_atomically(cell.folder / "traceback.txt", text.encode())
         if final:
@@ -244,7 +255,7 @@ def _note_death(cell: Cell, pulse: Pulse, name: str, verdict: int, oom: bool, te
             finish(cell, describe(cell) | {"status": status, "reason": reason}, None, seconds, None)
             say(f"{cell.label}: {status.upper()}: {reason} in {seconds:.1f} s")
         else:
-            say(f"{cell.label}: the process died ({name} {at}); starting it again")
+            say(f"{cell.label}: the process died ({name} {at})" + ("; starting it again" if ranks.alone() else ""))
 
 
 def _fork(work: Callable[[Pulse], None], pulse: Pulse, dump: IO[bytes]) -> int:

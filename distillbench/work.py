@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
@@ -66,19 +68,26 @@ def seconds_saved(cell: Cell) -> float:
         return 0.0
 
 
-def give_up(words: list[str], status: str, reason: str, node: str | None = None) -> bool:
-    """Write the record of the cell at which SLURM ended `train BENCHMARK ARM --seeds ...` for good; False where it was at none.
-    `node`: where it ran, if not here."""
-    stage, benchmark, arm, _, seeds = words
-    if stage != "train":
-        return False
+def at_hand(words: list[str]) -> Cell | None:
+    """The first cell of `train BENCHMARK ARM --seeds ...` without a record; None where all have one, or the words train nothing."""
+    if words[0] != "train":
+        return None
+    _, benchmark, arm, _, seeds = words
     b, found = config.benchmark(benchmark), None if arm == "teacher" else registry.arm(arm)
-    for cell in (Cell(b, found, int(seed)) for seed in seeds.split(",")):
-        with cell.locked():
-            if cell.result() is None:
-                finish(
-                    cell, describe(cell) | {"status": status, "reason": reason}, None, seconds_saved(cell), None, node and f"node {node}"
-                )
-                say(f"{cell.label}: {status.upper()}: {reason}")
-                return True
-    return False
+    return next((cell for cell in (Cell(b, found, int(seed)) for seed in seeds.split(",")) if cell.result() is None), None)
+
+
+def give_up(words: list[str], status: str, reason: str, log: Path, node: str | None = None) -> bool:
+    """Write the record of the cell at which SLURM ended a job's command for good; False where it was at none.
+
+    `log`: of the job; `node`: where it ran, if not here.
+    """
+    cell = at_hand(words)
+    if cell is None:
+        return False
+    with cell.locked():
+        if cell.result() is None:
+            record = describe(cell) | {"status": status, "reason": reason, "log": os.path.relpath(log, config.root())}
+            finish(cell, record, None, seconds_saved(cell), None, node and f"node {node}")
+            say(f"{cell.label}: {status.upper()}: {reason}")
+    return True

@@ -100,6 +100,16 @@ def test_an_error_of_one_rank_is_the_records_reason(checkout: Checkout):
     assert record["status"] == "failed" and record["reason"].startswith("ValueError: rank one fell over")
 
 
+def test_a_rank_that_dies_at_the_same_step_again_is_the_methods_doing(checkout: Checkout):
+    both = lossy(checkout, "os._exit(3)")
+    for again in (False, True):
+        first, second = ranks(checkout, "lossy") if again else both
+        assert second.wait(timeout=300) == 1 and first.wait(timeout=300) == 2 and "lost another rank" in first.stderr.read()
+        assert (folder(checkout, "lossy") / "result.json").exists() == again
+    record = json.loads((folder(checkout, "lossy") / "result.json").read_text())
+    assert record["status"] == "failed" and record["reason"].startswith("the process died 2 times: exit code 3 in training")
+
+
 def test_a_rank_that_is_killed_leaves_no_record(checkout: Checkout):
     started = time.monotonic()
     first, second = lossy(checkout, "os.kill(os.getpid(), 9)")

@@ -162,15 +162,22 @@ class Cluster:
 
     def lose(self, name: str) -> None:
         """A node with everything that runs on it, and SLURM is told."""
-        jobs = self.run("squeue", "--noheader", f"--nodelist={name}", "--states=RUNNING,COMPLETING", "--format=%i").stdout.split()
         self.kill(name)
         for one in psutil.process_iter(["cmdline"]):
-            title = " ".join(one.info["cmdline"] or [])
-            if title.startswith("slurmstepd: ") and any(f"[{job}." in title for job in jobs):
-                for process in [*one.children(recursive=True), one]:
-                    with suppress(psutil.Error):
-                        process.kill()
+            if " ".join(one.info["cmdline"] or []).startswith("slurmstepd: "):
+                with suppress(psutil.Error):
+                    below = one.children(recursive=True)
+                    if any(self._runs(process, SLURMD_NODENAME=name) for process in below):
+                        for process in [*below, one]:
+                            process.kill()
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
+
+    def _runs(self, process: psutil.Process, **variables: str) -> bool:
+        """Whether a process belongs to a job of this cluster that has these variables."""
+        with suppress(psutil.Error):
+            found = process.environ()
+            return {"SLURM_CONF": self.environment["SLURM_CONF"]} | variables == {k: found.get(k) for k in ("SLURM_CONF", *variables)}
+        return False
 
     def run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
@@ -186,11 +193,12 @@ class Cluster:
         return dict(line.split() for line in lines if line)
 
     def stop(self) -> None:
-        self.run("scancel", "--me", "--signal=KILL")
-        self.run("scancel", "--me")
-        end = time.monotonic() + 20
-        while self.jobs() and time.monotonic() < end:
-            time.sleep(0.2)
+        with suppress(subprocess.SubprocessError, OSError):  # where the controller never came up
+            self.run("scancel", "--me", "--signal=KILL", timeout=10)
+            self.run("scancel", "--me", timeout=10)
+            end = time.monotonic() + 20
+            while self.jobs() and time.monotonic() < end:
+                time.sleep(0.2)
         for daemon in reversed(list(self.daemons.values())):
             daemon.terminate()
         for daemon in self.daemons.values():
@@ -198,6 +206,10 @@ class Cluster:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 os.killpg(daemon.pid, signal.SIGKILL)
+        for one in psutil.process_iter():
+            with suppress(psutil.Error):
+                if self._runs(one) and "SLURM_JOB_ID" in one.environ():
+                    one.kill()
 
     def _accounting(self) -> str:
         return (

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -61,72 +62,83 @@ class Chaos:
                 continue
         return found
 
-    def requeue(self, number: str) -> None:
-        self.site.cluster.run("scontrol", "requeue", number)
+    # Each returns whether it met something.
 
-    def preempt(self, number: str) -> None:
-        self.site.cluster.run("scancel", "--signal=USR2", number)
+    def requeue(self, number: str) -> bool:
+        return self.site.cluster.run("scontrol", "requeue", number).returncode == 0
 
-    def cancel(self, number: str) -> None:
-        self.site.cluster.run("scancel", number)
+    def preempt(self, number: str) -> bool:
+        return self.site.cluster.run("scancel", "--signal=USR2", number).returncode == 0
 
-    def kill_step(self, number: str) -> None:
-        self.site.cluster.run("scancel", "--signal=KILL", number)
+    def cancel(self, number: str) -> bool:
+        return self.site.cluster.run("scancel", number).returncode == 0
 
-    def kill_worker(self, _: str) -> None:
+    def kill_step(self, number: str) -> bool:
+        return self.site.cluster.run("scancel", "--signal=KILL", number).returncode == 0
+
+    def kill_worker(self, _: str) -> bool:
         """The processes that train or evaluate, as an administrator would."""
-        for one in self.ours("distillbench.cli")[:2]:
-            one.kill()
+        return self.kill(self.ours("distillbench.cli")[:2])
 
-    def kill_snakemake(self, _: str) -> None:
+    def kill_launcher(self, _: str) -> bool:
+        return self.kill(self.ours("distillbench.dispatch slurm")[:1])
+
+    def kill(self, processes: list[psutil.Process]) -> bool:
+        met = 0
+        for one in processes:
+            with suppress(psutil.Error):
+                one.kill()
+                met += 1
+        return met > 0
+
+    def kill_snakemake(self, _: str) -> bool:
         """Its launchers live on."""
         self.process.kill()
-        self.process.wait()
+        return self.process.wait() == -signal.SIGKILL
 
-    def kill_everything(self, _: str) -> None:
+    def kill_everything(self, _: str) -> bool:
         """A login node that is lost."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        return self.process.wait() == -signal.SIGKILL
 
-    def kill_launcher(self, _: str) -> None:
-        for one in self.ours("distillbench.dispatch slurm")[:1]:
-            one.kill()
-
-    def lose_node(self, number: str) -> None:
+    def lose_node(self, number: str) -> bool:
         """slurmd and everything that the node runs; it comes back some seconds later."""
         cluster = self.site.cluster
         node = cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%N").stdout.strip()
         if node not in cluster.names:
-            return
+            return False
         cluster.lose(node)
         time.sleep(3)
         cluster.start_node(node)
         cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+        return True
 
-    def restart_controller(self, _: str) -> None:
+    def restart_controller(self, _: str) -> bool:
         self.site.cluster.kill("slurmctld")
         self.site.cluster.start_controller()
+        return True
 
     def event(self) -> None:
         """One of them, while a job runs."""
         time.sleep(self.random.uniform(3, 9))
         number = self.random.choice(self.site.until(lambda: self.again() or self.running(), "a job runs"))
-        kinds: list[Callable[[str], None]] = [
+        kinds: list[Callable[[str], bool]] = [
             self.requeue, self.preempt, self.cancel, self.kill_step, self.kill_worker, self.kill_snakemake, self.kill_everything,
             self.kill_launcher, self.lose_node, self.restart_controller,
         ]  # fmt: skip
         kind = kinds[sum(self.done.values())] if sum(self.done.values()) < len(kinds) else self.random.choice(kinds)
-        kind(number)
-        self.done[kind.__name__] += 1
+        if kind(number):
+            self.done[kind.__name__] += 1
 
 
-def before_starts(lines: list[dict]) -> Iterator[tuple[int, dict]]:
-    """(steps that are known to have been made before, the line) of every start after the first."""
-    seen = 0
+def made_twice(lines: list[dict]) -> int:
+    """Steps of which the journal shows that they were made before the process that made them last began."""
+    seen = twice = 0
     for line in lines:
-        if line.get("start"):
-            yield max(seen, line["start"]), line
+        if "start" in line:
+            twice += max(seen - line["start"], 0)
         seen = max(seen, line.get("step", -1) + 1)
+    return twice
 
 
 @pytest.mark.slow
@@ -154,7 +166,7 @@ def test_twenty_random_events_change_nothing(site: Site):
     journals = [journal.read(p) for arm in ARMS for p in site.folder.glob(f"results/runs/slow-ring/{arm}/seed*")]
     assert len(journals) == len(ARMS) * len(SEEDS) and [repeated(lines) for lines in journals] == [0] * len(journals)
     starts = sum("start" in line for lines in journals for line in lines)
-    twice = sum(seen - line["start"] for lines in journals for seen, line in before_starts(lines))
+    twice = sum(map(made_twice, journals))
     assert starts > len(journals) + EVENTS // 4, "the events met too little work"
     lasted = f"{disturbed:.0f} s of {time.monotonic() - began:.0f}"
     print(f"\n{dict(chaos.done)} in {lasted}; {len(journals)} cells in {starts} processes, {twice} steps made twice;")

@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 
 from distillbench import journal, launcher, slurm_job, squeue
+from distillbench.cell import write_json
+from tests.conftest import Checkout
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site
+from tests.test_cells import cell
 
 LITERAL = ("snakemake", "--profile", "slurm")
 
@@ -43,11 +46,11 @@ def lines_of(site: Site, method: str) -> list[dict]:
 
 
 def repeated(lines: list[dict]) -> int:
-    """Steps logged again that came before the checkpoint their process began at: there must be none."""
+    """Processes that began before the last checkpoint of which the journal knows: there must be none."""
     saved, bad = 0, 0
     for line in lines:
         if "start" in line:
-            bad += line["start"] != saved and line["start"] != saved + 1
+            bad += line["start"] < saved
         saved = line.get("checkpoint", saved)
     return bad
 
@@ -68,7 +71,7 @@ def test_the_literal_command_gives_the_bytes_of_a_local_run(site: Site, tmp_path
     assert again.returncode == 0 and not submitted(again.stderr)
 
 
-@pytest.mark.parametrize("how", ["requeue", "SIGUSR2", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["requeue", "SIGUSR2", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGTERM", "preemption"))])
 def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: str):
     site.slow()
     site.table("taken", ["slow"], "slow-ring")
@@ -77,6 +80,8 @@ def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: st
         number = site.training("slow", nth)
         if how == "requeue":
             site.cluster.run("scontrol", "requeue", number)
+        elif how == "preemption":  # by a job that wants all of both nodes
+            site.cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
         else:
             site.cluster.run("scancel", f"--signal={how}", number)
         if how == "SIGTERM":  # SLURM does not start it again by itself: whoever sends it requeues, as preemption does
@@ -153,12 +158,11 @@ def test_two_checkouts_do_not_see_each_other(site: Site, tmp_path: Path):
 def test_a_number_that_another_job_has_now_is_not_ours(site: Site, monkeypatch: pytest.MonkeyPatch):
     """Numbers begin anew when a controller loses its state; the name tells."""
     monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
-    site.cluster.run("sbatch", "--job-name=somebody", "--wrap", "sleep 60", "--output=/dev/null")
+    site.cluster.run("sbatch", "--job-name=distillbench-1", "--wrap", "sleep 60", "--output=/dev/null")
     number = site.until(lambda: list(site.cluster.jobs()), "a job")[0]
     queue = squeue.Board(site.folder).since(time.time())
-    assert (
-        queue.job(number, "somebody") is not None and queue.job(number, "distillbench-0") is None and queue.named("distillbench-0") is None
-    )
+    assert queue.job(number, "distillbench-1") is not None
+    assert queue.job(number, "distillbench-0") is None and queue.named("distillbench-0") is None
 
 
 def test_a_lost_job_is_tried_again_and_then_given_up_without_a_record(site: Site):
@@ -234,6 +238,7 @@ def test_what_a_method_does_is_a_row(site: Site):
         assert (found["status"], reason in found["reason"]) == (status, True), found["reason"]
         whose = "" if name == "eats" else r".*\[job \d+\]"  # it could not say so itself
         assert re.search(rf"slow-ring/{name} seed 0: {status.upper()}: {whose}", done.stderr), done.stderr
+        assert (site.folder / found["log"]).is_file(), found
         assert status.upper() in page
     assert result(site, "meanflow")["status"] == "done"
 
@@ -250,6 +255,21 @@ def test_two_nodes_train_a_cell(site: Site):
     assert "global_rank=1(2)" in log.read_text()
     status = site.run("distillbench", "status", "wide", "--profile", "slurm").stdout
     assert "GPU-hours" in status
+
+
+def test_a_failing_rank_is_a_row(site: Site):
+    """The first rank sees no more than that it is alone; the job ends badly, and nothing is submitted again."""
+    site.slow(0.0)
+    with open(site.folder / "methods/slow/method.py", "a") as f:
+        f.write("\n\nimport os\ndef fault(*step):\n    if os.environ.get('RANK') == '1':\n        raise ValueError('rank one fell over')\n"
+                "    return quick(*step)\nMeanFlow.train_step = fault\n")  # fmt: skip
+    site.resources(ranks=2, seeds=1)
+    site.table("wide", ["slow"], "slow-ring")
+    site.environment |= {"GLOO_SOCKET_IFNAME": "lo"}
+    done = site.run(*LITERAL, "results/wide.md")
+    found = result(site, "slow")
+    assert done.returncode == 0 and "trying again" not in done.stderr, done.stderr
+    assert found["status"] == "failed" and "rank one fell over" in found["reason"]
 
 
 @pytest.mark.slow
@@ -270,14 +290,13 @@ def test_a_job_on_two_nodes_survives_the_loss_of_one(site: Site):
     assert repeated(lines) == 0 and sum("start" in line for line in lines) == 2
 
 
-def test_time_limits_are_counted_for_each_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A cell that follows one that took long has all of its own."""
+def test_time_limits_are_counted_for_each_cell(checkout: Checkout, monkeypatch: pytest.MonkeyPatch):
+    """A cell that follows one that took long has all of its own, whatever other jobs do."""
     given_up: list[str] = []
-    monkeypatch.setattr("distillbench.work.give_up", lambda words, status, why: not given_up.append(why))
+    monkeypatch.setattr("distillbench.work.give_up", lambda words, status, why, log: not given_up.append(why))
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    folder = tmp_path / "results/runs/tiny-ring/meanflow/0.trained.slurm"
-    folder.mkdir(parents=True)
-    work = slurm_job.Work(["train"], tmp_path, folder, 60, 1)
+    folder = checkout.folder / "results/runs/tiny-ring/meanflow/0.trained.slurm"
+    work = slurm_job.Work(["train", "tiny-ring", "meanflow", "--seeds", "0,1"], checkout.folder, folder, 60, 1)
     work._began = -1e9
 
     def limits(count: int) -> int:
@@ -285,12 +304,16 @@ def test_time_limits_are_counted_for_each_cell(tmp_path: Path, monkeypatch: pyte
             assert work.checkpoint() is not None
         return len(given_up)
 
+    def finish(seed: int) -> None:
+        record = cell("tiny-ring", "meanflow", seed).record
+        record.parent.mkdir(parents=True)
+        write_json(record, {"status": "done"})
+
     assert limits(1) == 0
-    record = tmp_path / "results/runs/tiny-ring/meanflow/seed0-a/result.json"
-    record.parent.mkdir()
-    record.touch()
-    assert limits(1) == 0 and limits(1) == 1 and given_up == ["not done in 2 jobs of 60 min (workflows/resources.yaml)"]
-    assert limits(1) == 1
+    finish(7)  # not of this job
+    assert limits(1) == 1 and given_up == ["not done in 2 jobs of 60 min (workflows/resources.yaml)"]
+    finish(0)
+    assert limits(1) == 1 and limits(1) == 2
 
 
 def test_status_plan_and_cancel(site: Site):
@@ -307,7 +330,8 @@ def test_status_plan_and_cancel(site: Site):
     assert cancelled.returncode == 0 and number in cancelled.stdout
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1 and "lost: cancelled" in errors and "trying again" not in errors
-    assert len(submitted(errors)) == 3 and errors.count("cancelled before it was submitted") == 1  # the other seed
+    assert len(re.findall(r"train slow-ring slow --seeds \d: job \d+ submitted", errors)) == 1  # not the other seed
+    assert errors.count("cancelled before it was submitted") >= 1 and not site.cluster.jobs()
     assert "lost: slow-ring/slow: cancelled" in site.run("distillbench", "status", "seen").stdout
 
 
