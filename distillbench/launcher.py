@@ -117,9 +117,9 @@ class Launcher:
             except BlockingIOError:
                 say(f"{self.what}: another launcher looks after this job; waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                outcome = read(self.folder / OUTCOME)
-                if outcome.get("code") == 0 and outcome["time"] >= began:
-                    return 0  # it was finished meanwhile
+            outcome = read(self.folder / OUTCOME)
+            if outcome.get("code") == 0 and outcome["time"] >= began:
+                return 0  # it was finished meanwhile
             if self.cancelled(began):
                 return self.fail("cancelled before it was submitted")
             (self.folder / CANCELLED).unlink(missing_ok=True)
