@@ -149,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         rows = notice(Path(name), chosen.jobs)
         cells = scale(Path(name), chosen.cells)
-    version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True).stdout.strip()
+    version = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
     Path(__file__).with_name("slurm.md").write_text(f"""# What the launchers cost on a cluster
 
 By `python -m perf.slurm`, the cluster's two nodes on this one machine; {version}.
