@@ -205,9 +205,9 @@ def index(sources: list[Source], rows: list[Row], known: list[Row], benchmark: s
         line += [costs.trained_words(s.anatomy), costs.needs_words(s.anatomy)] if built else [MISSING] * 2
         line += [f"{metered['flops_update'] / 1e6:.0f}", f"{metered['updates']['student']:,}"] if metered else [MISSING] * 2
         line += [str(row["nfe"] or MISSING), *(_value(row, m) for m in ("fid", "fid_teacher", "recall"))] if row else [MISSING] * 4
-        body.append(line)
+        body.append([*line, "yes" if parse(s.name, s.readme).under("Algorithm") else "no"])
     head = ["method", "paper", "fidelity", "trains", "needs", "MFLOP / update", "updates", "NFE"]
-    head += ["FID ↓", "FID to teacher ↓", "recall ↑"]
+    head += ["FID ↓", "FID to teacher ↓", "recall ↑", "algorithm box"]
     words = (
         f"On {benchmark}, default arm, headline NFE, mean ± sample sd over seeds; {MISSING}: no published record. Costs in full: "
         "[Table 1](../../results/table1.md). Reference rows, beside which a number has to be read: [Table 2](../../results/table2.md)."
