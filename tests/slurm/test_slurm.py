@@ -235,6 +235,7 @@ def test_what_a_method_does_is_a_row(site: Site):
     done = site.run(*LITERAL, "results/faults.md", timeout=900)
     assert done.returncode == 0, done.stderr
     page = (site.folder / "results/faults.md").read_text()
+    print("\n".join(line for line in [*done.stderr.splitlines(), *page.splitlines()] if any(s in line for s in ("FAILED", "HUNG", "OOM"))))
     for name, (_, status, reason) in FAULTS.items():
         found = result(site, name)
         assert (found["status"], reason in found["reason"]) == (status, True), found["reason"]
