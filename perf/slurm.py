@@ -134,8 +134,8 @@ def scale(folder: Path, cells: int) -> str:
         cluster.stop()
     issued = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
     each = seconds / max(counts["squeue"], 1)
-    return f"""{collected:,} cells collected from {submitted:,} jobs in {seconds:.0f} s, {seconds / cells:.2f} s each; {submitted - cells} jobs that the
-overloaded nodes failed to start (JobLaunchFailure) were submitted again.
+    return f"""{collected:,} cells collected from {submitted:,} jobs in {seconds:.0f} s, {seconds / cells:.2f} s each;
+{submitted - cells} jobs that the overloaded nodes failed to start (JobLaunchFailure) were submitted again.
 
 SLURM's commands, from the login node and the jobs: {issued}; squeue once in {each:.1f} s.
 
