@@ -14,7 +14,7 @@ from typing import Any
 from distillbench import resources
 from distillbench.config import root
 from distillbench.errors import UserError
-from distillbench.launcher import CANCELLED, LOST, name_of, options, read, remedy
+from distillbench.launcher import ABSENT, CANCELLED, LOST, name_of, options, read, remedy
 from distillbench.plan import Job
 from distillbench.squeue import Board, Queued
 
@@ -41,7 +41,7 @@ def check(requests: Iterable[str]) -> None:
     """Ask sbatch about every distinct request without submitting anything; UserError with its words and the remedy."""
     for program in ("sbatch", "srun", "squeue"):
         if shutil.which(program) is None:
-            raise UserError(f"no {program} here: run on a login node of the cluster, or without it: snakemake --cores all")
+            raise UserError(ABSENT.format(program))
     for request in sorted(set(requests)):
         command = ["sbatch", "--test-only", *flags(json.loads(request)), "--wrap", "true"]
         try:

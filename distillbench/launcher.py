@@ -33,6 +33,7 @@ COMPLETED_NOTICE = 60.0  # and after a good end, of which there always is one: N
 BEGAN = "DISTILLBENCH_BEGAN"  # when the workflow did: a variable of the environment, set in the Snakefile
 CANCELLED, LOST = "cancelled", "lost.json"  # files: `distillbench cancel` was here; why there is no record
 LAST_LINES = 15
+ABSENT = "no {} here: run on a login node of the cluster, or without it: snakemake --cores all"
 STARVED = re.compile(r"^slurmstepd.*exceeded memory limit")
 ATTEMPT = "Starting with JobEnvironment"  # submitit's first words in the log of a job's every attempt
 PROGRESS = re.compile(r": .*\d+%, \d+ s left$")
@@ -307,7 +308,7 @@ def main(stamp: str, request: str, words: list[str]) -> int:
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     for program in ("sbatch", "squeue"):
         if shutil.which(program) is None:
-            refuse(f"no {program} here: run on a login node of the cluster, or without it: snakemake --cores all")
+            refuse(ABSENT.format(program))
     try:
         return Launcher(Path(stamp), words, json.loads(request)).run()
     except OSError as e:

@@ -128,8 +128,7 @@ class Work:
                 end = time.monotonic() + LEAVE_SECONDS
                 while time.monotonic() < end and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
                     time.sleep(POLL)
-                with suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGKILL)
+                os.kill(child.pid, signal.SIGKILL)
         if time.monotonic() - self._began > 60 * self.minutes - signal_delay(self.minutes) - EARLY:  # earlier it is preemption
             cell = self.at_hand()
             self.left, self.cell = (self.left if cell in ("", self.cell) else self.time_limits) - 1, cell

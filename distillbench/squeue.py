@@ -33,8 +33,6 @@ STUCK = {
     "DependencyNeverSatisfied": "mend `sbatch` in slurm/site.yaml",
     "launch failed requeued held": "the node cannot start jobs: exclude it in slurm/site.yaml (sbatch: {exclude: NODE})",
 }
-
-
 PER_JOB = "ask for less in workflows/resources.yaml"  # reasons like QOSMaxWallDurationPerJobLimit
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -127,15 +128,17 @@ def scale(folder: Path, cells: int) -> str:
         text = log.read_text()
         collected = len(list(site.folder.glob("results/runs/dummy/arm/*.trained")))
         submitted = len(set(re.findall(r"job (\d+) submitted", text)))
-        lost = "\n".join(line for line in text.splitlines() if line.startswith(("list: ", "distillbench: ")) and "submitted" not in line)
-        assert code == 0 and collected == cells <= submitted, f"{collected} of {cells}, {submitted} submitted\n{lost[:5000]}"
+        said = "\n".join(line for line in text.splitlines() if line.startswith(("list: ", "distillbench: ")) and "submitted" not in line)
+        assert code == 0 and collected == cells <= submitted, f"{collected} of {cells}, {submitted} submitted\n{said[:5000]}"
         counts = {name: (path.read_text().count("\n") if (path := folder / f"{name}.count").exists() else 0) for name in COMMANDS}
     finally:
         cluster.stop()
+    reasons = Counter(re.findall(r"job \d+ lost: (\w+(?: \(\w+\))?)", text))
+    lost = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     issued = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
     each = seconds / max(counts["squeue"], 1)
     return f"""{collected:,} cells collected from {submitted:,} jobs in {seconds:.0f} s, {seconds / cells:.2f} s each;
-{submitted - cells} jobs that the overloaded nodes failed to start (JobLaunchFailure) were submitted again.
+{submitted - cells} were submitted again{": " if lost else "."}{lost}
 
 SLURM's commands, from the login node and the jobs: {issued}; squeue once in {each:.1f} s.
 
