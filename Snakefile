@@ -4,9 +4,9 @@ import os
 import sys
 import time
 
-from distillbench import cluster
+from distillbench import audits, cluster
 from distillbench import config as files
-from distillbench import launcher, plan, resources
+from distillbench import launcher, plan, registry, resources
 from distillbench.errors import UserError
 from distillbench.scoring import check_extractors
 from eval.records import is_evaluated
@@ -32,11 +32,14 @@ def prepare():
     """Jobs of the tables asked for, stamps made to agree with the records, files checked before any work starts; and the tables
     of costs, which have no jobs, with their first source, whose jobs are among them."""
     names = sorted(p.stem for p in (files.root() / "workflows/tables").glob("*.yaml"))
-    named = [n for n in names if any(f"results/{n}." in argument for argument in sys.argv)]
+    named = [n for n in names if any(f"results/{n}." in argument for argument in sys.argv) or n == config.get("tables")]
     tables = {name: plan.table(name, PROFILE) for name in named or names}
     costs = {name: table.sources[0] for name, table in tables.items() if table.kind == "costs"}
     tables |= {name: plan.table(name, PROFILE) for name in costs.values()}
     tables = {name: table for name, table in tables.items() if name not in costs}
+    measured = {n: audits.experiments(audits.questions(t), t.seeds) for n, t in tables.items() if t.kind == "audit"}
+    measuring = {(e.name, e.keys): e for es in measured.values() for e in es}
+    unmeasured = [e for e in measuring.values() if not e.sync()]
     jobs = {name: plan.jobs(table) for name, table in tables.items()}
     check_extractors([j.cells[0].benchmark for js in jobs.values() for j in js])
     every = {(j.benchmark, j.arm, j.keys): j for js in jobs.values() for j in js}
@@ -48,14 +51,15 @@ def prepare():
     for warning in plan.validate(todo) if todo else []:
         print(f"distillbench: {warning}", file=sys.stderr)
     for name, js in jobs.items():
-        plan.note_cells(tables[name], js, all((j.benchmark, j.arm, j.keys) in done for j in js))
-    return jobs, every, costs
+        complete = all((j.benchmark, j.arm, j.keys) in done for j in js) and not set(measured.get(name, ())) & set(unmeasured)
+        plan.note_cells(tables[name], js, complete)
+    return jobs, every, costs, measured, measuring
 
 
 try:
     PROFILE = profile()
     SITE = resources.site(PROFILE) if PROFILE else resources.Site()
-    JOBS, EVERY, COSTS = prepare()
+    JOBS, EVERY, COSTS, MEASURED, MEASURING = prepare()
 except UserError as error:  # one line and exit code 2
     print(f"distillbench: {error}", file=sys.stderr)
     sys.exit(2)
@@ -88,6 +92,7 @@ wildcard_constraints:
 
 include: "workflows/rules/teacher.smk"
 include: "workflows/rules/cells.smk"
+include: "workflows/rules/audits.smk"
 include: "workflows/rules/tables.smk"
 
 

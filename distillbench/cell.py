@@ -269,23 +269,29 @@ def describe(cell: Cell) -> dict[str, Any]:
 
 def provenance(cell: Cell) -> dict[str, Any]:
     """Where a result comes from: commit, hashes, versions, hardware."""
-
-    def git(*args: str) -> str:
-        try:
-            done = subprocess.run(["git", "-C", str(root()), *args], capture_output=True, text=True, timeout=GIT_SECONDS)
-        except (OSError, subprocess.TimeoutExpired):  # no git here, or a file system that does not answer
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
     recipe = cell.recipe
+    return circumstances({k: recipe[k] for k in ("ground", "data", "method", "teacher") if k in recipe})
+
+
+def circumstances(hashes: dict[str, Any]) -> dict[str, Any]:
+    """The same of any measurement, whose sources have these hashes."""
     return {
         "commit": git("rev-parse", "HEAD") or None,
         "dirty": bool(git("status", "--porcelain", "--", ".", ":!results", ":!methods/*/tuning.json")),
-        "hashes": {k: recipe[k] for k in ("ground", "data", "method", "teacher") if k in recipe},
+        "hashes": hashes,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy")},
         "hardware": hardware(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
     }
+
+
+def git(*args: str) -> str:
+    """What git says of this checkout; nothing where it cannot."""
+    try:
+        done = subprocess.run(["git", "-C", str(root()), *args], capture_output=True, text=True, timeout=GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or a file system that does not answer
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 @lru_cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillbench import config, pages, registry, train
+from distillbench import audits, config, pages, registry, train
 from distillbench.build import Run, build, restore
 from distillbench.cell import Cell
 from distillbench.checkpoint import load_progress, save_progress
-from distillbench.errors import Refused, UserError, nearest
+from distillbench.errors import Refused, UserError
 from distillbench.instruments import Counting, Seen, Watching, fingerprint, first_difference, global_state, method_code, weights
 from distillbench.method import Batch, Condition
 from distillbench.progress import Report
@@ -39,7 +39,6 @@ UNMETERED = 0.01  # tolerated share of forward FLOPs outside the networks that t
 PROGRESS, AT_FLOOR = 0.95, 1.5  # the distance to the teacher's samples must fall to this share, or be near that of two draws of them
 SAME_COST = "all cycles of needs.cycle steps to cost what the first does: it is what the budget is divided by"
 Distance = Callable[[Tensor, Tensor], float]
-Metrics = tuple[Collection[str], Collection[str]]  # what tables show of images, of mixtures
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Brief(Cell):
 class Check:
     """One method under examination; `findings` collects what is wrong."""
 
-    def __init__(self, folder: MethodFolder, distance: Distance, metrics: Metrics, report: Report):
+    def __init__(self, folder: MethodFolder, distance: Distance, metrics: audits.Metrics, report: Report):
         self.folder, self.report, self.findings, self.refused = folder, report, list[Finding](), dict[str, str]()
         self._distance, self.metrics = distance, metrics
         root = config.root()
@@ -104,16 +103,9 @@ class Check:
             for target in pages.unresolved(readme, config.root()):
                 self.find(f"{self.where}/README.md", "every entry of the equation table to exist", f"`{target}`, which does not")
         claims = f"{self.where}/claims.yaml"
-        for claim in self.folder.claims.claims:
-            try:
-                known = self.metrics[config.benchmark(claim.benchmark).data.kind == "mixture"]
-                if claim.metric not in known:
-                    better = nearest(claim.metric, known)
-                    self.find(claims, f"claim {claim.id} to name a metric of {claim.benchmark}, {better}", claim.metric)
-                for name in claim.arms:
-                    self.exists(name)
-            except UserError as e:
-                self.find(claims, f"claim {claim.id} to name a benchmark and arms that exist", e)
+        for index, claim in enumerate(self.folder.claims.claims):
+            for expected, seen in audits.misfits(claim, self.metrics, self.exists):
+                self.find(f"{claims}:{audits.place(self.folder, index).rpartition(':')[2]}", expected, seen)
         for reported in self.folder.claims.reported:
             try:
                 self.exists(reported.arm or self.folder.name)
@@ -379,7 +371,7 @@ STAGES: tuple[tuple[str, str], ...] = (
 )
 
 
-def run(folder: MethodFolder, distance: Distance, metrics: Metrics, report: Report) -> Iterator[tuple[str, list[Finding]]]:
+def run(folder: MethodFolder, distance: Distance, metrics: audits.Metrics, report: Report) -> Iterator[tuple[str, list[Finding]]]:
     """(what was examined, findings) of each stage in turn. Whatever a method raises is a finding."""
     check = Check(folder, distance, metrics, report)
     for name, about in STAGES:

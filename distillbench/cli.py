@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from distillbench import config, plan, progress, registry
+from distillbench import claims, cli_audit, config, plan, progress, registry
 from distillbench.cell import Cell, lock, write_atomically, write_json
 from distillbench.dispatch import ONE_THREAD
 from distillbench.errors import UserError, nearest
@@ -47,6 +47,10 @@ app = typer.Typer(
     distillbench new my_method                  a small working method to start from
 
     distillbench check my_method                does it keep the contract?
+
+    distillbench audit --claim FF-C3a           is a paper's claim true here?
+
+    distillbench bundle, verify                 an archive for a reviewer, and its check
     """,
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
@@ -325,16 +329,20 @@ def table_(
     """
     import yaml
 
-    from distillbench import overview
+    from distillbench import audit_render, overview
     from eval import external, figures, records, tables
 
     table, results = plan.table(name, profile), config.root() / "results"
     if partial:
-        text = overview.partial(name, plan.jobs(table), is_evaluated) if table.kind == "metrics" else ""
+        text = overview.partial(name, plan.jobs(table), is_evaluated) if table.kind != "costs" else ""
         return write_atomically(results / f"{name}.partial.md", text.encode()) if text else None
     (results / f"{name}.partial.md").unlink(missing_ok=True)
     if table.kind == "costs":
         raise typer.Exit(verdict(f"results/{name}", render_costs(table, check), check))
+    if table.kind == "audit":
+        if not (check or render):
+            audit_render.publish(table)
+        raise typer.Exit(verdict(f"results/{name}", audit_render.render(table, check), check))
     folder = results / "records" / name
     if not (check or render):
         cells = [c for j in plan.jobs(table) for c in j.cells]
@@ -371,10 +379,13 @@ def pages(
     raise typer.Exit(verdict("docs/methods", render_pages(check), check))
 
 
+app.registered_commands += cli_audit.app.registered_commands
+
+
 @app.command(hidden=True)
 def schema() -> None:
     """Write the JSON schemas that editors check benchmark, table and method files with."""
-    for path, model in config.SCHEMAS.items():
+    for path, model in claims.SCHEMAS.items():
         write_json(config.root() / path, model.model_json_schema())
 
 

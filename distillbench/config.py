@@ -175,43 +175,14 @@ class MethodFile(Strict):
         return self
 
 
-class Reported(Strict):
-    """A number a paper reports, in its own setting."""
-
-    where: str = Field(description="table or figure")
-    setting: str = Field(description="data set, model, NFE: whatever it takes to read the number")
-    metric: str
-    value: float
-    arm: str | None = Field(None, description="method@variant beside whose row at this NFE it is shown")
-    nfe: int | None = None
-
-
-class Claim(Strict):
-    """A claim of a paper that arms of this suite can test: the first arm has the better metric than the second."""
-
-    id: str
-    where: str
-    claim: str
-    benchmark: str
-    arms: tuple[str, str] = Field(description="method@variant said to be better, then the one said to be worse")
-    metric: str
-    direction: Literal["lower", "higher"]
-    margin: float = Field(0.02, ge=0, description="smallest relative difference that supports the claim")
-
-
-class ClaimsFile(Strict):
-    """`methods/<name>/claims.yaml`."""
-
-    reported: list[Reported] = []
-    claims: list[Claim] = []
-
-
 class Table(Strict):
     """`workflows/tables/<name>.yaml`."""
 
     name: str
     title: str
-    kind: Literal["metrics", "costs"] = Field("metrics", description="costs: what methods are and cost, from the records of `sources`")
+    kind: Literal["metrics", "costs", "audit"] = Field(
+        "metrics", description="costs: what methods are and cost, from the records of `sources`; audit: the claims of `methods`, on `seeds`"
+    )
     sources: list[str] = Field([], description="tables whose records a table of costs reads; the first also for what an update costs")
     benchmarks: list[str] = Field(min_length=1)
     methods: Literal["all"] | list[str] = Field("all", description="'all' discovered methods, or names")
@@ -220,6 +191,14 @@ class Table(Strict):
     compare: list[tuple[str, str]] = Field([], description="pairs of arms whose metrics are shown as ratios, each with an interval")
     draws: bool = Field(False, description="publish repeated draws of single checkpoints as well (draws.json)")
     reported: str | None = Field(None, description="file with the papers' own numbers, shown in a section of their own")
+
+    reported_again: str | None = Field(None, description="of an audit: name of the page that sets the papers' ablations beside its arms")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Table:
+        if self.kind == "audit" and not self.seeds:
+            raise ValueError("an audit names its seeds: fresh ones, on which no setting was chosen and no claim was thought of")
+        return self
 
 
 def digest(data: bytes) -> str:
@@ -240,10 +219,11 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
-    """The first problem of a validation as one line: file, key, remedy."""
+def explain(error: ValidationError, model: type[BaseModel], where: str, text: str | None = None) -> UserError:
+    """The first problem of a validation as one line: file, key, remedy; with the line where the file's `text` is given."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key is also a missing one
     path = [p for p in first["loc"]]
+    where += "" if text is None else f":{line_of(text, path)}"
     key = ".".join(str(p) for p in path)
     if first["type"] == "extra_forbidden":
         return UserError(f"{where}: unknown key '{key}', {nearest(str(path[-1]), _keys_beside(model, path))}")
@@ -262,10 +242,27 @@ def _keys_beside(model: type[BaseModel], path: list[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def read(path: Path, model: type[M]) -> M:
-    """A YAML file as `model`; UserError names file, key and remedy."""
+def line_of(text: str, path: list[Any]) -> int:
+    """The line at which the value under `path`, keys and indices, begins in YAML; of its nearest parent where it is missing."""
+    node = yaml.compose(text, yaml.SafeLoader)
+    line = 1 if node is None else node.start_mark.line + 1
+    for part in path:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+        elif isinstance(node, yaml.MappingNode) and (found := [pair for pair in node.value if pair[0].value == str(part)]):
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+            continue
+        else:
+            break
+        line = node.start_mark.line + 1
+    return line
+
+
+def read(path: Path, model: type[M], lines: bool = False) -> M:
+    """A YAML file as `model`; UserError names file, key and remedy, with `lines` the line as well."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        raw = yaml.safe_load(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as e:
@@ -275,7 +272,7 @@ def read(path: Path, model: type[M]) -> M:
     try:
         return model.model_validate(raw or {})
     except ValidationError as e:
-        raise explain(e, model, str(path)) from None
+        raise explain(e, model, str(path), text if lines else None) from None
 
 
 def root() -> Path:
@@ -318,5 +315,4 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "workflows/benchmarks/schema.json": Benchmark,
     "workflows/tables/schema.json": Table,
     "methods/config.schema.json": MethodFile,
-    "methods/claims.schema.json": ClaimsFile,
 }

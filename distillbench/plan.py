@@ -99,6 +99,11 @@ def table(name: str, profile: str | None = None) -> Table:
 
 def jobs(table: Table) -> list[Job]:
     """Every benchmark's teachers, a job each (students wait for them), and its arms, as many seeds in a job as its resources say."""
+    if table.kind == "audit":
+        from distillbench import audits  # which stands on this module
+
+        assert table.seeds is not None
+        return audits.jobs(audits.questions(table), table.seeds)
     out = []
     for b in map(config.benchmark, table.benchmarks):
         seeds = table.seeds or b.seeds

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from distillbench.config import SHARE, Benchmark, ClaimsFile, MethodFile, Project, digest, explain, merged, read, root
+from distillbench.claims import ClaimsFile
+from distillbench.config import SHARE, Benchmark, MethodFile, Project, digest, explain, merged, read, root
 from distillbench.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class Arm:
         share = None if self.share == 1 else "x" + f"{self.share:.{DIGITS}f}".rstrip("0").rstrip(".")
         return "@".join(filter(None, (self.folder.name, self.variant, share)))
 
+    def at(self, share: float) -> Arm:
+        """The same with that share of its budget."""
+        return replace(self, share=round(self.share * share, DIGITS))  # as its name says, or the name would be another cell's
+
     @property
     def start(self) -> Arm | None:
         """The arm whose students this one's start from, with as large a part of its budget; None where there is none."""
@@ -65,7 +70,7 @@ class Arm:
             raise UserError(f"{where}: {e}") from None
         if found.attribute("start") not in (None, "none"):
             raise UserError(f"{where}: {name} starts from another arm itself")
-        return replace(found, share=round(found.share * self.share, DIGITS))  # as its name says, or the name would be another cell's
+        return found.at(self.share)
 
     def attribute(self, key: str) -> Any:
         """'group', 'fidelity', 'adaptation', 'trajectory' or 'start': the variant's own, or the method's."""
@@ -95,7 +100,7 @@ class Arm:
 def read_folder(path: Path) -> MethodFolder:
     """The method in a folder; UserError on what is wrong with its settings or claims."""
     claims = path / "claims.yaml"
-    papers = read(claims, ClaimsFile) if claims.is_file() else ClaimsFile()
+    papers = read(claims, ClaimsFile, lines=True) if claims.is_file() else ClaimsFile()
     return MethodFolder(path.name, path, read(path / "config.yaml", MethodFile), papers)
 
 

@@ -45,6 +45,13 @@ def check_extractors(benchmarks: list[config.Benchmark]) -> None:
                 raise UserError(f"workflows/benchmarks/{b.name}.yaml: key '{key}': {e}") from None
 
 
+def known_metrics(benchmark: str) -> tuple[str, ...]:
+    """What claims may name on a benchmark; UserError where there is none of that name."""
+    from eval import rows
+
+    return rows.MIXTURES if config.benchmark(benchmark).data.kind == "mixture" else (*rows.IMAGES, *rows.DERIVED)
+
+
 def samples_of(cell: Cell) -> tuple[dict[int, Tensor], Tensor | None]:
     """The stored samples of a finished cell by NFE, in the order its method declares, and a teacher's reference set."""
     from distillbench.checkpoint import read_tensors
@@ -102,7 +109,6 @@ def check_method(target: str) -> bool:
 
     from distillbench import check, registry
     from eval.mixtures import sliced_wasserstein
-    from eval.rows import IMAGES, MIXTURES
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a check runs on the CPU
     torch.set_num_threads(1)
@@ -117,7 +123,7 @@ def check_method(target: str) -> bool:
     else:
         folder = registry.arm(target).folder
     start, bad = time.monotonic(), 0
-    for about, findings in check.run(folder, sliced_wasserstein, (IMAGES, MIXTURES), reporter(f"check {folder.name}")):
+    for about, findings in check.run(folder, sliced_wasserstein, known_metrics, reporter(f"check {folder.name}")):
         out.print(f"{'FAILED' if findings else 'ok    '}  {about}", soft_wrap=True, markup=False)
         for finding in findings:
             out.print(f"  {finding}", soft_wrap=True, markup=False)

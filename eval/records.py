@@ -101,8 +101,12 @@ class Record:
         return self.result["method"] + (f"@{self.result['variant']}" if self.result["variant"] else "")
 
 
-def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]], with_draws: bool) -> tuple[int, int]:
+def publish(
+    folder: Path, cells: list[tuple[Path, dict[str, Any]]], with_draws: bool, more: dict[str, bytes] | None = None
+) -> tuple[int, int]:  # fmt: skip
     """Replace the records of a table by those of (cell's folder, labels of its arm); `with_draws`: repeated draws as well.
+
+    more: of an audit, further files by their place in the folder; its arms are too many for their training curves to be kept.
 
     Labels are merged into the published result, so that a corrected label needs no new run. Returns how many cells have
     exactly the metrics published before, be it under another key, and how many have metrics. The caller holds a lock; ValueError
@@ -121,15 +125,19 @@ def publish(folder: Path, cells: list[tuple[Path, dict[str, Any]]], with_draws: 
             target.mkdir(parents=True)
             (target / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             if result["status"] == "done":
-                metrics, draws = _read(cell / "metrics.json"), cell / "draws.json"
+                metrics, draws = read_json(cell / "metrics.json"), cell / "draws.json"
                 shutil.copyfile(cell / "metrics.json", target / "metrics.json")
-                publish_curve(fresh, cell, result, arm)
+                if more is None:
+                    publish_curve(fresh, cell, result, arm)
                 if (
-                    with_draws and draws.is_file() and _read(draws)["evaluation"]["key"] == metrics["evaluation"]["key"]
+                    with_draws and draws.is_file() and read_json(draws)["evaluation"]["key"] == metrics["evaluation"]["key"]
                 ):  # else of an older evaluation
                     shutil.copyfile(draws, target / "draws.json")
                 total += 1
                 same += before.get((result["benchmark"], arm, result["seed"])) == metrics | without_key
+        for name, data in (more or {}).items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_bytes(data)
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
@@ -155,11 +163,12 @@ def read(folder: Path) -> list[Record]:
     out = []
     for path in sorted(folder.glob("*/*/seed*/result.json")):
         metrics = path.with_name("metrics.json")
-        out.append(Record(_read(path), _read(metrics) if metrics.is_file() else None))
+        out.append(Record(read_json(path), read_json(metrics) if metrics.is_file() else None))
     return sorted(out, key=lambda r: (r.result["benchmark"], r.arm, r.result["seed"]))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A published JSON object; ValueError names a damaged file."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError:

@@ -15,6 +15,7 @@ IMAGES = (
     "class_accuracy", "label_tv", "diversity", "c2st", "noise_distance",
 )  # fmt: skip
 MIXTURES = ("sliced_w2", "sliced_w2_floor", "modes", "modes_total", "weight_tv", "outside", "outside_exact")
+DERIVED = {"class_error": lambda row: 1 - row["class_accuracy"]}  # what claims may name besides
 GROUPS = {
     "reference": "Reference rows",
     "teacher": "Teacher",

@@ -27,7 +27,7 @@ method = sys.modules[DMD2.__module__]
 FILE = yaml.safe_load((FOLDER / "config.yaml").read_text())
 VARIANTS = {None: {}} | {name: v["config"] for name, v in FILE["variants"].items()}
 SHAPE, N, CPU = (1, 4, 4), 16, torch.device("cpu")
-PLAYER = {"lr": 1e-2, "warmup": 0.0}
+PLAYER = {"lr": 1.2e-2, "warmup": 0.0}
 SMALL = {"batch": N, "input_time": 1.0, "blocks": 1, "head_width": 8, "student": PLAYER, "critic": PLAYER}
 
 
@@ -701,6 +701,9 @@ COSTS = {
     "disjoint": cost(5, 1, 1, 2 + 8, 4, head=5),
     "no-gan": cost(2, 1, 1, 1 + 2, 2),
     "no-gan-one-to-one": cost(1, 1, 1, 1 + 1, 1),
+    "no-gan-five-to-one": cost(5, 1, 1, 1 + 5, 5),
+    "no-gan-ten-to-one": cost(10, 1, 1, 1 + 10, 10),
+    "no-gan-fast-critic": cost(1, 1, 1, 1 + 1, 1),
     "gan-only": cost(2, 1, 0, 1 + 4, 2, head=3),
     "gan-only-one-to-one": cost(1, 1, 0, 1 + 2, 1, head=2),
     "teacher-features": cost(2, 1, 1, 1 + 2, 2, head=3, frozen=3),

@@ -381,8 +381,8 @@ def cost(student: int, teacher: int, m: int = 5) -> dict[str, int]:
 
 
 COSTS = {
-    **dict.fromkeys([None, "no-detach", "paper-weight", "heavy-anchor"], cost(5 * 4, 1 + 8)),
-    **dict.fromkeys(["detach-only", "plain"], cost(5 * 4, 1)),
+    **dict.fromkeys([None, "no-detach", "paper-weight", "double-weight", "heavy-anchor"], cost(5 * 4, 1 + 8)),
+    **dict.fromkeys(["detach-only", "plain", "plain-half-rate"], cost(5 * 4, 1)),
     "two-step": cost(5 * 2, 1 + 8),
     "anchor-1": cost(5 * 4, 1 + 1),
     "anchor-full": cost(5 * 4, 1 + 16),

@@ -383,6 +383,7 @@ COSTS = {
     "no-simulation": cost(2, 2, passes=1),
     "renoising": cost(2 * 2 + 1, 2 * 2),
     # five critic steps to one of the student, at each of two steps: 10 samples, of which 5 begin with one more evaluation
+    "explicit-fake-no-simulation": cost(5, 2, passes=1) | {"critic": 5 + 1, "critic.backward": 5},
     "explicit-fake": cost(10 + 5, 2 * 2) | {"critic": 10 + 2, "critic.backward": 10},
     "diagonal-fake": cost(2 * 2 + 1, 2 * 2),
     "sds": cost(2 + 1, 2 * 2),

@@ -1,0 +1,119 @@
+"""Publishing and rendering of audits: the part of the command line that stands between `audits.py` and eval."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distillbench import audits, config, plan
+from distillbench.cell import Cell, lock
+from distillbench.config import Table
+from distillbench.errors import UserError
+from distillbench.scoring import published, written
+
+EXAMINED = "results/examinations.yaml"  # what was looked into where a verdict is CONTRADICTED, and for as many SUPPORTED
+
+
+def publish(table: Table) -> None:
+    """Cells, measurements and the claims as they stood at the runs' commits into results/records; what is not there is left out."""
+    from eval import records
+
+    assert table.seeds is not None
+    asked = audits.questions(table)
+    cells = [c for j in plan.jobs(table) for c in j.cells]
+    ready = [c for c in cells if (r := c.result()) is not None and (r["status"] != "done" or evaluated(c))]
+    found = audits.experiments(asked, table.seeds)
+    more = audits.measured(found)
+    results = [c.result() for c in ready]
+    commits = {r["provenance"]["commit"] for r in results if r is not None} | audits.commits(more)
+    more[audits.FROZEN] = audits.as_json(audits.frozen({c for c in commits if c}))
+    try:
+        with lock(config.root() / "results/runs" / f"{table.name}.lock"):
+            same, total = records.publish(folder_of(table), [(c.folder, c.labels()) for c in ready], False, more)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    missing = f"; {len(cells) - len(ready)} of {len(cells)} cells are not there" if len(ready) < len(cells) else ""
+    print(f"{table.name}: {same} of {total} cells have exactly the metrics published before{missing}", file=sys.stderr)
+
+
+def evaluated(cell: Cell) -> bool:
+    from eval.records import is_evaluated
+
+    return is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor)
+
+
+def folder_of(table: Table) -> Path:
+    return config.root() / "results/records" / table.name
+
+
+def findings(table: Table, asked: list[audits.Question], folder: Path) -> list[dict[str, Any]]:
+    """The findings of questions from the published records in `folder`."""
+    from eval import audit, records
+
+    assert table.seeds is not None
+    try:
+        found, measured = records.read(folder), audits.read_measured(folder)
+        frozen = audits.read_frozen(folder)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    return audit.findings([q.asked(table.seeds) for q in asked], found, measured, frozen)
+
+
+def unpublished(table: Table, asked: list[audits.Question]) -> list[dict[str, Any]]:
+    """The same from the cells and measurements of this checkout, published or not."""
+    from eval import audit
+    from eval.records import Record, read_json
+
+    assert table.seeds is not None
+    records = []
+    for cell in (c for j in audits.jobs(asked, table.seeds) for c in j.cells):
+        result = cell.result()
+        if result is not None and (result["status"] != "done" or evaluated(cell)):
+            records.append(Record(result, read_json(cell.metrics) if result["status"] == "done" else None))
+    raw = audits.measured(audits.experiments(asked, table.seeds))
+    measured = audits.by_experiment(raw)
+    commits = {r.result["provenance"]["commit"] for r in records} | audits.commits(raw)
+    return audit.findings([q.asked(table.seeds) for q in asked], records, measured, audits.frozen({c for c in commits if c}))
+
+
+def render(table: Table, check: bool) -> list[str]:
+    """The pages of an audit from its published records; the names of files that differ from those there."""
+    from eval import ablations, audit_page
+
+    folder, results = folder_of(table), config.root() / "results"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no published records: run `snakemake --cores all results/{table.name}.md`")
+    asked = audits.questions(table)
+    found, records, measured = findings(table, asked, folder), published(table.name), audits.read_measured(folder)
+    write, differing = written(check)
+    cost = sum(r.result["cost"]["seconds"] for r in records) + sum(m["seconds"] for ms in measured.values() for m in ms)
+    assert table.seeds is not None
+    about = {
+        "name": table.name, "seeds": f"{table.seeds[0]} to {table.seeds[-1]}", "cells": len(records),
+        "measurements": sum(map(len, measured.values())), "core_hours": cost / 3600,
+        "command": f"snakemake --cores all results/{table.name}.md",
+    }  # fmt: skip
+    audit_page.write(table.name, table.title, found, about, examinations(table), results, write)
+    if table.reported_again:
+        papers = [(m.name, m.file.title, m.claims.model_dump()) for m in dict.fromkeys(q.method for q in asked)]
+        ablations.write(table.reported_again, table.name, papers, records, results, write)
+    return differing
+
+
+def examinations(table: Table) -> dict[str, Any]:
+    """results/examinations.yaml of this audit."""
+    path = config.root() / EXAMINED
+    return (yaml.safe_load(path.read_text()) or {}).get(table.name, {}) if path.is_file() else {}
+
+
+def measure(name: str, seeds: list[int], report: Any) -> None:
+    """Run an experiment on seeds, as a rule of the workflow does."""
+    if not audits.experiment_file(name).is_file():
+        raise UserError(f"measure {name}: no {audits.ROOM}/{name}.py there")
+    try:
+        audits.Experiment(name, tuple(seeds)).measure(report)
+    except ValueError as e:
+        raise UserError(f"{audits.ROOM}/{name}.py: {e}") from None

@@ -1,0 +1,85 @@
+"""results/table3.md: the papers' ablation tables beside our arms of the same kind, clearly another scale. A pure function of files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from eval.records import Record
+from eval.rows import Row, summarise
+from eval.tables import SHOWN
+
+METRIC = {"digits": "fid"}  # beside a paper's number, whatever its metric; of mixtures
+MIXTURE = "sliced_w2"
+MISSING = "–"
+
+
+def rows(papers: list[tuple[str, str, Row]], records: list[Record]) -> list[Row]:
+    """Per reported number with an arm here: the number, and mean and sd of that arm on every benchmark and share of the budget."""
+    own: dict[tuple[str, str, float], list[float]] = {}
+    for r in records:
+        name = "@".join(part for part in r.arm.split("@") if not part.startswith("x") or not part[1:2].isdigit())
+        row = next((row for row in r.rows if row["nfe"] == r.result["headline_nfe"]), None)
+        if row is not None:
+            b = r.result["benchmark"]
+            own.setdefault((name, b, r.result.get("budget_share", 1.0)), []).append(row[METRIC.get(b, MIXTURE)])
+    out = []
+    for method, title, claims in papers:
+        for reported in claims["reported"]:
+            if reported["arm"] is not None:
+                here = [
+                    {"benchmark": b, "share": share, "metric": METRIC.get(b, MIXTURE), "n": len(v)}
+                    | dict(zip(("mean", "sd"), summarise(v)))
+                    for (arm, b, share), v in sorted(own.items()) if arm == reported["arm"]
+                ]  # fmt: skip
+                out.append({"method": method, "title": title} | reported | {"here": here})
+    return out
+
+
+def markdown(found: list[Row], source: str) -> str:
+    """The page: a table for each table of a paper of which at least one arm was run."""
+    out = [
+        "# Table 3: the papers' ablations, run again at our budget", "",
+        "Left what a paper reports, in its own setting; right what the arm of the same kind reaches here, mean ± sample sd over n seeds, "
+        "at its headline NFE. **Another scale**: other data, networks, budgets and evaluators. Read down a column, never across: whether "
+        f"the order is the same is judged in the [audit](audit.md), from whose records ([{source}](records/{source})) this page is made.",
+        "",
+    ]  # fmt: skip
+    tables = dict.fromkeys(
+        (r["title"], r["where"]) for r in found if any(x["here"] for x in found if (x["title"], x["where"]) == (r["title"], r["where"]))
+    )
+    for title, where in tables:
+        own = [r for r in found if (r["title"], r["where"]) == (title, where)]
+        grounds = sorted({(h["benchmark"], h["share"], h["metric"]) for r in own for h in r["here"]})
+        body = []
+        for r in own:
+            reported = [r["setting"], r["metric"].upper().replace("_", " "), f"{r['value']}", f"`{r['arm']}`"]
+            body.append(reported + [_here(r, ground) for ground in grounds])
+        head = ["the paper's setting", "metric", "reported", "arm here"]
+        head += [f"{b} at {share:g} of the budget, {SHOWN[metric][0]}" for b, share, metric in grounds]
+        out += [f"## {title}, {where}", "", tabulate(body, head, "github", disable_numparse=True), ""]
+        notes = [f"{key}: {words}" for key in ("budget", "protocol") for words in dict.fromkeys(r[key] for r in own if r[key])]
+        out += [f"The paper's {'; '.join(notes)}.", ""] if notes else []
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _here(row: Row, ground: tuple[str, float, str]) -> str:
+    for h in row["here"]:
+        if (h["benchmark"], h["share"], h["metric"]) == ground:
+            digits = SHOWN[h["metric"]][2]
+            return f"{h['mean']:.{digits}f}" + (f" ± {h['sd']:.{digits}f}" if h["sd"] else "") + f" (n {h['n']})"
+    return MISSING
+
+
+def write(
+    name: str, source: str, papers: list[tuple[str, str, Row]], records: list[Record], folder: Path,
+    write_bytes: Callable[[Path, bytes], None],
+) -> None:  # fmt: skip
+    """results/<name>.md and .json."""
+    found: list[dict[str, Any]] = rows(papers, records)
+    write_bytes(folder / f"{name}.md", markdown(found, source).encode())
+    write_bytes(folder / f"{name}.json", (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())

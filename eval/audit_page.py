@@ -1,0 +1,244 @@
+"""results/<audit>.md, its twins, forest plots and Table 3: pure functions of findings (`eval/audit.py`)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from eval import verdicts
+from eval.audit import HASH, counts
+from eval.rows import Row
+
+PUBLISHED = ("id", "method", "kind", "where", "benchmark", "verdict", "reason", "effect", "ci_low", "ci_high", "margin", "seeds_a",
+             "seeds_b", "budget", HASH)  # fmt: skip
+EVIDENCE = (
+    "claim", "refuted_if", "scale_free", "primary", "seen_before_freezing", "arms", "metric", "direction", "share", "nfe", "threshold",
+    "value", "experiment", "seeds", "values", "p", "p_adjusted", "p_equivalent", "control", "commits", "cells",
+)  # fmt: skip
+COLOURS = {
+    verdicts.SUPPORTED: "tab:green", verdicts.CONTRADICTED: "tab:red", verdicts.REVERSED: "tab:orange", verdicts.INCONCLUSIVE: "tab:gray",
+    verdicts.EDITED: "tab:purple", verdicts.NOT_COMPARABLE: "tab:blue",
+}  # fmt: skip
+WIDTH = 48  # characters of a plot of seeds
+MISSING = "–"
+
+
+def key_of(finding: Row) -> str:
+    """A finding's name: id and benchmark."""
+    return f"{finding['id']}/{finding['benchmark']}" if finding["benchmark"] else finding["id"]
+
+
+def twin(finding: Row) -> Row:
+    """A finding as audit.json has it: `source` is the claim's place in its paper; numbers with 6 digits."""
+    head = {("source" if key == "where" else key): rounded(finding.get(key)) for key in PUBLISHED}
+    return head | {"evidence": {key: rounded(finding.get(key)) for key in EVIDENCE}}
+
+
+def rounded(value: Any) -> Any:
+    """As JSON keeps it: floats with 6 digits, None for what is not finite, keys as text."""
+    if isinstance(value, dict):
+        return {str(k): rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def amount(finding: Row, d: float | None) -> str:
+    """An effect in words of the reader: per cent of the metric, or of failure rates."""
+    if d is None:
+        return MISSING
+    if not math.isfinite(d):
+        return "∞" if d > 0 else "−∞"
+    share = d if finding["kind"] == "instability" else math.expm1(d)
+    return f"{share:+.0%}".replace("-", "−") if abs(share) >= 0.1 else f"{share:+.1%}".replace("-", "−")
+
+
+def interval(finding: Row) -> str:
+    if finding["effect"] is None:
+        return MISSING
+    return f"{amount(finding, finding['effect'])} ({amount(finding, finding['ci_low'])} to {amount(finding, finding['ci_high'])})"
+
+
+def seeds_words(finding: Row) -> str:
+    a, b = finding["seeds_a"], finding["seeds_b"]
+    return MISSING if not a else str(a) if len(finding["arms"]) == 1 or a == b else f"{a} / {b}"
+
+
+def budget_words(finding: Row) -> str:
+    return MISSING if finding["budget"] is None else f"{finding['budget'] / 1e12:.2g} TFLOP"
+
+
+def ground(finding: Row) -> str:
+    """Where and by what it was tried."""
+    if finding["benchmark"] is None:
+        return MISSING
+    return finding["benchmark"] + (f", {finding['metric']}" if finding.get("metric") else "")
+
+
+def page(title: str, name: str, found: list[Row], about: Row, examined: dict[str, Row]) -> str:
+    """The whole audit. about: seeds, cells, core_hours, command; examined: by `key_of`, what was looked into and by how."""
+    out = [f"# {title}", "", *_introduction(found, about), "", "## Verdicts by method", "", _matrix(found), ""]
+    for method in dict.fromkeys(q["method"] for q in found):
+        own = [q for q in found if q["method"] == method]
+        out += [
+            f"## {own[0]['title']}",
+            "",
+            f"[What it is](../docs/methods/{method}.md) · [its claims](../methods/{method}/claims.yaml)",
+            "",
+        ]
+        if any(q["effect"] is not None for q in own):
+            out += [f"![Effects of {method}'s claims with their intervals]({name}/{method}.png)", ""]
+        tried = [q for q in own if q["verdict"] != verdicts.NOT_RUN]
+        if tried:
+            body = [[_id(q), _verdict(q), interval(q), seeds_words(q), budget_words(q), ground(q), q["claim"]] for q in tried]
+            head = ["claim", "verdict", "effect in its favour (95 %)", "n", "budget", "benchmark, metric", "in words"]
+            out += [tabulate(body, head, "github", disable_numparse=True), ""]
+        rest = [q for q in own if q["verdict"] == verdicts.NOT_RUN]
+        if rest:
+            body = [[q["id"], q["where"], q["claim"], q["reason"]] for q in rest]
+            out += [
+                f"Not run ({len(rest)}):",
+                "",
+                tabulate(body, ["claim", "source", "in words", "why"], "github", disable_numparse=True),
+                "",
+            ]
+        for q in tried:
+            out += [*_evidence(q, examined.get(key_of(q)), about), ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _introduction(found: list[Row], about: Row) -> list[str]:
+    total, n = counts(found), len({q["id"] for q in found})
+    run = sum(total[v] for v in (verdicts.SUPPORTED, verdicts.CONTRADICTED, verdicts.REVERSED, verdicts.INCONCLUSIVE))
+    return [
+        f"{n} claims of {len({q['method'] for q in found})} papers; {run} verdicts on seeds {about['seeds']}, which no setting was chosen "
+        f"on. {about['cells']} cells and {about['measurements']} measurements, {about['core_hours']:.1f} core-hours. Every verdict holds "
+        "at the budget and on the benchmark named beside it, and says nothing beyond them: these are small networks on small data. "
+        "The rule, with its error rates: [docs/audit.md](../docs/audit.md).",
+        "",
+        "An effect is the relative difference of the metric in the direction that favours the claim (geometric means over training "
+        "seeds, Welch's interval); of a monotone claim per step along its arms, of an interaction the ratio of two ratios, of an "
+        "instability the difference of failure rates. SUPPORTED: the interval, corrected for the paper's other claims, excludes 0 and the "
+        "effect is at least the margin. CONTRADICTED: reversed, or equivalent where a gain was claimed. REVERSED_AT_SCALE: reversed here, "
+        "where the paper speaks of another scale: a finding about this benchmark, not about the paper. EDITED: the claim was not frozen as "
+        f"it stands before its runs. All of it again: `{about['command']}`.",
+    ]
+
+
+def _matrix(found: list[Row]) -> str:
+    body = []
+    for method in dict.fromkeys(q["method"] for q in found):
+        own = [q for q in found if q["method"] == method]
+        body.append([own[0]["title"], len({q["id"] for q in own}), *(n or "" for n in counts(own).values())])
+    body.append(["**all**", len({q["id"] for q in found}), *counts(found).values()])
+    heads = [v.replace("_", " ") for v in verdicts.VERDICTS]
+    return tabulate(body, ["method", "claims", *heads], "github", disable_numparse=True)
+
+
+def _id(q: Row) -> str:
+    """With a link to its evidence; primary claims in bold."""
+    mark = "**" if q["primary"] else ""
+    return f"{mark}[{q['id']}](#{anchor(q)}){mark}"
+
+
+def anchor(q: Row) -> str:
+    return key_of(q).lower().replace("/", "-").replace(".", "-")
+
+
+def _verdict(q: Row) -> str:
+    return f"**{q['verdict'].replace('_', ' ')}**" + (f" ({q['reason']})" if q["reason"] else "")
+
+
+def _evidence(q: Row, examined: Row | None, about: Row) -> list[str]:
+    """The folded block of one finding."""
+    out = [f'<details id="{anchor(q)}"><summary>{key_of(q)}: {q["verdict"]}. {q["claim"]}</summary>', ""]
+    kind = q["kind"] + (f" ({' > '.join(q['arms'])})" if q["kind"] in ("comparative", "mechanism") and len(q["arms"]) > 1 else "")
+    out += [f"Source: {q['where']}. Kind: {kind}; {'primary' if q['primary'] else 'secondary'}; "
+            f"{'scale-free' if q['scale_free'] else 'made at another scale'}. Refuted if: {q['refuted_if']}", ""]  # fmt: skip
+    if q["seen_before_freezing"]:
+        out += [f"Seen before freezing: {q['seen_before_freezing']}. The seeds below are fresh.", ""]
+    better, scale = f"{q['direction']} is better", "" if q["value"] is None else f", compared with {q['value']:g}"
+    share = "" if q["experiment"] else f", share {q['share']:g} of the budget, {q['nfe'] or 'headline'} NFE"
+    out += [f"{q['metric'] or q['experiment']} ({better}{scale}) on {q['benchmark']}{share}:", "", "```", *plot(q), "```", ""]
+    numbers = [f"effect {interval(q)}, margin {q['margin']:.0%}", f"p {q['p']:.2g}, corrected {q['p_adjusted']:.2g}"]
+    if q["p_equivalent"] is not None:
+        numbers.append(f"equivalence p {q['p_equivalent']:.2g}")
+    if q["control"]:
+        c = q["control"]
+        numbers.append(f"{c['metric']} {amount(q, c['effect'])} ({amount(q, c['ci_low'])} to {amount(q, c['ci_high'])})")
+    out += ["; ".join(numbers) + f". Claim {q[HASH]}, runs of commit {', '.join(c[:12] for c in q['commits'])}.", ""]
+    if examined:
+        out += ["Examined:", "", *(f"- {what}: {examined[what]}" for what in ("bug", "scale", "noise") if what in examined), ""]
+    out += [f"Again: `distillbench audit {about['name']} --claim {q['id']} --benchmark {q['benchmark']}`", "", "</details>"]
+    return out
+
+
+def plot(q: Row) -> list[str]:
+    """Values per seed: a line for each arm on one logarithmic axis, digits where several seeds fall together, then the numbers."""
+    y = {arm: [math.log(max(v, verdicts.LEAST)) for v in values if v is not None] for arm, values in q["values"].items()}
+    every = [v for values in y.values() for v in values]
+    low, high, wide = min(every, default=0.0), max(every, default=0.0), max(map(len, y))
+    out = []
+    for arm, values in y.items():
+        places = [round((v - low) / (high - low) * (WIDTH - 1)) if high > low else 0 for v in values]
+        marks = "".join((str(min(9, places.count(i))) if places.count(i) > 1 else "o") if i in places else " " for i in range(WIDTH))
+        known = [v for v in q["values"][arm] if v is not None]
+        numbers = " ".join(MISSING if v is None else f"{v:.3g}" for v in q["values"][arm])
+        middle = f"{math.exp(sum(values) / len(values)):.3g}" if known else MISSING
+        out.append(f"{arm:<{wide}} |{marks}| {middle:>8}: {numbers}")
+    return out
+
+
+def forest(found: list[Row]) -> bytes:
+    """PNG: one method's effects with intervals, as per cent of the metric on a logarithmic axis; margins as ticks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [q for q in found if q["effect"] is not None and q["kind"] != "instability"]
+    fig, ax = plt.subplots(figsize=(8, 0.8 + 0.27 * max(1, len(shown))), layout="constrained")
+    edge = 1.6  # log units: a factor of five
+    for row, q in enumerate(reversed(shown)):
+        colour = COLOURS.get(q["verdict"], "black")
+        inside = lambda v: min(edge, max(-edge, v)) if v is not None and math.isfinite(v) else math.copysign(edge, v or 1)
+        ax.plot([inside(q["ci_low"]), inside(q["ci_high"])], [row, row], color=colour, lw=2)
+        ax.plot(inside(q["effect"]), row, "o" if abs(q["effect"]) <= edge else ">" if q["effect"] > 0 else "<", color=colour, ms=5)
+        m = verdicts.margin(q["margin"])
+        ax.plot([m, m], [row - 0.3, row + 0.3], color="black", lw=0.6)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(shown)), [f"{key_of(q)}  {q['verdict'].replace('_', ' ')}" for q in reversed(shown)], fontsize=7)
+    ticks = [0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4]
+    ax.set_xticks([math.log(t) for t in ticks], [f"{t - 1:+.0%}" for t in ticks], fontsize=7)
+    ax.set_xlim(-edge * 1.05, edge * 1.05)
+    ax.set_ylim(-0.7, len(shown) - 0.3)
+    ax.set_xlabel("effect in favour of the claim, 95 % interval; tick: margin; arrows: beyond the axis", fontsize=8)
+    out = io.BytesIO()
+    fig.savefig(out, format="png", dpi=100, metadata={"Software": None})
+    plt.close(fig)
+    return out.getvalue()
+
+
+def write(
+    name: str, title: str, found: list[Row], about: Row, examined: dict[str, Row], folder: Path, write_bytes: Callable[[Path, bytes], None]
+) -> None:  # fmt: skip
+    """The page, its twins and a forest plot for each method into `folder`."""
+    twins: list[dict[str, Any]] = [twin(q) for q in found]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [key for key in twins[0] if key != "evidence"], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(twins)
+    write_bytes(folder / f"{name}.md", page(title, name, found, about, examined).encode())
+    write_bytes(folder / f"{name}.json", (json.dumps(twins, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(folder / f"{name}.csv", table.getvalue().encode())
+    for method in dict.fromkeys(q["method"] for q in found if q["effect"] is not None):
+        write_bytes(folder / name / f"{method}.png", forest([q for q in found if q["method"] == method]))

@@ -1,0 +1,55 @@
+"""Number of steps N and solver in FreeFlow's discrete form (arXiv 2511.19428, App. A.1, Eq. 14, Figure 9).
+
+Where Eq. 14 has no residual the student equals N steps of the teacher's solver. The paper splits what remains into two errors: that of
+the solver, of order 1 (Euler) or 2 (Heun) in 1/N and so smaller with more steps, and that of the network, which it says accumulates
+over the steps and so grows with N. All are root mean square distances over noises at delta = 1, over the spread of exact samples:
+
+    solver   N steps of the teacher, from the exact flow (256 Heun steps): no training
+    network  one-step sample of a student trained with Heun slopes on N steps, from those N steps of the teacher
+    total    the same sample from the exact flow
+
+of students trained by prediction alone and by both objectives, at N = 4 and 32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distillbench import mechanism
+from distillbench.build import Run
+from distillbench.method import Condition
+from distillbench.samplers import euler, heun
+from distillbench.seeds import Rng
+
+BENCHMARK = "gaussians-ring"
+METHODS = ("freeflow",)
+ARMS = {
+    ("prediction", 4): "freeflow@prediction-n4@x0.1",
+    ("prediction", 32): "freeflow@prediction-n32@x0.1",
+    ("both", 4): "freeflow@n4@x0.1",
+    ("both", 32): "freeflow@n32@x0.1",
+}
+COUNT, FINE, STEPS = 4000, 256, (4, 8, 16, 32)
+
+
+@torch.no_grad()
+def solvers(run: Run, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The exact samples of z, and those of either solver at every N."""
+    velocity = lambda x, t: run.task.teacher.velocity(x, t, Condition(None))
+    methods = {"Euler": euler, "Heun": heun}
+    return heun(velocity, z, FINE), {f"{name}, N {n}": solve(velocity, z, n) for name, solve in methods.items() for n in STEPS}
+
+
+def measure(seed: int) -> dict[str, float]:
+    z = Rng(seed, "discretisation").normal(COUNT, 2)
+    students = {key: mechanism.finished(BENCHMARK, arm, seed) for key, arm in ARMS.items()}
+    exact, solved = solvers(next(iter(students.values())), z)
+    distance = lambda a, b: float((a - b).norm() / (exact - exact.mean(0)).norm())
+    found = {f"solver, {name}": distance(x, exact) for name, x in solved.items()}
+    for (name, n), run in students.items():
+        with torch.no_grad():
+            x = run.method.sample(z, Condition(None), 1, Rng(seed, "sample"))
+        found[f"network, {name}, N {n}"] = distance(x, solved[f"Heun, N {n}"])
+        found[f"total, {name}, N {n}"] = distance(x, exact)
+    return found

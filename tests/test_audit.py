@@ -1,0 +1,207 @@
+"""Findings from records: which values count, families, freezing, what stands on the page; claims refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import yaml
+
+from distillbench import audits, claims, config
+from distillbench.errors import UserError
+from eval import ablations, audit, audit_page, verdicts
+from eval.records import Record
+
+SEEDS = [10, 11, 12, 13, 14]
+COMMIT = "c" * 40
+
+
+def record(arm: str, seed: int, status: str = "done", commit: str = COMMIT, headline: int = 1, **metrics: float) -> Record:
+    method, _, variant = arm.partition("@")
+    result = {
+        "benchmark": "digits", "method": method, "variant": variant or None, "seed": seed, "headline_nfe": headline, "status": status,
+        "key": f"key-{seed}", "reason": None, "cost": {"limit_flops": 6e11, "seconds": 20.0}, "provenance": {"commit": commit},
+    }  # fmt: skip
+    return Record(result, {"rows": [{"nfe": n, "fid": 1.0, **metrics} for n in (1, 2)]} if status == "done" else None)
+
+
+def question(**changes) -> dict:
+    return {
+        "id": "A-1", "method": "a", "title": "A", "claim": "a is better than b", "where": "Table 1", "kind": "comparative", "scale_free": False,
+        "primary": True, "refuted_if": "it is not", "seen_before_freezing": None, "names": ["a", "a@b"], "arms": ["a", "a@b"],
+        "direction": "lower", "benchmark": "digits", "metric": "fid", "share": 0.25, "seeds": SEEDS, "margin": 0.05, "nfe": None,
+        "threshold": None, "experiment": None, "value": None, "why_not": None, "claim_hash": "h1",
+    } | changes  # fmt: skip
+
+
+FROZEN = {COMMIT: {"A-1": "h1", "A-2": "h1"}}
+
+
+def arms(metric: str = "fid", a: float = 1.0, b: float = 2.0, n: int = 5, **more: float) -> list[Record]:
+    """Two arms whose metrics scatter by a hundredth."""
+    spread = [0.99, 1.0, 1.01, 1.0, 0.995]
+    return [record(arm, s, **{metric: middle * spread[s % 5]}, **more) for arm, middle in (("a", a), ("a@b", b)) for s in SEEDS[:n]]
+
+
+def only(found: list[dict]) -> dict:
+    (one,) = found
+    return one
+
+
+def test_a_finding_has_effect_interval_seeds_budget_and_verdict():
+    one = only(audit.findings([question()], arms(), {}, FROZEN))
+    assert (one["verdict"], one["seeds_a"], one["seeds_b"], one["budget"]) == (verdicts.SUPPORTED, 5, 5, 6e11)
+    assert one["effect"] == pytest.approx(math.log(2), abs=1e-9) and one["ci_low"] < one["effect"] < one["ci_high"]
+    assert one["cells"]["a"][10] == "key-10" and one["commits"] == [COMMIT]
+    twin = audit_page.twin(one)
+    assert list(twin)[:-1] == ["id", "method", "kind", "source", "benchmark", "verdict", "reason", "effect", "ci_low", "ci_high", "margin",
+                               "seeds_a", "seeds_b", "budget", "claim_hash"]  # fmt: skip
+    json.dumps(twin, allow_nan=False)
+
+
+def test_only_the_audits_seeds_count():
+    stray = [record("a", 0, fid=100.0), record("a", 99, fid=100.0)]
+    assert only(audit.findings([question()], arms() + stray, {}, FROZEN))["values"]["a"] == [0.99, 1.0, 1.01, 1.0, 0.995]
+
+
+def test_missing_seeds_are_not_run_and_failed_ones_stay_in():
+    one = only(audit.findings([question()], arms(n=4), {}, FROZEN))
+    assert (one["verdict"], one["reason"]) == (verdicts.NOT_RUN, "compute: 1 of 5 seeds of a are not there")
+    failed = [record("a", 10, "diverged"), *(r for r in arms() if (r.arm, r.result["seed"]) != ("a", 10))]
+    one = only(audit.findings([question()], failed, {}, FROZEN))
+    assert (one["verdict"], one["reason"], one["seeds_a"]) == (verdicts.INCONCLUSIVE, "1 seeds of the favoured arms failed", 4)
+    other = [record("a@b", 10, "diverged"), *(r for r in arms() if (r.arm, r.result["seed"]) != ("a@b", 10))]
+    one = only(audit.findings([question()], other, {}, FROZEN))
+    assert (one["verdict"], one["reason"], one["seeds_b"]) == (verdicts.SUPPORTED, "provisional", 4)
+
+
+def test_the_second_extractor_may_object():
+    records = [record(r.arm, r.result["seed"], fid=r.rows[0]["fid"], fid_cross=1 / r.rows[0]["fid"]) for r in arms()]
+    one = only(audit.findings([question()], records, {}, FROZEN))
+    assert one["verdict"] == verdicts.INCONCLUSIVE and one["reason"].startswith("metric conflict: fid_cross")
+    agreeing = [record(r.arm, r.result["seed"], fid=r.rows[0]["fid"], fid_cross=r.rows[0]["fid"]) for r in arms()]
+    assert only(audit.findings([question()], agreeing, {}, FROZEN))["verdict"] == verdicts.SUPPORTED
+
+
+def test_a_claim_changed_or_registered_after_its_runs_is_edited():
+    one = only(audit.findings([question(claim_hash="h2")], arms(), {}, FROZEN))
+    assert one["verdict"] == verdicts.EDITED and one["reason"].startswith("changed after its runs, which record commit cccccccccccc")
+    assert only(audit.findings([question(id="A-9")], arms(), {}, FROZEN))["reason"].startswith("registered after")
+    mixed = [*arms()[:-1], record("a@b", 14, commit="d" * 40, fid=2.0)]
+    assert only(audit.findings([question()], mixed, {}, FROZEN))["verdict"] == verdicts.EDITED  # one run of a commit without it
+    assert only(audit.findings([question()], mixed, {}, FROZEN | {"d" * 40: {"A-1": "h1"}}))["verdict"] == verdicts.SUPPORTED
+
+
+def test_families_are_a_papers_primary_claims():
+    weak = arms(b=1.03)
+    alone = only(audit.findings([question(margin=0.01)], weak, {}, FROZEN))
+    both = audit.findings([question(margin=0.01), question(margin=0.01, id="A-2", direction="higher")], weak, {}, FROZEN)
+    assert both[0]["p_adjusted"] == pytest.approx(2 * alone["p_adjusted"])
+    other = audit.findings([question(margin=0.01), question(margin=0.01, id="A-2", primary=False)], weak, {}, FROZEN)
+    assert other[0]["p_adjusted"] == alone["p_adjusted"]
+    paper = audit.findings([question(margin=0.01), question(margin=0.01, id="A-2", method="b")], weak, {}, FROZEN)
+    assert paper[0]["p_adjusted"] == alone["p_adjusted"]
+
+
+def test_derived_metrics_other_nfe_and_instability():
+    records = [record(r.arm, r.result["seed"], class_accuracy=1 - r.rows[0]["fid"] / 100) for r in arms()]
+    one = only(audit.findings([question(metric="class_error")], records, {}, FROZEN))
+    assert one["verdict"] == verdicts.SUPPORTED and one["values"]["a"][1] == pytest.approx(0.01)
+    one = only(audit.findings([question(kind="instability", threshold=1.5, arms=["a@b", "a"])], arms(), {}, FROZEN))
+    assert one["verdict"] == verdicts.SUPPORTED and one["effect"] == 1
+    one = only(audit.findings([question(kind="instability", arms=["a", "a@b"])], arms(), {}, FROZEN))
+    assert one["verdict"] == verdicts.INCONCLUSIVE and one["effect"] == 0
+    assert only(audit.findings([question(nfe=4)], arms(), {}, FROZEN))["reason"].startswith("underpowered")
+
+
+def test_quantities_of_an_experiment():
+    values = [{"experiment": "e", "seed": s, "key": "k", "values": {"near": 1 + s / 1000, "far": 2 + s / 1000}, "seconds": 1.0,
+               "provenance": {"commit": COMMIT}} for s in SEEDS]  # fmt: skip
+    asked = question(kind="mechanism", experiment="e", arms=["near", "far"], metric="error", share=None)
+    one = only(audit.findings([asked], [], {"e": values}, FROZEN))
+    assert one["verdict"] == verdicts.SUPPORTED and one["budget"] is None
+    bound = question(kind="mechanism", experiment="e", arms=["far"], direction="higher", value=1.0)
+    assert only(audit.findings([bound], [], {"e": values}, FROZEN))["effect"] == pytest.approx(math.log(2.012), abs=1e-3)
+
+
+def test_the_page_holds_everything_and_is_a_function_of_its_arguments():
+    asked = [question(), question(id="A-2", direction="higher", benchmark="digits"), question(id="A-3", benchmark=None, why_not="no data")]
+    found = audit.findings(asked, arms(), {}, FROZEN)
+    about = {"name": "audit", "seeds": "10 to 14", "cells": 10, "measurements": 0, "core_hours": 0.1, "command": "snakemake"}
+    text = audit_page.page("Audit", "audit", found, about, {"A-2/digits": {"bug": "looked", "noise": "none", "scale": "small"}})
+    assert text == audit_page.page("Audit", "audit", found, about, {"A-2/digits": {"bug": "looked", "noise": "none", "scale": "small"}})
+    for words in ("| **[A-1](#a-1-digits)** | **SUPPORTED** ", "REVERSED AT SCALE", "Not run (1):", "no data", '<details id="a-1-digits">',
+                  "distillbench audit audit --claim A-1 --benchmark digits", "- bug: looked", "0.99 1 1.01 1 0.995", "claim h1"):  # fmt: skip
+        assert words.lower() in text.lower(), words
+    assert audit_page.forest(found) == audit_page.forest(found)
+    written = {}
+    audit_page.write("audit", "Audit", found, about, {}, config.Path("/x"), lambda path, data: written.update({path.name: data}))
+    assert set(written) == {"audit.md", "audit.json", "audit.csv", "a.png"}
+    assert len(written["audit.csv"].decode().splitlines()) == 4
+
+
+def test_table_3_sets_a_papers_numbers_beside_arms():
+    paper = {"reported": [{"where": "Table 1", "setting": "s", "metric": "fid", "value": 3.5, "arm": arm, "nfe": 1, "budget": None,
+                           "protocol": "50k"} for arm in ("a", "a@b", "a@gone", None)]}  # fmt: skip
+    found = ablations.rows([("a", "A", paper)], arms())
+    text = ablations.markdown(found, "audit")
+    assert len(found) == 3 and "0.999 ± 0.00" in text and "(n 5)" in text and "Another scale" in text and "protocol: 50k" in text
+
+
+CLAIM = {
+    "id": "X-1", "claim": "c", "where": "Table 1", "kind": "comparative", "scale_free": False, "primary": True, "refuted_if": "r",
+    "arms": ["meanflow", "tvm"], "trials": {"tiny-ring": {"metric": "sliced_w2", "seeds": 3}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arms": ["meanflw", "tvm"]}, "did you mean 'meanflow'?"),
+        ({"arms": ["meanflow", "tvm@nothing"]}, "claim X-1 to name a benchmark and arms that exist"),
+        ({"trials": {"tiny-ring": {"metric": "fid", "seeds": 3}}}, "expected claim X-1 to name a metric of tiny-ring, known: "),
+        ({"trials": {"tiny-rng": {"metric": "fid", "seeds": 3}}}, "did you mean 'tiny-ring'?"),
+        ({"trials": {"tiny-ring": {"metric": "sliced_w2", "seeds": 3, "margin": -0.1}}}, "claims.0.trials.tiny-ring.margin: Input should be greater than 0"),
+        ({"trials": {"tiny-ring": {"metric": "sliced_w2", "seeds": 9}}}, "declares 9 seeds on tiny-ring, workflows/tables/a.yaml has 4: add seeds"),
+        ({"where": ""}, "claims.0.where: String should have at least 1 character"),
+        ({"kind": "monotone"}, "takes three arms or more, here are 2"),
+        ({"kind": "mechanism", "experiment": "nothing"}, "claim X-1 to name an experiment, known: "),
+        ({"metric": "fid"}, "unknown key 'claims.0.metric'"),
+        ({"id": "X 1"}, "claims.0.id: String should match pattern"),
+        ({"untestable": "why"}, "untestable: remove arms"),
+    ],
+)  # fmt: skip
+def test_a_wrong_claim_is_one_line_with_file_line_and_remedy(checkout, change, words):
+    for path in (checkout.folder / "methods").glob("*/claims.yaml"):
+        path.write_text("claims: []\n")
+    checkout.write("methods/dmd/claims.yaml", "# a comment\n" + yaml.safe_dump({"claims": [CLAIM | change]}, sort_keys=False))
+    checkout.write("workflows/tables/a.yaml", "{name: a, title: a, kind: audit, benchmarks: [tiny-ring], methods: [dmd], seeds: [1, 2, 3, 4]}\n")
+    with pytest.raises(UserError) as error:
+        audits.questions(config.table("a"))
+    text = str(error.value)
+    assert words in text and "methods/dmd/claims.yaml:" in text and "\n" not in text
+    assert int(text.partition("claims.yaml:")[2].partition(":")[0]) > 1
+
+
+def test_ids_are_unique_and_numbers_have_a_source(checkout):
+    checkout.write("methods/dmd/claims.yaml", yaml.safe_dump({"claims": [CLAIM]}))
+    checkout.write("methods/tvm/claims.yaml", yaml.safe_dump({"claims": [CLAIM]}))
+    checkout.write("workflows/tables/a.yaml", "{name: a, title: a, kind: audit, benchmarks: [tiny-ring], methods: [dmd, tvm], seeds: [1, 2, 3]}\n")
+    with pytest.raises(UserError, match=r"tvm/claims.yaml:2: claim id 'X-1' is also at .*dmd/claims.yaml:2: .* rename one"):
+        audits.questions(config.table("a"))
+    checkout.write("methods/tvm/claims.yaml", "claims:\n- &a\n  id: X-1\n")
+    checkout.write("methods/dmd/claims.yaml", yaml.safe_dump({"claims": [CLAIM, CLAIM]}))
+    with pytest.raises(UserError, match="claim id 'X-1' is given twice"):
+        config.read(checkout.folder / "methods/dmd/claims.yaml", claims.ClaimsFile, lines=True)
+    checkout.write("methods/dmd/claims.yaml", "reported:\n- {setting: s, metric: fid, value: 1.0}\n")
+    with pytest.raises(UserError, match=r"claims.yaml:2: key 'reported.0.where' is missing"):
+        config.read(checkout.folder / "methods/dmd/claims.yaml", claims.ClaimsFile, lines=True)
+
+
+def test_a_hash_knows_every_choice():
+    base = claims.Claim.model_validate(CLAIM)
+    assert base.hash() == claims.Claim.model_validate(CLAIM).hash()
+    for change in ({"trials": {"tiny-ring": {"metric": "sliced_w2", "seeds": 3, "margin": 0.02001}}}, {"primary": False}, {"arms": ["tvm", "meanflow"]},
+                   {"refuted_if": "other"}, {"direction": "higher"}):  # fmt: skip
+        assert claims.Claim.model_validate(CLAIM | change).hash() != base.hash()
