@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
 
 from distillbench import audits, config, plan
-from distillbench.cell import Cell, lock
+from distillbench.cell import hardware, lock
 from distillbench.config import Table
 from distillbench.errors import UserError
-from distillbench.scoring import published, written
+from distillbench.scoring import is_evaluated, published, written
 
 EXAMINED = "results/examinations.yaml"  # what was looked into where a verdict is CONTRADICTED, and for as many SUPPORTED
 
@@ -24,7 +25,7 @@ def publish(table: Table) -> None:
     assert table.seeds is not None
     asked = audits.questions(table)
     cells = [c for j in plan.jobs(table) for c in j.cells]
-    ready = [c for c in cells if (r := c.result()) is not None and (r["status"] != "done" or evaluated(c))]
+    ready = [c for c in cells if (r := c.result()) is not None and (r["status"] != "done" or is_evaluated(c))]
     found = audits.experiments(asked, table.seeds)
     more = audits.measured(found)
     results = [c.result() for c in ready]
@@ -39,10 +40,23 @@ def publish(table: Table) -> None:
     print(f"{table.name}: {same} of {total} cells have exactly the metrics published before{missing}", file=sys.stderr)
 
 
-def evaluated(cell: Cell) -> bool:
-    from eval.records import is_evaluated
-
-    return is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor)
+def cost(table: Table, jobs: list[plan.Job]) -> list[str]:
+    """What is left to run of an audit, in all: cells, FLOPs, core-hours at the pace of this machine's cells, measurements."""
+    assert table.seeds is not None
+    cells = [c for j in jobs for c in j.cells]
+    paces, missing, flops = [], 0, 0.0
+    for cell in cells:
+        if (result := cell.result()) is None:
+            missing, flops = missing + 1, flops + (0 if cell.arm is None else cell.own_budget)
+        elif result["status"] == "done" and result["provenance"]["hardware"] == hardware():
+            paces.append(result["cost"]["flops"] / result["cost"]["seconds"])
+    asked = audits.questions(table)
+    left = sum(not e.path(s).is_file() for e in audits.experiments(asked, table.seeds) for s in e.seeds)
+    hours = f", about {flops / median(paces) / 3600:.1f} core-hours by this machine's cells" if paces else ""
+    return [
+        f"{table.name}: {len({q.claim.id for q in asked})} claims, {sum(q.trial is not None for q in asked)} questions; {missing} of "
+        f"{len(cells)} cells to train, {flops / 1e12:.3g} TFLOP besides teachers{hours}; {left} measurements of mechanisms"
+    ]
 
 
 def folder_of(table: Table) -> Path:
@@ -71,7 +85,7 @@ def unpublished(table: Table, asked: list[audits.Question]) -> list[dict[str, An
     records = []
     for cell in (c for j in audits.jobs(asked, table.seeds) for c in j.cells):
         result = cell.result()
-        if result is not None and (result["status"] != "done" or evaluated(cell)):
+        if result is not None and (result["status"] != "done" or is_evaluated(cell)):
             records.append(Record(result, read_json(cell.metrics) if result["status"] == "done" else None))
     raw = audits.measured(audits.experiments(asked, table.seeds))
     measured = audits.by_experiment(raw)
@@ -98,7 +112,7 @@ def render(table: Table, check: bool) -> list[str]:
     }  # fmt: skip
     audit_page.write(table.name, table.title, found, about, examinations(table), results, write)
     if table.reported_again:
-        papers = [(m.name, m.file.title, m.claims.model_dump()) for m in dict.fromkeys(q.method for q in asked)]
+        papers = [(m.name, m.file.title, m.claims.model_dump()) for m in {q.method.name: q.method for q in asked}.values()]
         ablations.write(table.reported_again, table.name, papers, records, results, write)
     return differing
 

@@ -247,7 +247,7 @@ def frozen(commits: set[str]) -> dict[str, dict[str, str]]:
         out[commit] = {}
         for file in (f for f in files if f.endswith("/claims.yaml")):
             with suppress(yaml.YAMLError, ValidationError):  # of an older schema: nothing in it is a claim of today
-                then = ClaimsFile.model_validate(yaml.safe_load(git("show", f"{commit}:{file}")) or {})
+                then = ClaimsFile.model_validate(yaml.load(git("show", f"{commit}:{file}"), config.LOADER) or {})
                 out[commit] |= {claim.id: claim.hash() for claim in then.claims}
     return out
 

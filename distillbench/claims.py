@@ -77,9 +77,9 @@ class Claim(Strict):
     primary: bool = Field(description="one of those the paper stands on: they are corrected for each other")
     refuted_if: str = Field(min_length=1, description="what would count against it")
     seen_before_freezing: str | None = Field(None, description="where a like outcome had been seen; the seeds here are fresh all the same")
-    arms: list[str] = Field([])
+    arms: list[str] = Field(default_factory=list)
     direction: Literal["lower", "higher"] = Field("lower", description="which values of the metric are better")
-    trials: dict[str, Trial] = Field({}, description="by benchmark")
+    trials: dict[str, Trial] = Field(default_factory=dict, description="by benchmark")
     experiment: str | None = Field(None, description="of a mechanism: file in mechanisms/ that measures the quantities")
     value: float | None = Field(None, gt=0, description="of an absolute claim, or a mechanism with one quantity")
     untestable: str | None = Field(None, description="why no arm of this suite can test it; then nothing else is declared")
@@ -129,8 +129,8 @@ class ClaimsFile(Strict):
     """`methods/<name>/claims.yaml`."""
 
     paper: Paper | None = None
-    reported: list[Reported] = Field([])
-    claims: list[Claim] = Field([])
+    reported: list[Reported] = Field(default_factory=list)
+    claims: list[Claim] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _unique(self) -> ClaimsFile:

@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from distillbench import claims, cli_audit, config, plan, progress, registry
-from distillbench.cell import Cell, lock, write_atomically, write_json
+from distillbench import cli_audit, cli_publish, config, plan, progress, registry
+from distillbench.cell import Cell
 from distillbench.dispatch import ONE_THREAD
 from distillbench.errors import UserError, nearest
 from distillbench.progress import reporter, say
-from distillbench.scoring import check_extractors, evaluate_cells, evaluate_path, render_costs, render_pages, samples_of, verdict, written
+from distillbench.scoring import check_extractors, evaluate_cells, evaluate_path, is_evaluated, samples_of
 from distillbench.watch import INTERRUPTED
 from distillbench.work import train_cells
 
@@ -84,13 +84,6 @@ def list_() -> None:
     out.print(table)
     for what, folder in (("benchmarks", "workflows/benchmarks"), ("tables", "workflows/tables")):
         out.print(f"{what}: {', '.join(sorted(p.stem for p in (config.root() / folder).glob('*.yaml')))}")
-
-
-def is_evaluated(cell: Cell) -> bool:
-    """Its metrics are there, and of the current evaluation."""
-    from eval import records
-
-    return records.is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor)
 
 
 @app.command()
@@ -302,6 +295,10 @@ def plan_(table: TableName = "table2", profile: ProfileName = None) -> None:
         out.print(f"{table}: every cell is there; `snakemake {how} results/{table}.md` has at most to evaluate and render")
     for line in overview.forecast(todo, plan.is_trained, profile):
         out.print(line, soft_wrap=True, markup=False)
+    if plan.table(table).kind == "audit":
+        from distillbench import audit_render
+
+        out.print("\n".join(audit_render.cost(plan.table(table, profile), jobs)), soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -313,80 +310,8 @@ def cancel(table: TableName = "table2", profile: ProfileName = "slurm") -> None:
     print(f"cancelled: jobs {', '.join(numbers)}" if numbers else "none of its jobs is in the queue")
 
 
-@app.command("table")
-def table_(
-    name: TableName,
-    check: Annotated[
-        bool, typer.Option("--check", help="compare the files there with the published records; exit 1 if they differ")
-    ] = False,
-    render: Annotated[bool, typer.Option("--render", help="render from the published records; look at no cell")] = False,
-    profile: ProfileName = None,
-    partial: Annotated[bool, typer.Option("--partial", help="write NAME.partial.md: what is missing; render nothing")] = False,
-) -> None:
-    """Publish the records of a table's cells to results/records and render the table from them.
-
-    A table of `kind: costs` has no cells of its own: it is rendered from the published records of its sources.
-    """
-    import yaml
-
-    from distillbench import audit_render, overview
-    from eval import external, figures, records, tables
-
-    table, results = plan.table(name, profile), config.root() / "results"
-    if partial:
-        text = overview.partial(name, plan.jobs(table), is_evaluated) if table.kind != "costs" else ""
-        return write_atomically(results / f"{name}.partial.md", text.encode()) if text else None
-    (results / f"{name}.partial.md").unlink(missing_ok=True)
-    if table.kind == "costs":
-        raise typer.Exit(verdict(f"results/{name}", render_costs(table, check), check))
-    if table.kind == "audit":
-        if not (check or render):
-            audit_render.publish(table)
-        raise typer.Exit(verdict(f"results/{name}", audit_render.render(table, check), check))
-    folder = results / "records" / name
-    if not (check or render):
-        cells = [c for j in plan.jobs(table) for c in j.cells]
-        for c in cells:
-            if (result := c.result()) is None or (result["status"] == "done" and not is_evaluated(c)):
-                lacks = "trained" if result is None else "evaluated"
-                raise UserError(f"{c.label} is not {lacks}: run `snakemake --cores all results/{name}.md`")
-        with lock(results / "runs" / f"{name}.lock"):
-            try:
-                same, total = records.publish(folder, [(c.folder, c.labels()) for c in cells], table.draws)
-            except ValueError as e:
-                raise UserError(str(e)) from None
-        print(f"{name}: {same} of {total} cells have exactly the metrics published before", file=sys.stderr)
-    reported = yaml.safe_load((config.root() / table.reported).read_text()) if table.reported else None
-    try:
-        found, others = records.read(folder), external.read_external(results / "external", table.benchmarks)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    if not found:
-        raise UserError(f"{folder}: no published records: run `snakemake --cores all results/{name}.md`")
-    write, differing = written(check)
-    tables.write(name, table.title, found, others, reported, table.compare, results, write)
-    write(results / f"{name}.png", figures.picture(found))
-    raise typer.Exit(verdict(f"results/{name}", differing, check))
-
-
-@app.command()
-def pages(
-    check: Annotated[
-        bool, typer.Option("--check", help="compare the files there with folders and published records; exit 1 if they differ")
-    ] = False,
-) -> None:
-    """Render docs/methods, a page for each method and an index, from the methods' folders and published records."""
-    raise typer.Exit(verdict("docs/methods", render_pages(check), check))
-
-
-app.registered_commands += cli_audit.app.registered_commands
-
-
-@app.command(hidden=True)
-def schema() -> None:
-    """Write the JSON schemas that editors check benchmark, table and method files with."""
-    for path, model in claims.SCHEMAS.items():
-        write_json(config.root() / path, model.model_json_schema())
+for part in (cli_publish, cli_audit):
+    app.registered_commands += part.app.registered_commands
 
 
 def main() -> None:

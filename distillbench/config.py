@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from distillbench.errors import UserError, nearest
 
 M = TypeVar("M", bound=BaseModel)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, faster, where libyaml is there
 SHARE = re.compile(r"x(\d+\.?\d*)")  # the last part of method@x0.25: an arm with that share of the budget
 
 
@@ -244,7 +246,7 @@ def _keys_beside(model: type[BaseModel], path: list[Any]) -> list[str]:
 
 def line_of(text: str, path: list[Any]) -> int:
     """The line at which the value under `path`, keys and indices, begins in YAML; of its nearest parent where it is missing."""
-    node = yaml.compose(text, yaml.SafeLoader)
+    node = _composed(text)
     line = 1 if node is None else node.start_mark.line + 1
     for part in path:
         if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
@@ -258,19 +260,31 @@ def line_of(text: str, path: list[Any]) -> int:
     return line
 
 
+@lru_cache
+def _composed(text: str) -> Any:
+    return yaml.compose(text, LOADER)
+
+
 def read(path: Path, model: type[M], lines: bool = False) -> M:
     """A YAML file as `model`; UserError names file, key and remedy, with `lines` the line as well."""
     try:
-        text = path.read_text()
-        raw = yaml.safe_load(text)
+        about = path.stat()
+        return _read(path, model, lines, (about.st_mtime_ns, about.st_size, about.st_ino))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}): make it a readable file") from None
+
+
+@lru_cache(maxsize=512)
+def _read(path: Path, model: type[M], lines: bool, _stamp: tuple[int, ...]) -> M:
+    """Once for each state of a file: an audit asks for hundreds of arms, whose models are frozen."""
+    text = ""
+    try:
+        text = path.read_text()
+        return model.model_validate(yaml.load(text, LOADER) or {})
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    try:
-        return model.model_validate(raw or {})
     except ValidationError as e:
         raise explain(e, model, str(path), text if lines else None) from None
 

@@ -52,6 +52,13 @@ def known_metrics(benchmark: str) -> tuple[str, ...]:
     return rows.MIXTURES if config.benchmark(benchmark).data.kind == "mixture" else (*rows.IMAGES, *rows.DERIVED)
 
 
+def is_evaluated(cell: Cell) -> bool:
+    """Its metrics are there, and of the current evaluation."""
+    from eval import records
+
+    return records.is_evaluated(cell.metrics, cell.benchmark.extractor, cell.benchmark.cross_extractor)
+
+
 def samples_of(cell: Cell) -> tuple[dict[int, Tensor], Tensor | None]:
     """The stored samples of a finished cell by NFE, in the order its method declares, and a teacher's reference set."""
     from distillbench.checkpoint import read_tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from eval.tables import SHOWN
 METRIC = {"digits": "fid"}  # beside a paper's number, whatever its metric; of mixtures
 MIXTURE = "sliced_w2"
 MISSING = "–"
+SHARE = re.compile(r"x\d+\.?\d*")  # the part of an arm's name that is its share of the budget
 
 
 def rows(papers: list[tuple[str, str, Row]], records: list[Record]) -> list[Row]:
     """Per reported number with an arm here: the number, and mean and sd of that arm on every benchmark and share of the budget."""
     own: dict[tuple[str, str, float], list[float]] = {}
     for r in records:
-        name = "@".join(part for part in r.arm.split("@") if not part.startswith("x") or not part[1:2].isdigit())
+        name = "@".join(part for part in r.arm.split("@") if not SHARE.fullmatch(part))
         row = next((row for row in r.rows if row["nfe"] == r.result["headline_nfe"]), None)
         if row is not None:
             b = r.result["benchmark"]

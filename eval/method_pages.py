@@ -177,14 +177,19 @@ def _reported(claims: dict[str, Any]) -> list[str]:
         head = ["metric", "value", "NFE", "setting", "where", "arm of the same kind here"]
         out = [tabulate(body, head, "github", disable_numparse=True), "", "Other data, models and budgets than ours: not comparable."]
     if claims["claims"]:
-        body = [
-            [c["id"], c["claim"], c["where"], f"`{c['arms'][0]}` better than `{c['arms'][1]}`",
-             f"{c['metric']}, {c['direction']}" + (f", by {c['margin']:.1%}" if c["margin"] else "") + f" on {c['benchmark']}"]
-            for c in claims["claims"]
-        ]  # fmt: skip
-        head = ["claim", "in words", "where", "arms that test it", "supported if"]
-        out += ["", tabulate(body, head, "github", disable_numparse=True)]
+        body = [[f"[{c['id']}](../../results/audit.md)", c["claim"], c["where"], c["kind"], _test(c)] for c in claims["claims"]]
+        out += ["", tabulate(body, ["claim", "in words", "where", "kind", "tested by"], "github", disable_numparse=True)]
+        out += ["", "What came out: [audit](../../results/audit.md). How a verdict is drawn: [audit.md](../audit.md)."]
     return out
+
+
+def _test(claim: dict[str, Any]) -> str:
+    """Arms, metric and grounds of a claim, or why it has none."""
+    if claim["untestable"]:
+        return f"not here: {claim['untestable']}"
+    arms = ", ".join(f"`{arm}`" for arm in claim["arms"])
+    better = f", {claim['direction']} is better"
+    return "; ".join(f"{arms}: {t['metric'] or claim['experiment']}{better}, on {b}" for b, t in claim["trials"].items())
 
 
 def _checked(source: Source) -> list[str]:
