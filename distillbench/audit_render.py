@@ -30,7 +30,7 @@ def publish(table: Table) -> None:
     more = audits.measured(found)
     results = [c.result() for c in ready]
     commits = {r["provenance"]["commit"] for r in results if r is not None} | audits.commits(more)
-    more[audits.FROZEN] = audits.as_json(audits.frozen({c for c in commits if c}))
+    more[audits.FROZEN] = audits.as_json(audits.read_frozen(folder_of(table)) | audits.frozen({c for c in commits if c}, table.name))
     try:
         with lock(config.root() / "results/runs" / f"{table.name}.lock"):
             same, total = records.publish(folder_of(table), [(c.folder, c.labels()) for c in ready], False, more)
@@ -90,12 +90,12 @@ def unpublished(table: Table, asked: list[audits.Question]) -> list[dict[str, An
     raw = audits.measured(audits.experiments(asked, table.seeds))
     measured = audits.by_experiment(raw)
     commits = {r.result["provenance"]["commit"] for r in records} | audits.commits(raw)
-    return audit.findings([q.asked(table.seeds) for q in asked], records, measured, audits.frozen({c for c in commits if c}))
+    return audit.findings([q.asked(table.seeds) for q in asked], records, measured, audits.frozen({c for c in commits if c}, table.name))
 
 
 def render(table: Table, check: bool) -> list[str]:
     """The pages of an audit from its published records; the names of files that differ from those there."""
-    from eval import ablations, audit_page
+    from eval import ablations, audit, audit_page
 
     folder, results = folder_of(table), config.root() / "results"
     if not folder.is_dir():
@@ -108,6 +108,7 @@ def render(table: Table, check: bool) -> list[str]:
     about = {
         "name": table.name, "seeds": f"{table.seeds[0]} to {table.seeds[-1]}", "cells": len(records),
         "measurements": sum(map(len, measured.values())), "core_hours": cost / 3600,
+        "withdrawn": audit.withdrawn([q.asked(table.seeds) for q in asked], audits.read_frozen(folder)),
         "command": f"snakemake --cores all results/{table.name}.md",
     }  # fmt: skip
     audit_page.write(table.name, table.title, found, about, examinations(table), results, write)

@@ -21,13 +21,13 @@ from pydantic import ValidationError
 
 from distillbench import config, registry, resources
 from distillbench.cell import Cell, circumstances, git, ground_hash, lock, make_folder, write_json, writing
-from distillbench.claims import Claim, ClaimsFile, Trial
+from distillbench.claims import Claim, Trial
 from distillbench.config import Table, canonical, digest, root
 from distillbench.errors import UserError, nearest
 from distillbench.plan import Job, start_arms
 from distillbench.scoring import known_metrics
 
-FROZEN = "frozen.json"  # in the published records: commit -> claim id -> hash
+FROZEN = "frozen.json"  # in the published records: commit -> what stood there
 ROOM = "mechanisms"  # the folder of experiments, and of their results under results/runs
 Metrics = Callable[[str], tuple[str, ...]]  # of a benchmark's name
 
@@ -145,6 +145,14 @@ def jobs(asked: list[Question], seeds: list[int]) -> list[Job]:
     return out
 
 
+def stamps(every: list[Question], asked: list[Question], seeds: list[int]) -> list[str]:
+    """What Snakemake makes for some questions of an audit: the jobs and experiments of the whole audit that they need."""
+    wanted = {(j.benchmark, j.arm) for j in jobs(asked, seeds)}
+    names = {e.name for e in experiments(asked, seeds)}
+    found = [j.stamp("evaluated") for j in jobs(every, seeds) if (j.benchmark, j.arm) in wanted]
+    return found + [e.stamp for e in experiments(every, seeds) if e.name in names]
+
+
 # Experiments.
 
 
@@ -163,11 +171,7 @@ class Experiment:
     def recipe(self) -> dict[str, Any]:
         """Its code, that which it stands on, and its benchmark and methods, which are read from the file without running it."""
         path = experiment_file(self.name)
-        declared = {}
-        for line in ast.parse(path.read_text()).body:
-            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-                with suppress(ValueError):
-                    declared[line.targets[0].id] = ast.literal_eval(line.value)
+        declared = constants(path.read_text())
         if not isinstance(declared.get("METHODS"), tuple) or not isinstance(declared.get("BENCHMARK"), str):
             raise UserError(f"{path}: BENCHMARK = 'name' and METHODS = ('name', ...) are missing: distillbench/mechanism.py says why")
         folders = [registry.arm(name).folder for name in declared["METHODS"]]
@@ -221,8 +225,8 @@ class Experiment:
                 report("measuring", i, len(self.seeds))
                 began = time.monotonic()
                 values = {name: float(f"{value:.8g}") for name, value in module.measure(seed).items()}
-                if not values or not all(math.isfinite(v) and v > 0 for v in values.values()):
-                    raise ValueError(f"{self.name}, seed {seed}: quantities are positive and finite, here are {values}")
+                if not values or not all(math.isfinite(v) and v >= 0 for v in values.values()):
+                    raise ValueError(f"{self.name}, seed {seed}: quantities are finite and not negative, here are {values}")
                 about = {"format": 1, "experiment": self.name, "seed": seed, "key": path.stem.rpartition("-")[2], "values": values}
                 write_json(path, about | {"seconds": round(time.monotonic() - began, 1), "provenance": circumstances(self.recipe)})
 
@@ -239,16 +243,32 @@ def experiments(asked: list[Question], seeds: list[int]) -> list[Experiment]:
 # Freezing.
 
 
-def frozen(commits: set[str]) -> dict[str, dict[str, str]]:
-    """Commit -> claim id -> hash, of the claims as they stood there; nothing of a commit that git does not know."""
-    out: dict[str, dict[str, str]] = {}
+def frozen(commits: set[str], table: str) -> dict[str, dict[str, Any]]:
+    """Commit -> {"claims": {id: hash}, "seeds": of the audit called `table`}, as they stood there; without commits unknown to git."""
+    out: dict[str, dict[str, Any]] = {}
     for commit in sorted(commits):
-        files = git("ls-tree", "-r", "--name-only", commit, "--", "methods").splitlines()
-        out[commit] = {}
-        for file in (f for f in files if f.endswith("/claims.yaml")):
-            with suppress(yaml.YAMLError, ValidationError):  # of an older schema: nothing in it is a claim of today
-                then = ClaimsFile.model_validate(yaml.load(git("show", f"{commit}:{file}"), config.LOADER) or {})
-                out[commit] |= {claim.id: claim.hash() for claim in then.claims}
+        files = git("ls-tree", "-r", "--name-only", commit).splitlines()
+        if not files:
+            continue
+        margins = constants(git("show", f"{commit}:distillbench/claims.py"))
+        then = yaml.load(git("show", f"{commit}:workflows/tables/{table}.yaml"), config.LOADER) or {}
+        found: dict[str, str] = {}
+        for file in (f for f in files if f.startswith("methods/") and f.endswith("/claims.yaml")):
+            for claim in (yaml.load(git("show", f"{commit}:{file}"), config.LOADER) or {}).get("claims", []):
+                with suppress(ValidationError):  # of an older schema: no claim of today
+                    read = Claim.model_validate(claim)
+                    found[read.id] = read.hash(margins)
+        out[commit] = {"claims": found, "seeds": then.get("seeds") or []}
+    return out
+
+
+def constants(text: str) -> dict[str, Any]:
+    """Literals that a module's text assigns to names, read without running it."""
+    out = {}
+    for line in ast.parse(text).body:
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            with suppress(ValueError):
+                out[line.targets[0].id] = ast.literal_eval(line.value)
     return out
 
 
@@ -274,7 +294,7 @@ def read_measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return by_experiment({str(path): path.read_bytes() for path in sorted((folder / ROOM).glob("*/seed*.json"))})
 
 
-def read_frozen(folder: Path) -> dict[str, dict[str, str]]:
+def read_frozen(folder: Path) -> dict[str, dict[str, Any]]:
     """What `frozen` said when the records were published; UserError where the file is damaged."""
     path = folder / FROZEN
     try:

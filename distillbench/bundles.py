@@ -20,10 +20,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import distributions
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -52,7 +53,8 @@ def sha256(data: bytes) -> str:
 
 def contents(name: str) -> dict[str, bytes]:
     """The bundle's files by name."""
-    root, listed = config.root(), git("ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    root = config.root()
+    listed = [*git("ls-files").splitlines(), *git("ls-files", "--others", "--exclude-standard", "results").splitlines()]
     if not listed:
         raise UserError(f"{root}: a bundle needs git, which knows the files of a checkout: clone the repository")
     files = {f: (root / f).read_bytes() for f in sorted(listed) if not f.startswith(LEFT_OUT) and (root / f).is_file()}
@@ -62,7 +64,7 @@ def contents(name: str) -> dict[str, bytes]:
     packages = {d.metadata["Name"]: d.version for d in distributions()}
     environment = {"python": platform.python_version(), "platform": platform.machine(), "packages": dict(sorted(packages.items()))}
     files[ENVIRONMENT] = audits.as_json(environment)
-    results = [f for f in files if f.startswith(f"results/{name}") or f.startswith("results/table")]
+    results = [f for f in files if f.startswith(f"results/{name}") or f.startswith("results/table3.")]
     files[MANIFEST] = yaml.safe_dump(
         {
             "version": "https://codecheck.org.uk/spec/config/1.0/",
@@ -100,7 +102,14 @@ def read(path: Path) -> dict[str, bytes]:
             total = 0
             for member in tar:
                 total += member.size
-                if not member.isfile() or member.name.startswith("/") or ".." in Path(member.name).parts or member.name in files:
+                plain = PurePosixPath(member.name).as_posix() == member.name and "\0" not in member.name
+                if (
+                    not member.isfile()
+                    or not plain
+                    or member.name.startswith("/")
+                    or ".." in Path(member.name).parts
+                    or member.name in files
+                ):
                     raise UserError(f"{path}: '{member.name}' is no plain file of its own with a relative name: not a bundle of ours")
                 if total > LARGEST:
                     raise UserError(f"{path}: unpacks to more than {LARGEST >> 20} MiB: not a bundle of ours")
@@ -109,7 +118,7 @@ def read(path: Path) -> dict[str, bytes]:
                 files[member.name] = found.read()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: `distillbench bundle` writes one") from None
-    except (tarfile.TarError, OSError, EOFError) as e:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: not a whole .tar.gz archive ({e}): fetch it again") from None
     for needed in (SUMS, MANIFEST):
         if needed not in files:
@@ -140,10 +149,16 @@ def verify(path: Path, rerun: int = 0, seed: int | None = None) -> Iterator[Find
     files = read(path)
     yield Finding(True, f"{path}: {len(files)} files, sha256 {sha256(path.read_bytes())}")
     yield from hashes(files)
+    import matplotlib.pyplot  # noqa: F401 (its settings are read once: here, and not in the bundle)
+
+    from eval import ablations, audit_page  # noqa: F401 (from here, and not from the bundle)
+
     here = config.root()
-    differing = sorted(f for f, data in files.items() if f.startswith("eval/") and f.endswith(".py") and not _same(here / f, data))
+    differing = sorted(
+        f for f, data in files.items() if f.startswith(("eval/", "distillbench/")) and f.endswith(".py") and not _same(here / f, data)
+    )
     if differing:
-        yield Finding(True, f"note: verdicts are drawn by this checkout's eval, which differs from the bundle's in {', '.join(differing)}")
+        yield Finding(True, f"note: verdicts are drawn by this checkout's code, which differs from the bundle's in {', '.join(differing)}")
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             target = Path(folder, name)
@@ -154,10 +169,20 @@ def verify(path: Path, rerun: int = 0, seed: int | None = None) -> Iterator[Find
                 name = yaml.safe_load(files[MANIFEST])["audit"]
                 table = plan.table(name)
                 yield from verdicts_again(table)
+                said = audits.read_frozen(audit_render.folder_of(table))
                 records = published(table.name)
-            except (UserError, KeyError, TypeError, ValueError, yaml.YAMLError) as e:
+            except Exception as e:  # whatever a damaged bundle leads to
                 yield Finding(False, f"its verdicts cannot be drawn again: {e}")
                 return
+    known = audits.frozen(set(said), name)
+    for commit, then in said.items():
+        if commit not in known:
+            yield Finding(
+                True, f"note: commit {commit[:12]}, at which claims were frozen, is not known to git here: fetch it to have that checked"
+            )
+        else:
+            word = "hold" if then == known[commit] else "do not hold"
+            yield Finding(then == known[commit], f"claims and seeds {word} as frozen in commit {commit[:12]}")
     drawn = random.Random(seed).sample(records, min(rerun, len(records)))
     for record in drawn:
         yield again(record.result, record.metrics, [r for r in records if r.arm == record.arm])

@@ -5,7 +5,7 @@ A claim is frozen by its hash: the commit that its runs record must hold the sam
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -115,14 +115,15 @@ class Claim(Strict):
                 raise ValueError(f"trials.{benchmark}: `threshold` belongs to an instability")
         return self
 
-    def margin(self, benchmark: str) -> float:
-        """The smallest relative difference that counts on a benchmark."""
-        return self.trials[benchmark].margin or MARGINS.get(benchmark.partition("-")[0], MARGIN)
+    def margin(self, benchmark: str, defaults: dict[str, Any] | None = None) -> float:
+        """The smallest relative difference that counts on a benchmark; `defaults`: this module's constants at another commit."""
+        own, d = self.trials[benchmark].margin, defaults or {}
+        return own or d.get("MARGINS", MARGINS).get(benchmark.partition("-")[0], d.get("MARGIN", MARGIN))
 
-    def hash(self) -> str:
-        """Of everything it says, and so of every choice that a result could have tempted one to make."""
+    def hash(self, defaults: dict[str, Any] | None = None) -> str:
+        """Of everything it says, and so of every choice that a result could have tempted one to make; `defaults` as of `margin`."""
         said = self.model_dump(mode="json", exclude_defaults=True)
-        return digest(canonical(said | {"margins": {name: self.margin(name) for name in self.trials}}))
+        return digest(canonical(said | {"margins": {name: self.margin(name, defaults) for name in self.trials}}))
 
 
 class ClaimsFile(Strict):

@@ -43,7 +43,7 @@ def audit(
     distillbench audit --list                      all claims: id, kind, benchmark, arms
 
     The whole page, with evidence: `snakemake --cores all results/audit.md`. Only missing cells run; those of tables are shared.
-    Verdicts are corrected for the claims of the selection alone; on the page, for all of a paper's.
+    Verdicts are corrected for all claims of a paper that have run, as on the page.
     """
     from distillbench import audit_render
     from eval import audit_page
@@ -53,16 +53,18 @@ def audit(
     asked = audits.chosen(audits.questions(table), method, benchmark, claim)
     if list_:
         for q in asked:
-            how = q.why_not or f"{q.benchmark}: {' , '.join(q.arms)}, {q.trial.seeds if q.trial else 0} seeds"
+            how = q.why_not or f"{q.benchmark}: {' | '.join(q.arms)}, {q.trial.seeds if q.trial else 0} seeds"
             out.print(f"{q.claim.id}  {q.claim.kind}  {how}", soft_wrap=True, markup=False)
         return
-    stamps = [j.stamp("evaluated") for j in audits.jobs(asked, table.seeds)]
-    stamps += [e.stamp for e in audits.experiments(asked, table.seeds)]
+    stamps = audits.stamps(audits.questions(table), asked, table.seeds)
     if run and stamps:
         command = [sys.executable, "-m", "snakemake", "--quiet", "--cores", "all", *stamps, "--config", f"tables={name}"]
         if (code := subprocess.run(command, cwd=config.root()).returncode) != 0:
             raise typer.Exit(code)
-    for found in audit_render.unpublished(table, asked):
+    names = {(q.claim.id, q.benchmark) for q in asked}
+    every = audits.questions(table)
+    of_papers = [q for q in every if q.method.name in {a.method.name for a in asked}]  # families are a paper's
+    for found in (f for f in audit_render.unpublished(table, of_papers) if (f["id"], f["benchmark"]) in names):
         reason = f" ({found['reason']})" if found["reason"] else ""
         lines = [f"{found['id']}: {found['verdict']}{reason}"]
         if found["effect"] is not None:

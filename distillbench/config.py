@@ -198,6 +198,8 @@ class Table(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Table:
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is given twice")
         if self.kind == "audit" and not self.seeds:
             raise ValueError("an audit names its seeds: fresh ones, on which no setting was chosen and no claim was thought of")
         return self

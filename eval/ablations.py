@@ -14,32 +14,37 @@ from eval.records import Record
 from eval.rows import Row, summarise
 from eval.tables import SHOWN
 
-METRIC = {"digits": "fid"}  # beside a paper's number, whatever its metric; of mixtures
-MIXTURE = "sliced_w2"
 MISSING = "–"
 SHARE = re.compile(r"x\d+\.?\d*")  # the part of an arm's name that is its share of the budget
 
 
 def rows(papers: list[tuple[str, str, Row]], records: list[Record]) -> list[Row]:
     """Per reported number with an arm here: the number, and mean and sd of that arm on every benchmark and share of the budget."""
-    own: dict[tuple[str, str, float], list[float]] = {}
+    own: dict[tuple[str, str, float], list[Record]] = {}
     for r in records:
         name = "@".join(part for part in r.arm.split("@") if not SHARE.fullmatch(part))
-        row = next((row for row in r.rows if row["nfe"] == r.result["headline_nfe"]), None)
-        if row is not None:
-            b = r.result["benchmark"]
-            own.setdefault((name, b, r.result.get("budget_share", 1.0)), []).append(row[METRIC.get(b, MIXTURE)])
+        if r.rows:
+            own.setdefault((name, r.result["benchmark"], r.result.get("budget_share", 1.0)), []).append(r)
     out = []
     for method, title, claims in papers:
         for reported in claims["reported"]:
             if reported["arm"] is not None:
+                mine = [
+                    (b, share, _values(found, reported["nfe"])) for (arm, b, share), found in sorted(own.items()) if arm == reported["arm"]
+                ]
                 here = [
-                    {"benchmark": b, "share": share, "metric": METRIC.get(b, MIXTURE), "n": len(v)}
-                    | dict(zip(("mean", "sd"), summarise(v)))
-                    for (arm, b, share), v in sorted(own.items()) if arm == reported["arm"]
+                    {"benchmark": b, "share": share, "metric": metric, "n": len(v)} | dict(zip(("mean", "sd"), summarise(v)))
+                    for b, share, (metric, v) in mine if v
                 ]  # fmt: skip
                 out.append({"method": method, "title": title} | reported | {"here": here})
     return out
+
+
+def _values(records: list[Record], nfe: int | None) -> tuple[str, list[float]]:
+    """The main metric of an arm's records at an NFE, at its headline NFE where a paper's number names none."""
+    rows = [row for r in records for row in r.rows if row["nfe"] == (nfe or r.result["headline_nfe"])]
+    metric = "fid" if any("fid" in row for row in rows) else "sliced_w2"
+    return metric, [row[metric] for row in rows]
 
 
 def markdown(found: list[Row], source: str) -> str:
@@ -47,8 +52,9 @@ def markdown(found: list[Row], source: str) -> str:
     out = [
         "# Table 3: the papers' ablations, run again at our budget", "",
         "Left what a paper reports, in its own setting; right what the arm of the same kind reaches here, mean ± sample sd over n seeds, "
-        "at its headline NFE. **Another scale**: other data, networks, budgets and evaluators. Read down a column, never across: whether "
-        f"the order is the same is judged in the [audit](audit.md), from whose records ([{source}](records/{source})) this page is made.",
+        "at the same NFE. **Another scale**: other data, networks, budgets and evaluators. Read down a column, never across: whether "
+        "the order is the same (some of the papers' metrics are better when higher) is judged in the [audit](audit.md), from whose records "
+        f"([{source}](records/{source})) this page is made.",
         "",
     ]  # fmt: skip
     tables = dict.fromkeys(

@@ -15,15 +15,18 @@ from eval.verdicts import Effect
 
 # A second metric whose own interval may contradict the first: FID under an extractor of another architecture and objective.
 CONTROL = {"fid": "fid_cross"}
+SHARES = ("precision", "recall", "coverage", "outside", "weight_tv", "class_error", "label_tv", "memorisation")  # of samples
+OTHERS = ("refused",)  # statuses of a cell that its method is not to blame for
 HASH = "claim_hash"
 Values = list[float | None]  # per seed, None where the method itself failed
 Measured = dict[str, list[dict[str, Any]]]
+Frozen = dict[str, dict[str, Any]]  # commit -> {"claims": {id: hash}, "seeds": [...]}, as they stood there
 
 
-def findings(asked: list[Row], records: list[Record], measured: Measured, frozen: dict[str, dict[str, str]]) -> list[Row]:
+def findings(asked: list[Row], records: list[Record], measured: Measured, frozen: Frozen) -> list[Row]:
     """One finding per question, in their order. See `Finding` keys in docs/audit.md.
 
-    frozen: commit -> claim id -> hash. Effects and margins are on the scale of the logarithm, or are rates for an instability.
+    Effects and margins are on the scale of the logarithm, or are rates for an instability.
     """
     found = [_values(q, records, measured) for q in asked]
     _correct(found)
@@ -40,8 +43,10 @@ def _values(question: Row, records: list[Record], measured: Measured) -> Row:
         return q
     kept: dict[str, dict[int, float | None]] = {}
     control: list[list[float]] = []
+    excuses: list[str] = []
     for arm in q["arms"]:
         own = _quantities(q, arm, measured) if q["experiment"] else _cells(q, arm, records, q["metric"])
+        excuses += [why for _, value, about in own if (why := _excuse(q, arm, value, about)) is not None]
         kept[arm] = {seed: value for seed, value, _ in own}
         q["commits"] += [about["provenance"]["commit"] for *_, about in own]
         q["cells"][arm] = {seed: about["key"] for seed, _, about in own}
@@ -51,6 +56,9 @@ def _values(question: Row, records: list[Record], measured: Measured) -> Row:
                 control.append([v for _, v, _ in _cells(q, arm, records, CONTROL[q["metric"]]) if v is not None])
     q["commits"] = sorted({commit or "none" for commit in q["commits"]})
     q["values"] = {arm: [kept[arm].get(seed) for seed in q["seeds"] if seed in kept[arm]] for arm in q["arms"]}
+    if excuses:
+        q["why_not"] = excuses[0]
+        return q
     missing = {arm: len(q["seeds"]) - len(values) for arm, values in q["values"].items() if len(values) < len(q["seeds"])}
     if missing:
         arm, count = next(iter(missing.items()))
@@ -74,6 +82,18 @@ def _cells(q: Row, arm: str, records: list[Record], metric: str) -> list[tuple[i
     return out
 
 
+def _excuse(q: Row, arm: str, value: float | None, about: Row) -> str | None:
+    """Why a cell says nothing about its method; None where it has a value, or where the method itself failed."""
+    if q["experiment"]:
+        return None
+    status = about["status"]
+    if status == "done" and value is None:
+        return f"{arm} has no {q['metric']} at {q['nfe'] or about['headline_nfe']} NFE"
+    if status in OTHERS or (q["kind"] == "instability" and status not in ("done", "diverged")):
+        return f"{arm} seed {about['seed']} ended as {status}: {about['reason']}"
+    return None
+
+
 def _quantities(q: Row, name: str, measured: Measured) -> list[tuple[int, float | None, Row]]:
     return [(m["seed"], m["values"][name], m) for m in measured.get(q["experiment"], []) if m["seed"] in q["seeds"] and name in m["values"]]
 
@@ -89,7 +109,7 @@ def _effect(q: Row, control: list[list[float]]) -> None:
         q["seeds_a"] = q["seeds_b"] = len(q["seeds"])
         return
     found = _contrast(q, [[v for v in values if v is not None] for values in q["values"].values()])
-    m = verdicts.margin(q["margin"])
+    m = 0.0 if q["kind"] == "mechanism" and q["value"] is not None else verdicts.margin(q["margin"])
     q |= {"effect": found.d, "p": found.p(), "p_equivalent": found.p_equivalent(m), "_found": found, "_m": m}
     q["ci_low"], q["ci_high"] = found.interval()
     if control and min(map(len, control)) >= verdicts.FEW and q["kind"] not in ("parity", "absolute"):
@@ -100,7 +120,8 @@ def _effect(q: Row, control: list[list[float]]) -> None:
 
 
 def _contrast(q: Row, arms: list[list[float]]) -> Effect:
-    return verdicts.effect(q["kind"], [verdicts.logs(values) for values in arms], q["direction"] == "lower", q["value"])
+    least = verdicts.LEAST if q["metric"] in SHARES else verdicts.TINY
+    return verdicts.effect(q["kind"], [verdicts.logs(values, least) for values in arms], q["direction"] == "lower", q["value"])
 
 
 def _failed(value: float | None, threshold: float | None, lower: bool) -> bool:
@@ -119,7 +140,7 @@ def _correct(found: list[Row]) -> None:
             q["p_adjusted" if key == "p" else "_p_equivalent"] = p
 
 
-def _judge(q: Row, frozen: dict[str, dict[str, str]]) -> None:
+def _judge(q: Row, frozen: Frozen) -> None:
     """Verdict and reason."""
     if q["why_not"] is not None:
         q["verdict"], q["reason"] = verdicts.NOT_RUN, q["why_not"]
@@ -138,14 +159,23 @@ def _judge(q: Row, frozen: dict[str, dict[str, str]]) -> None:
         )
 
 
-def _edited(q: Row, frozen: dict[str, dict[str, str]]) -> str | None:
-    """Why a claim does not count as frozen before its runs; None where every commit behind them holds it as it is."""
+def _edited(q: Row, frozen: Frozen) -> str | None:
+    """Why a claim does not count as frozen before its runs; None where every commit behind them holds it, and its seeds, as they are."""
     for commit in q["commits"]:
-        then = frozen.get(commit, {}).get(q["id"])
+        if commit not in frozen:
+            return f"what stood in commit {commit[:12]}, which its runs record, is not known"
+        if frozen[commit]["seeds"][: len(q["seeds"])] != q["seeds"]:
+            return f"its seeds were others in commit {commit[:12]}, which its runs record"
+        then = frozen[commit]["claims"].get(q["id"])
         if then != q[HASH]:
             what = "registered" if then is None else "changed"
             return f"{what} after its runs, which record commit {commit[:12]}: run it on fresh seeds"
     return None
+
+
+def withdrawn(asked: list[Row], frozen: Frozen) -> list[str]:
+    """Ids of claims that stood in a commit behind runs and stand no more."""
+    return sorted({i for then in frozen.values() for i in then["claims"]} - {q["id"] for q in asked})
 
 
 def counts(found: Iterable[Row]) -> dict[str, int]:

@@ -130,7 +130,9 @@ def _introduction(found: list[Row], about: Row) -> list[str]:
         "instability the difference of failure rates. SUPPORTED: the interval, corrected for the paper's other claims, excludes 0 and the "
         "effect is at least the margin. CONTRADICTED: reversed, or equivalent where a gain was claimed. REVERSED_AT_SCALE: reversed here, "
         "where the paper speaks of another scale: a finding about this benchmark, not about the paper. EDITED: the claim was not frozen as "
-        f"it stands before its runs. All of it again: `{about['command']}`.",
+        "it stands, with its seeds, before its runs. The intervals and p printed are uncorrected, the verdicts corrected. All of it again: "
+        f"`{about['command']}`.",
+        *(["", f"Withdrawn after their runs: {', '.join(about['withdrawn'])}."] if about.get("withdrawn") else []),
     ]
 
 
@@ -175,11 +177,21 @@ def _evidence(q: Row, examined: Row | None, about: Row) -> list[str]:
     if q["control"]:
         c = q["control"]
         numbers.append(f"{c['metric']} {amount(q, c['effect'])} ({amount(q, c['ci_low'])} to {amount(q, c['ci_high'])})")
+    out += [f"Seeds {', '.join(map(str, q['seeds']))}. Records: {_records(q, about['name'])}.", ""]
     out += ["; ".join(numbers) + f". Claim {q[HASH]}, runs of commit {', '.join(c[:12] for c in q['commits'])}.", ""]
     if examined:
         out += ["Examined:", "", *(f"- {what}: {examined[what]}" for what in ("bug", "scale", "noise") if what in examined), ""]
-    out += [f"Again: `distillbench audit {about['name']} --claim {q['id']} --benchmark {q['benchmark']}`", "", "</details>"]
+    name = "" if about["name"] == "audit" else f" {about['name']}"
+    out += [f"Again: `distillbench audit{name} --claim {q['id']} --benchmark {q['benchmark']}`", "", "</details>"]
     return out
+
+
+def _records(q: Row, name: str) -> str:
+    """Links to what was measured."""
+    if q["experiment"]:
+        e = q["experiment"]
+        return f"[{e}](records/{name}/mechanisms/{e}) by [mechanisms/{e}.py](../mechanisms/{e}.py)"
+    return ", ".join(f"[{arm}](records/{name}/{q['benchmark']}/{arm})" for arm in q["arms"])
 
 
 def plot(q: Row) -> list[str]:

@@ -17,7 +17,8 @@ from scipy.special import stdtr, stdtrit  # Student's t: distribution and quanti
 
 LEVEL = 0.05  # of a family, two-sided; of equivalence each of two one-sided tests
 FLOOR = 0.01  # least sd of y in an arm: a few seeds that agree by chance prove nothing
-LEAST = 1e-4  # the least value that is told from zero, for the logarithm: one in 10,000 samples
+LEAST = 1e-4  # the least share that is told from zero, for the logarithm: one in 10,000 samples
+TINY = 1e-9  # the same of any other quantity
 TOLERANCE = 0.05  # of a paper's absolute number
 FEW, PROVISIONAL = 3, 5  # seeds in an arm: below the first no verdict, below the second a provisional one
 POWER = 0.8
@@ -30,7 +31,8 @@ VERDICTS = (SUPPORTED, CONTRADICTED, REVERSED, INCONCLUSIVE, NOT_RUN, NOT_COMPAR
 class Effect:
     """A contrast d with its standard error and Welch-Satterthwaite degrees of freedom.
 
-    least: seeds in the smallest arm; ways: of how many such contrasts this is the least favourable, each of which must hold.
+    least: seeds in the smallest arm; ways: of how many such contrasts this is the least favourable, each of which must hold; smallest:
+    the smallest d among them.
     """
 
     d: float
@@ -38,6 +40,7 @@ class Effect:
     dof: float
     least: int
     ways: int = 1
+    smallest: float = inf
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Two-sided, of coverage 1 - level over all ways; infinite without degrees of freedom."""
@@ -67,9 +70,9 @@ class Effect:
         return None
 
 
-def logs(values: Sequence[float]) -> list[float]:
-    """y of positive values."""
-    return [log(max(v, LEAST)) for v in values]
+def logs(values: Sequence[float], least: float = TINY) -> list[float]:
+    """y of values that are not negative."""
+    return [log(max(v, least)) for v in values]
 
 
 def contrast(arms: Sequence[ArrayLike], weights: Sequence[float]) -> Effect:
@@ -106,7 +109,7 @@ def effect(kind: str, arms: Sequence[ArrayLike], lower: bool, value: float | Non
         bound = value * (1 + TOLERANCE) ** sign if kind == "absolute" else value
         found = [Effect(e.d + sign * log(bound), e.se, e.dof, e.least) for e in found]
     worst = min(found, key=lambda e: (e.d / e.se, e.d))
-    return Effect(worst.d, worst.se, worst.dof, worst.least, len(found))
+    return Effect(worst.d, worst.se, worst.dof, worst.least, len(found), min(e.d for e in found))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -129,8 +132,9 @@ def decide(
 ) -> tuple[str, str]:
     """(verdict, reason): the first that matches.
 
-    p, p_equivalent: of the effect, adjusted for its family; conflict: a second metric that says the opposite with an interval of its
-    own; failed: seeds of the favoured arms that the method itself ended. Not for instabilities (`decide_instability`).
+    m: 0 for a bound, which claims no gain and so has no equivalence. p, p_equivalent: of the effect, adjusted for its family; conflict:
+    a second metric that says the opposite with an interval of its own; failed: seeds of the favoured arms that the method itself ended.
+    Not for instabilities (`decide_instability`).
     """
     against = CONTRADICTED if scale_free else REVERSED
     if found.least < FEW:
@@ -152,9 +156,9 @@ def decide(
         return INCONCLUSIVE, _power(found, m, failed)
     if significant and found.d <= -m:
         return against, "reversed"
-    if p_equivalent <= LEVEL:
+    if p_equivalent <= LEVEL and m > 0:
         return CONTRADICTED, "equivalent"
-    if significant and found.d >= m and not failed:
+    if significant and found.d > 0 and min(found.d, found.smallest) >= m and not failed:
         return SUPPORTED, provisional.removeprefix(", ")
     return INCONCLUSIVE, _power(found, m, failed)
 

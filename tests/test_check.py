@@ -10,8 +10,8 @@ import pytest
 from distillbench import check, registry
 from distillbench.errors import UserError
 from distillbench.new import write_folder
+from distillbench.scoring import known_metrics
 from eval.mixtures import sliced_wasserstein
-from eval.rows import IMAGES, MIXTURES
 from tests.conftest import ROOT, Checkout
 from tests.test_cells import edit
 
@@ -103,12 +103,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 
 
 def examined(path: Path) -> check.Check:
-    return check.Check(registry.read_folder(path), sliced_wasserstein, (IMAGES, MIXTURES), lambda *_: None)
+    return check.Check(registry.read_folder(path), sliced_wasserstein, known_metrics, lambda *_: None)
 
 
 def found(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(made.folder)
-    stages = check.run(registry.read_folder(made.folder / "methods" / name), sliced_wasserstein, (IMAGES, MIXTURES), lambda *_: None)
+    stages = check.run(registry.read_folder(made.folder / "methods" / name), sliced_wasserstein, known_metrics, lambda *_: None)
     return [str(f) for _, findings in stages for f in findings]
 
 
@@ -160,7 +160,7 @@ def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.Monke
     assert "`method.py:regression_loss`" in (path / "README.md").read_text() and "schema" not in (path / "config.yaml").read_text()
     monkeypatch.chdir(made.folder)
     before = examined(path)
-    edit(path / "claims.yaml", "benchmark: digits", "benchmark: digtis")
+    edit(path / "claims.yaml", "digits: {metric", "digtis: {metric")
     before.files()
     assert before.findings == []  # claims were read before the edit
     after = examined(path)
@@ -169,13 +169,17 @@ def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.Monke
     assert "unknown benchmark 'digtis', did you mean 'digits'?" in str(finding)
 
 
-METRIC = "metric: fid\n    direction"  # of the claim, not of the example in the comment
+METRIC = "digits: {metric: fid"  # of the claim, not of the example in the comment
 
 
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        (METRIC, METRIC.replace("fid", "fud"), "claim DEMO-1 to name a metric of digits, did you mean 'fid'?; saw fud"),
+        (
+            METRIC,
+            METRIC.replace("fid", "fud"),
+            "claims.yaml:8: expected claim DEMO-1 to name a metric of digits, did you mean 'fid'?; saw fud",
+        ),
         (METRIC, METRIC.replace("fid", "sliced_w2"), "saw sliced_w2"),  # of mixtures alone
         ("@short]", "@shrt]", "claim DEMO-1 to name a benchmark and arms that exist"),
         (

@@ -2,15 +2,18 @@
 
 import math
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.func import jvp
 
 from distillbench import registry, times
+from distillbench.config import merged
 from distillbench.method import Batch, Condition, Step
 from distillbench.paths import noised, over
 from distillbench.samplers import euler, heun
@@ -21,6 +24,7 @@ from tests.toys import random_task, shake, weights
 FOLDER = Path(__file__).parents[1] / "methods/freeflow"
 FreeFlow = registry.load(SimpleNamespace(name="freeflow", path=FOLDER))
 method = sys.modules[FreeFlow.__module__]
+VARIANTS = {name: v["config"] for name, v in yaml.safe_load((FOLDER / "config.yaml").read_text())["variants"].items()}
 SHAPE, N = (1, 4, 4), 32
 SETTINGS = {
     "batch": N, "correction": 0.25, "derivative": "discrete", "steps": 8, "solver": "heun", "delta_mean": 0.0, "delta_std": 1.0,
@@ -504,3 +508,28 @@ def test_no_evaluation_more_than_the_algorithm_needs(changes, calls):
     assert dict(sorted(task.meter.calls.items())) == calls
     assert all(torch.isfinite(v).all() for v in logged.values())
     assert ("lambda" in logged) == (changes.get("correction") != 0.0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_costs_what_its_objectives_cost(name):
+    m, task = made(**VARIANTS[name])
+    with task.meter.counting():
+        m.train_step(batch(), step())
+    alone, _, _ = name.partition("-")
+    student, teacher = (1, 1) if alone == "correction" else (2, 2) if alone == "prediction" else (2, 3)
+    expected = {"student": student, "student.backward": 1, "teacher": teacher - (m.config.solver == "euler")}
+    if m.config.derivative == "jvp":  # its value and tangent are one call, at one time
+        expected |= {"student": 1, "student.tangent": 1, "teacher": teacher - 1}
+    assert dict(task.meter.calls) == expected | ({} if alone == "prediction" else {"critic": 1, "critic.backward": 1})
+
+
+def test_every_variant_changes_an_update():
+    after = {}
+    for name in [None, *VARIANTS]:
+        m, _ = made(**merged({"confident_warmup": 0.9}, VARIANTS[name] if name else {}))
+        moved(m)
+        for i in range(5, 8):
+            m.train_step(batch(), step(i))
+        after[name] = weights(m.net)
+    same = {pair for pair in combinations(after, 2) if torch.allclose(after[pair[0]], after[pair[1]], atol=1e-5)}
+    assert same == {(None, "k-1"), ("prediction-only", "prediction-k-1")}  # the default here and on digits; on mixtures it is k = 0

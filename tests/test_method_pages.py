@@ -60,10 +60,17 @@ On x.
 One call.
 """
 ABOUT = {"title": "A", "paper": "arXiv 1", "fidelity": "paper text", "adaptation": False}
+TRIAL = {"metric": "fid", "share": 0.25, "seeds": 5, "margin": None, "nfe": None, "threshold": None}
 CLAIMS = {
     "reported": [{"metric": "fid", "value": 1.5, "nfe": 1, "setting": "CIFAR", "where": "Table 1", "arm": "a"}],
-    "claims": [{"id": "A-1", "claim": "it is better", "where": "Table 2", "arms": ["a", "a@b"], "metric": "fid", "direction": "lower",
-                "margin": 0.02, "benchmark": "b"}],
+    "claims": [
+        {"id": "A-1", "claim": "it is better", "where": "Table 2", "kind": "comparative", "arms": ["a", "a@b"], "direction": "lower",
+         "trials": {"b": TRIAL, "b-small": TRIAL | {"metric": "recall"}}, "experiment": None, "untestable": None, "primary": True},
+        {"id": "A-2", "claim": "it is stable", "where": "Figure 3", "kind": "mechanism", "arms": ["norm"], "direction": "higher",
+         "trials": {"b": TRIAL | {"metric": None}}, "experiment": "norms", "untestable": None, "primary": False},
+        {"id": "A-3", "claim": "it is large", "where": "Table 4", "kind": "absolute", "arms": [], "direction": "lower",
+         "trials": {}, "experiment": None, "untestable": "no such data", "primary": False},
+    ],
 }  # fmt: skip
 ROW = {
     "table": "table2", "benchmark": "digits", "method": "a", "variant": None, "nfe": 1, "headline": True, "seeds": 3, "status": "done",
@@ -92,7 +99,15 @@ def test_every_line_of_the_readme_is_on_the_page_once_and_every_number_is_from_a
     for line in ("two lines.", "step theta", "Signs differ.", "- `a`.", "| 1 | 2 | 3 |", "On x.", "One call."):
         assert page.count(line) == 1, line
     assert "0.432 ± 0.010" in page and "0.9999" not in page and "1.000 of the minimum" in page
-    assert "| FID " in page and "1.5" in page and "`a` better than `a@b`" in page and "[`tests/test_a.py`](../../tests/test_a.py)" in page
+    assert "| FID " in page and "1.5" in page and "[`tests/test_a.py`](../../tests/test_a.py)" in page
+    claims = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| [A-")]
+    link = "](../../results/audit.md)"
+    assert claims == [
+        ["[A-1" + link, "it is better", "Table 2", "comparative",
+         "`a`, `a@b`: fid, lower is better, on b; `a`, `a@b`: recall, lower is better, on b-small"],
+        ["[A-2" + link, "it is stable", "Figure 3", "mechanism", "`norm`: norms, higher is better, on b"],
+        ["[A-3" + link, "it is large", "Table 4", "absolute", "not here: no such data"],
+    ]  # fmt: skip
     assert "No training curve is published" in page
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from distillbench import config, pages, registry
+from distillbench import audits, config, pages, registry
+from distillbench.claims import Claim
 from distillbench.config import Benchmark
+from distillbench.scoring import known_metrics
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(p.parent for p in (ROOT / "methods").glob("*/method.py"))
@@ -38,10 +40,27 @@ def test_settings_fit_on_every_benchmark_and_claims_name_arms(folder: Path, monk
             b = config.read(path, Benchmark)
             needs = cls.needs(registry.configuration(arm, b, cls))
             assert needs.headline_nfe in needs.nfe
-    for claim in method.claims.claims:
-        for arm_name in claim.arms:
-            registry.arm(arm_name)
-        config.benchmark(claim.benchmark)
+    assert [found for claim in method.claims.claims for found in audits.misfits(claim, known_metrics, registry.arm)] == []
+
+
+PLANTED = {  # what a claim says instead -> what is seen
+    "unknown benchmark 'digtis'": {"trials": {"digtis": {"metric": "fid", "seeds": 3}}},
+    "sliced_w2": {"trials": {"digits": {"metric": "sliced_w2", "seeds": 3}}},  # of mixtures alone
+    "plian": {"arms": ["dmd", "dmd@plian"]},
+    "no_such_experiment": {"kind": "mechanism", "experiment": "no_such_experiment"},
+}
+
+
+@pytest.mark.parametrize("seen", PLANTED)
+def test_a_claim_that_names_what_is_not_there_is_found(seen: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    said = {
+        "id": "A-1", "claim": "it is better", "where": "Table 1", "kind": "comparative", "scale_free": False, "primary": True,
+        "refuted_if": "it is not", "arms": ["dmd", "dmd@no-regression"], "trials": {"digits": {"metric": "fid", "seeds": 3}},
+    }  # fmt: skip
+    assert list(audits.misfits(Claim.model_validate(said), known_metrics, registry.arm)) == []
+    ((expected, saw),) = audits.misfits(Claim.model_validate(said | PLANTED[seen]), known_metrics, registry.arm)
+    assert "claim A-1 to name " in expected and seen in saw
 
 
 def test_every_module_of_the_suite_stays_readable():

@@ -57,6 +57,8 @@ def test_an_interior_optimum_must_beat_both_ends():
     assert judge([inner, bad, bad], "interior optimum") == (v.SUPPORTED, "provisional")
     assert judge([inner, good, bad], "interior optimum") == (v.CONTRADICTED, "reversed")
     assert judge([inner, bad, good], "interior optimum") == (v.CONTRADICTED, "reversed")
+    close = [1.045, 1.046, 1.044]  # certainly better than this end, by less than the margin
+    assert judge([inner, close, bad], "interior optimum", m=0.06)[0] != v.SUPPORTED
     one, both = v.effect("comparative", [inner, bad], True), v.effect("interior optimum", [inner, bad, bad], True)
     assert both.p() == pytest.approx(2 * one.p()) and both.interval()[0] < one.interval()[0]
 

@@ -23,6 +23,7 @@ rule audit:
         cells="results/runs/{table}.cells",
         claims=lambda w: [m.path / "claims.yaml" for m in registry.discover().values()],
         file="workflows/tables/{table}.yaml",
+        examined=[f for f in ["results/examinations.yaml"] if os.path.exists(f)],
     output:
         update("results/{table}.md"),
         update("results/{table}.csv"),
