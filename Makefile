@@ -18,7 +18,7 @@ protocol: .venv/installed
 
 # tests/slurm has the machine for itself: its jobs take all cores.
 test: .venv/installed
-	@export PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 && $(BIN)/python -m pytest -n auto --ignore tests/slurm && \
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 && $(BIN)/python -m pytest -n auto --dist loadgroup --ignore tests/slurm && \
 	$(BIN)/python -m pytest tests/slurm
 
 test-slow: .venv/installed

@@ -210,7 +210,7 @@ def test_the_published_pages_are_current_and_a_stale_one_is_noticed(copy: Path):
     readme.write_text(readme.read_text().replace("moves its samples along", "moves its samples against"))
     assert render_pages(check=True) == ["dmd.md"]
     with pytest.raises(typer.Exit) as ended:
-        cli.pages(check=True)
+        cli_publish.pages(check=True)
     assert ended.value.exit_code == 1
     assert render_pages(check=False) == ["dmd.md"] and render_pages(check=True) == []
     assert "moves its samples against" in (copy / "docs/methods/dmd.md").read_text()
