@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from distillbench import anatomy, cli
+from distillbench import anatomy, cli_publish
 from distillbench.scoring import render_pages
 from eval import curves, method_pages
 from eval.method_pages import Source, parse
