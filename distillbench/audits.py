@@ -55,7 +55,7 @@ class Question:
         tried: dict[str, Any] = {} if trial is None else trial.model_dump(include={"metric", "share", "nfe", "threshold"})
         return claim.model_dump(exclude={"trials", "untestable"}) | {
             "method": self.method.name, "title": self.method.file.title, "claim_hash": claim.hash(), "benchmark": self.benchmark,
-            "names": claim.arms, "arms": list(self.arms), "why_not": self.why_not, "seeds": seeds[: trial.seeds] if trial else [],
+            "arms": list(self.arms), "why_not": self.why_not, "seeds": seeds[: trial.seeds] if trial else [],
             "margin": claim.margin(self.benchmark) if self.benchmark else None, **tried,
         }  # fmt: skip
 

@@ -38,7 +38,6 @@ SUMS, MANIFEST, ENVIRONMENT = "SHA256SUMS", "codecheck.yml", "environment.json"
 LEFT_OUT = ("tests/", "perf/", ".ci/")
 LARGEST = 1 << 30  # bytes that a bundle may unpack to
 SPREADS = 4.0  # sd over seeds, within which a rerun on another processor has to come out
-RECORD = "results/records/{table}/{benchmark}/{arm}/seed{seed}"
 
 
 @dataclass(frozen=True)

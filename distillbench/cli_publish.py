@@ -23,9 +23,7 @@ def table_(
         bool, typer.Option("--check", help="compare the files there with the published records; exit 1 if they differ")
     ] = False,
     render: Annotated[bool, typer.Option("--render", help="render from the published records; look at no cell")] = False,
-    profile: Annotated[
-        str | None, typer.Option("--profile", help="a Snakemake profile, e.g. slurm: its site.yaml may change benchmarks")
-    ] = None,
+    profile: ProfileName = None,
     partial: Annotated[bool, typer.Option("--partial", help="write NAME.partial.md: what is missing; render nothing")] = False,
 ) -> None:
     """Publish the records of a table's cells to results/records and render the table from them.

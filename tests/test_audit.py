@@ -30,7 +30,7 @@ def question(**changes) -> dict:
     return {
         "id": "A-1", "method": "a", "title": "A", "claim": "a is better than b", "where": "Table 1", "kind": "comparative",
         "scale_free": False,
-        "primary": True, "refuted_if": "it is not", "seen_before_freezing": None, "names": ["a", "a@b"], "arms": ["a", "a@b"],
+        "primary": True, "refuted_if": "it is not", "seen_before_freezing": None, "arms": ["a", "a@b"],
         "direction": "lower", "benchmark": "digits", "metric": "fid", "share": 0.25, "seeds": SEEDS, "margin": 0.05, "nfe": None,
         "threshold": None, "experiment": None, "value": None, "why_not": None, "claim_hash": "h1",
     } | changes  # fmt: skip
