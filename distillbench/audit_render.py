@@ -110,12 +110,26 @@ def render(table: Table, check: bool) -> list[str]:
         "measurements": sum(map(len, measured.values())), "core_hours": cost / 3600,
         "withdrawn": audit.withdrawn([q.asked(table.seeds) for q in asked], audits.read_frozen(folder)),
         "command": f"snakemake --cores all results/{table.name}.md",
+        "before": before(table),
     }  # fmt: skip
     audit_page.write(table.name, table.title, found, about, examinations(table), results, write)
     if table.reported_again:
         papers = [(m.name, m.file.title, m.claims.model_dump()) for m in {q.method.name: q.method for q in asked}.values()]
         ablations.write(table.reported_again, table.name, papers, records, results, write)
     return differing
+
+
+def before(table: Table) -> dict[str, Any] | None:
+    """Name, seeds and published findings of the audit that this one repeats, if it repeats one."""
+    if table.again_of is None:
+        return None
+    first = plan.table(table.again_of)
+    if first.kind != "audit" or not first.seeds or set(first.seeds) & set(table.seeds or []):
+        raise UserError(f"workflows/tables/{table.name}.yaml: again_of: '{first.name}' is no audit on other seeds: name one")
+    return {
+        "name": first.name, "seeds": f"{first.seeds[0]} to {first.seeds[-1]}",
+        "found": findings(first, audits.questions(first), folder_of(first)),
+    }  # fmt: skip
 
 
 def examinations(table: Table) -> dict[str, Any]:

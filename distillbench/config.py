@@ -195,6 +195,7 @@ class Table(Strict):
     reported: str | None = Field(None, description="file with the papers' own numbers, shown in a section of their own")
 
     reported_again: str | None = Field(None, description="of an audit: name of the page that sets the papers' ablations beside its arms")
+    again_of: str | None = Field(None, description="of an audit: name of another one, on other seeds, whose verdicts it is compared with")
 
     @model_validator(mode="after")
     def _fits(self) -> Table:

@@ -85,8 +85,22 @@ def ground(finding: Row) -> str:
 
 
 def page(title: str, name: str, found: list[Row], about: Row, examined: dict[str, Row]) -> str:
-    """The whole audit. about: seeds, cells, core_hours, command; examined: by `key_of`, what was looked into and by how."""
-    out = [f"# {title}", "", *_introduction(found, about), "", "## Verdicts by method", "", _matrix(found), ""]
+    """The whole audit.
+
+    about: seeds, cells, measurements, core_hours, command; `before`: name, seeds and findings of an audit on other seeds, or None.
+    examined: by `key_of`, what was looked into and by how.
+    """
+    out = [
+        f"# {title}",
+        "",
+        *_introduction(found, about),
+        "",
+        *_again(found, about["before"]),
+        "## Verdicts by method",
+        "",
+        _matrix(found),
+        "",
+    ]
     for method in dict.fromkeys(q["method"] for q in found):
         own = [q for q in found if q["method"] == method]
         out += [
@@ -118,7 +132,7 @@ def page(title: str, name: str, found: list[Row], about: Row, examined: dict[str
 
 def _introduction(found: list[Row], about: Row) -> list[str]:
     total, n = counts(found), len({q["id"] for q in found})
-    run = sum(total[v] for v in (verdicts.SUPPORTED, verdicts.CONTRADICTED, verdicts.REVERSED, verdicts.INCONCLUSIVE))
+    run = sum(total[v] for v in verdicts.JUDGED)
     return [
         f"{n} claims of {len({q['method'] for q in found})} papers; {run} verdicts on seeds {about['seeds']}, which no setting was chosen "
         f"on. {about['cells']} cells and {about['measurements']} measurements, {about['core_hours']:.1f} core-hours. Every verdict holds "
@@ -134,6 +148,31 @@ def _introduction(found: list[Row], about: Row) -> list[str]:
         f"`{about['command']}`.",
         *(["", f"Withdrawn after their runs: {', '.join(about['withdrawn'])}."] if about.get("withdrawn") else []),
     ]
+
+
+def _again(found: list[Row], before: Row | None) -> list[str]:
+    """What an audit on other seeds found of the same questions: how often it agrees, and every verdict that changed."""
+    if before is None:
+        return []
+    first = {key_of(q): q for q in before["found"] if q["verdict"] in verdicts.JUDGED}
+    both = [(first[key_of(q)], q) for q in found if q["verdict"] in verdicts.JUDGED and key_of(q) in first]
+    changed = [(old, new) for old, new in both if old["verdict"] != new["verdict"]]
+    against = {verdicts.CONTRADICTED, verdicts.REVERSED}
+    opposite = sum({old["verdict"], new["verdict"]} & against != set() and verdicts.SUPPORTED in (old["verdict"], new["verdict"])
+                   for old, new in changed)  # fmt: skip
+    effects = [(old, new) for old, new in both if old["effect"] is not None and new["effect"] is not None]
+    inside = sum(old["ci_low"] <= new["effect"] <= old["ci_high"] for old, new in effects)
+    link = f"[{before['name']}]({before['name']}.md)"
+    out = [
+        f"## Beside {link}, on seeds {before['seeds']}", "",
+        f"{len(both)} questions have a verdict in both; {len(changed)} of them another one, {opposite} the opposite one. In {inside} of "
+        f"{len(effects)} the effect found here lies within the interval found there (about five in six would in exact repetitions).", "",
+    ]  # fmt: skip
+    if changed:
+        body = [[_id(new), _verdict(old), _verdict(new), interval(old), interval(new), new["claim"]] for old, new in changed]
+        head = ["claim", f"in {before['name']}", "here", "effect there", "effect here", "in words"]
+        out += [tabulate(body, head, "github", disable_numparse=True), ""]
+    return out
 
 
 def _matrix(found: list[Row]) -> str:

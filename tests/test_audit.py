@@ -152,7 +152,15 @@ def test_quantities_of_an_experiment():
 def test_the_page_holds_everything_and_is_a_function_of_its_arguments():
     asked = [question(), question(id="A-2", direction="higher"), question(id="A-3", benchmark=None, why_not="no data")]
     found = audit.findings(asked, arms(), {}, FROZEN)
-    about = {"name": "audit", "seeds": "10 to 14", "cells": 10, "measurements": 0, "core_hours": 0.1, "command": "snakemake"}
+    about = {
+        "name": "audit",
+        "seeds": "10 to 14",
+        "cells": 10,
+        "measurements": 0,
+        "core_hours": 0.1,
+        "command": "snakemake",
+        "before": None,
+    }
     text = audit_page.page("Audit", "audit", found, about, {"A-2/digits": {"bug": "looked", "noise": "none", "scale": "small"}})
     assert text == audit_page.page("Audit", "audit", found, about, {"A-2/digits": {"bug": "looked", "noise": "none", "scale": "small"}})
     for words in ("| **[A-1](#a-1-digits)** | **SUPPORTED** ", "REVERSED AT SCALE", "Not run (1):", "no data", '<details id="a-1-digits">',
@@ -163,6 +171,20 @@ def test_the_page_holds_everything_and_is_a_function_of_its_arguments():
     audit_page.write("audit", "Audit", found, about, {}, config.Path("/x"), lambda path, data: written.update({path.name: data}))
     assert set(written) == {"audit.md", "audit.json", "audit.csv", "a.png"}
     assert len(written["audit.csv"].decode().splitlines()) == 4
+
+
+def test_a_second_audit_names_the_verdicts_that_changed():
+    names = [question(), question(id="A-2"), question(id="A-3", benchmark=None, why_not="no data")]
+    first = audit.findings(names, arms(), {}, FROZEN)
+    about = {"name": "again", "seeds": "10 to 14", "cells": 10, "measurements": 0, "core_hours": 0.1, "command": "snakemake",
+             "before": {"name": "audit", "seeds": "1 to 5", "found": first}}  # fmt: skip
+    same = audit_page.page("Again", "again", first, about, {})
+    assert "2 questions have a verdict in both; 0 of them another one, 0 the opposite one. In 2 of 2 the effect" in same
+    found = audit.findings([names[0] | {"scale_free": True}], arms(a=2.0, b=1.0), {}, FROZEN) + first[1:]
+    text = audit_page.page("Again", "again", found, about, {})
+    assert "2 questions have a verdict in both; 1 of them another one, 1 the opposite one. In 1 of 2 the effect" in text
+    row = next(line for line in text.splitlines() if line.startswith("| **[A-1]")).split("|")
+    assert [cell.split("(")[0].strip() for cell in row[2:6]] == ["**SUPPORTED**", "**CONTRADICTED**", "+100%", "−50%"]
 
 
 def test_table_3_sets_a_papers_numbers_beside_arms():
