@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -142,7 +143,8 @@ def measure(name: str, seeds: list[int], report: Any) -> None:
     """Run an experiment on seeds, as a rule of the workflow does."""
     if not audits.experiment_file(name).is_file():
         raise UserError(f"measure {name}: no {audits.ROOM}/{name}.py there")
-    try:
-        audits.Experiment(name, tuple(seeds)).measure(report)
-    except ValueError as e:
-        raise UserError(f"{audits.ROOM}/{name}.py: {e}") from None
+    chosen = audits.Experiment(name, tuple(seeds))
+    chosen.measure(report)
+    for seed in seeds:
+        if "failed" in (found := json.loads(chosen.path(seed).read_text())):
+            print(f"{audits.ROOM}/{name}.py, seed {seed}: failed: {found['failed']}", file=sys.stderr)

@@ -205,7 +205,7 @@ class Experiment:
         return complete
 
     def measure(self, report: Callable[[str, int, int], None]) -> None:
-        """Write what is missing. ValueError where the experiment breaks its contract."""
+        """Write what is missing; a seed on which the experiment fails gets a record too, without quantities and with the reason."""
         import time
 
         import torch
@@ -224,10 +224,14 @@ class Experiment:
                     continue
                 report("measuring", i, len(self.seeds))
                 began = time.monotonic()
-                values = {name: float(f"{value:.8g}") for name, value in module.measure(seed).items()}
-                if not values or not all(math.isfinite(v) and v >= 0 for v in values.values()):
-                    raise ValueError(f"{self.name}, seed {seed}: quantities are finite and not negative, here are {values}")
-                about = {"format": 1, "experiment": self.name, "seed": seed, "key": path.stem.rpartition("-")[2], "values": values}
+                about = {"format": 1, "experiment": self.name, "seed": seed, "key": path.stem.rpartition("-")[2]}
+                try:
+                    values = {name: float(f"{value:.8g}") for name, value in module.measure(seed).items()}
+                    if not values or not all(math.isfinite(v) and v >= 0 for v in values.values()):
+                        raise ValueError(f"quantities are finite and not negative, here are {values}")
+                    about["values"] = values
+                except ValueError as e:  # its own failure, or that of a cell it needs: what it is tried for is not run, and says why
+                    about |= {"values": {}, "failed": str(e)}
                 write_json(path, about | {"seconds": round(time.monotonic() - began, 1), "provenance": circumstances(self.recipe)})
 
 

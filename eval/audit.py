@@ -38,17 +38,20 @@ def findings(asked: list[Row], records: list[Record], measured: Measured, frozen
 def _values(question: Row, records: list[Record], measured: Measured) -> Row:
     """The question with its values per arm and seed, the commits behind them, and its effect."""
     nothing = ("budget", "effect", "ci_low", "ci_high", "p", "p_adjusted", "p_equivalent", "control")
-    q = question | dict.fromkeys(nothing) | {"values": {}, "commits": [], "cells": {}, "seeds_a": 0, "seeds_b": 0}
+    q = question | dict.fromkeys(nothing) | {
+        "values": {}, "commits": [], "dirty": False, "cells": {}, "seeds_a": 0, "seeds_b": 0,
+    }  # fmt: skip
     if q["why_not"] is not None:
         return q
     kept: dict[str, dict[int, float | None]] = {}
     control: list[list[float]] = []
-    excuses: list[str] = []
+    excuses = _failures(q, measured) if q["experiment"] else []
     for arm in q["arms"]:
         own = _quantities(q, arm, measured) if q["experiment"] else _cells(q, arm, records, q["metric"])
         excuses += [why for _, value, about in own if (why := _excuse(q, arm, value, about)) is not None]
         kept[arm] = {seed: value for seed, value, _ in own}
         q["commits"] += [about["provenance"]["commit"] for *_, about in own]
+        q["dirty"] |= any(about["provenance"].get("dirty", False) for *_, about in own)
         q["cells"][arm] = {seed: about["key"] for seed, _, about in own}
         if not q["experiment"]:
             q["budget"] = max([q["budget"] or 0, *(about["cost"].get("limit_flops") or 0 for *_, about in own)]) or None
@@ -92,6 +95,14 @@ def _excuse(q: Row, arm: str, value: float | None, about: Row) -> str | None:
     if status in OTHERS or (q["kind"] == "instability" and status not in ("done", "diverged")):
         return f"{arm} seed {about['seed']} ended as {status}: {about['reason']}"
     return None
+
+
+def _failures(q: Row, measured: Measured) -> list[str]:
+    """Why an experiment says nothing of its question."""
+    own = [m for m in measured.get(q["experiment"], []) if m["seed"] in q["seeds"]]
+    out = [f"{q['experiment']} failed on seed {m['seed']}: {m['failed']}" for m in own if "failed" in m]
+    known = {name for m in own for name in m["values"]}
+    return out + [f"{q['experiment']} measures no '{name}'" for name in q["arms"] if known and name not in known]
 
 
 def _quantities(q: Row, name: str, measured: Measured) -> list[tuple[int, float | None, Row]]:

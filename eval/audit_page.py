@@ -20,7 +20,7 @@ PUBLISHED = ("id", "method", "kind", "where", "benchmark", "verdict", "reason", 
              "seeds_b", "budget", HASH)  # fmt: skip
 EVIDENCE = (
     "claim", "refuted_if", "scale_free", "primary", "seen_before_freezing", "arms", "metric", "direction", "share", "nfe", "threshold",
-    "value", "experiment", "seeds", "values", "p", "p_adjusted", "p_equivalent", "control", "commits", "cells",
+    "value", "experiment", "seeds", "values", "p", "p_adjusted", "p_equivalent", "control", "commits", "dirty", "cells",
 )  # fmt: skip
 COLOURS = {
     verdicts.SUPPORTED: "tab:green", verdicts.CONTRADICTED: "tab:red", verdicts.REVERSED: "tab:orange", verdicts.INCONCLUSIVE: "tab:gray",
@@ -217,7 +217,8 @@ def _evidence(q: Row, examined: Row | None, about: Row) -> list[str]:
         c = q["control"]
         numbers.append(f"{c['metric']} {amount(q, c['effect'])} ({amount(q, c['ci_low'])} to {amount(q, c['ci_high'])})")
     out += [f"Seeds {', '.join(map(str, q['seeds']))}. Records: {_records(q, about['name'])}.", ""]
-    out += ["; ".join(numbers) + f". Claim {q[HASH]}, runs of commit {', '.join(c[:12] for c in q['commits'])}.", ""]
+    runs = ", ".join(c[:12] for c in q["commits"]) + (" with uncommitted changes" if q["dirty"] else "")
+    out += ["; ".join(numbers) + f". Claim {q[HASH]}, runs of commit {runs}.", ""]
     if examined:
         out += ["Examined:", "", *(f"- {what}: {examined[what]}" for what in ("bug", "scale", "noise") if what in examined), ""]
     name = "" if about["name"] == "audit" else f" {about['name']}"

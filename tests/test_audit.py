@@ -8,7 +8,7 @@ import math
 import pytest
 import yaml
 
-from distillbench import audits, claims, config
+from distillbench import audit_render, audits, claims, config
 from distillbench.errors import UserError
 from eval import ablations, audit, audit_page, verdicts
 from eval.records import Record
@@ -147,6 +147,23 @@ def test_quantities_of_an_experiment():
     near = only(audit.findings([bound | {"value": 1.95}], [], {"e": values}, FROZEN))
     assert near["verdict"] == verdicts.SUPPORTED  # a bound that holds by less than a margin is no equivalence
     assert only(audit.findings([bound | {"value": 2.1}], [], {"e": values}, FROZEN))["verdict"] == verdicts.REVERSED
+    gone = only(audit.findings([asked | {"arms": ["near", "for"]}], [], {"e": values}, FROZEN))
+    assert (gone["verdict"], gone["reason"]) == (verdicts.NOT_RUN, "e measures no 'for'")
+    values[1] = values[1] | {"values": {}, "failed": "the teacher diverged"}
+    lost = only(audit.findings([asked], [], {"e": values}, FROZEN))
+    assert (lost["verdict"], lost["reason"]) == (verdicts.NOT_RUN, "e failed on seed 11: the teacher diverged")
+
+
+@pytest.mark.parametrize("body", ["return {'far': float('nan')}", "raise ValueError('not a number of ours')", "return {}"])
+def test_an_experiment_that_fails_leaves_a_record(checkout, body, capsys):
+    head = "BENCHMARK = 'check-mixture'\nMETHODS = ('dmd',)\n"
+    checkout.write("mechanisms/breaks.py", f"{head}def measure(seed):\n    if seed == 10:\n        return {{'far': 1.0}}\n    {body}\n")
+    audit_render.measure("breaks", [10, 11], lambda *_: None)
+    good, bad = (json.loads(p.read_text()) for p in sorted((checkout.folder / "results/runs/mechanisms/breaks").glob("seed*.json")))
+    assert good["values"] == {"far": 1.0} and "failed" not in good
+    assert bad["values"] == {} and bad["failed"]
+    assert f"mechanisms/breaks.py, seed 11: failed: {bad['failed']}" in capsys.readouterr().err
+    assert audits.Experiment("breaks", (10, 11)).sync()
 
 
 def test_the_page_holds_everything_and_is_a_function_of_its_arguments():
