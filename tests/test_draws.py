@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from eval import evaluate, protocol
 from eval.samples import content_sha256
 from tests.conftest import captured
+from tests.released import run
 from tests.test_cells import edit
-from tests.test_external import run
 
 
 def test_draws_are_independent_repeat_and_are_published(checkout, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every way a cell can end, checkpoints and journals that were damaged, full and read-only disks, status and logs."""
+"""Every way a cell can end, checkpoints and journals that were damaged."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from distillbench import config, journal, memory, plan, progress, registry, train, watch
+from distillbench import journal, memory, plan, progress, train, watch
 from distillbench.cell import LAST, PREVIOUS, Cell, describe, is_locked, lock, provenance, write_atomically, write_json
 from distillbench.checkpoint import Damaged, checksum, read_tensors, save_progress, write_tensors
 from distillbench.errors import UserError
-from tests.conftest import BIN, RING, ROOT, Checkout
+from tests.conftest import RING, ROOT, Checkout
 from tests.test_cells import cell, edit
 
 STALL, TIMEOUT, AT = 10, 15, 7  # seconds, longer than a set-up on a busy machine; the step at which the broken methods break
@@ -693,184 +693,3 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "a", b"after")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"before"
-
-
-# Full and read-only disks
-
-
-@pytest.fixture
-def small_disk(checkout: Checkout) -> Iterator[tuple[Checkout, Path]]:
-    """results/ on a file system of its own, which `mount -o remount` fills up or makes read-only."""
-    results = checkout.folder / "results"
-    results.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(results)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting is not permitted here")
-    yield checkout, results
-    subprocess.run(["umount", "-l", str(results)], check=True)
-
-
-def remount(folder: Path, option: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
-
-
-TRAIN = ("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {n: (folder / n).read_bytes() for n in ("student.safetensors", "samples.safetensors")}
-
-
-def test_a_full_disk_stops_with_one_line_and_continues_with_room(small_disk, tmp_path: Path):
-    checkout, results = small_disk
-    assert checkout.run(*TRAIN).returncode == 0
-    made = cell(arm="meanflow")
-    expected = contents(made.folder)
-    shutil.rmtree(made.folder)
-    messages = set()
-    for room in (0, 40, 120, 200, 300):  # KiB: the lock, the configuration, a checkpoint, another, the samples do not fit
-        filler = results / "filler"
-        free = os.statvfs(results)
-        filler.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - room * 1024)))
-        had = (made.folder / LAST).read_bytes() if (made.folder / LAST).is_file() else None
-        done = checkout.run(*TRAIN)
-        filler.unlink()
-        lines = done.stderr.strip().splitlines()
-        assert done.returncode == 2 and len(lines) == 1, done.stderr
-        assert re.search(rf"{results}/\S+: cannot (be written|write there) \(No space left on device\): make", lines[0]), lines
-        messages.add(lines[0].split(":")[1].split("/")[-1])
-        assert not made.record.exists() and not list(made.folder.glob(".*"))
-        kept = [p for p in (made.folder / LAST, made.folder / PREVIOUS) if p.is_file()]
-        assert had is None or kept, "the checkpoint of before is intact"
-    assert len(messages) > 1, messages  # not always the same file
-    assert checkout.run(*TRAIN).returncode == 0
-    assert contents(made.folder) == expected
-    starts = [line["start"] for line in journal.read(made.folder) if "start" in line]
-    assert starts == sorted(starts) and starts[-1] > 0, "it continued"
-
-
-def test_a_read_only_disk_stops_with_one_line_and_continues_when_writable(small_disk):
-    checkout, results = small_disk
-    assert checkout.run(*TRAIN).returncode == 0
-    made = cell(arm="meanflow")
-    expected = contents(made.folder)
-    made.record.unlink()
-    remount(results, "ro")
-    for command in (TRAIN, ("snakemake", "--cores", "1", "results/tiny-ring.md")):
-        done = checkout.run(*command)
-        lines = [line for line in done.stderr.strip().splitlines() if line.startswith("distillbench: ")]
-        assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-        assert re.search(rf"{results}/\S+: cannot (be written|write there) \(", lines[0])
-    assert checkout.run("distillbench", "status", "tiny-ring").returncode == 0
-    assert checkout.run("distillbench", "logs", "tiny-ring/meanflow/0").returncode == 0
-    remount(results, "rw")
-    assert checkout.run(*TRAIN).returncode == 0 and contents(made.folder) == expected
-
-
-def test_a_journal_line_is_whole_or_not_there(tmp_path: Path):
-    """A limit on the size of a file stands for a full disk, for those who may not mount."""
-    code = f"""
-from pathlib import Path
-from distillbench.journal import Journal
-from distillbench.errors import UserError
-j = Journal(Path({str(tmp_path)!r}))
-try:
-    while True: j.add(step=1, text="x" * 40)
-except UserError as e: print(e)
-"""
-    done = subprocess.run(
-        ["bash", "-c", f"trap '' XFSZ; ulimit -f 2; exec {BIN}/python -c '{code.replace(chr(39), chr(34))}'"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert "train.jsonl: cannot be written (File too large)" in done.stdout, done.stderr
-    text = (tmp_path / journal.NAME).read_text()
-    assert len(text) > 1500 and text.endswith("\n") and all(json.loads(line) for line in text.splitlines())
-
-
-# status and logs
-
-
-def test_status_shows_a_matrix(checkout: Checkout):
-    first = checkout.run("distillbench", "status", "tiny-ring")
-    assert first.returncode == 0, first.stderr
-    rows = {line.split()[0]: line.split(maxsplit=1)[1].rstrip() for line in first.stdout.splitlines() if "/" in line}
-    assert list(rows) == ["tiny-ring/teacher", *(f"tiny-ring/{m}" for m in [*sorted(registry.discover()), "meanflow@x0.7"])]
-    assert rows["tiny-ring/teacher"].split() == ["to", "do", "to", "do"] and rows["tiny-ring/dmd"].split() == ["waiting", "waiting"]
-    assert f"0 of {2 * len(rows)} cells done, time left unknown" in first.stdout
-
-    edit(checkout.folder / "methods/dmd/method.py", *before(FIRST, TRIGGER + "raise ValueError('seven')"))
-    slow = before("        c, x, n = self.config, batch.x, batch.size\n", "import time; time.sleep(0.5)")
-    edit(checkout.folder / "methods/meanflow/method.py", *slow)
-    assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
-    process = subprocess.Popen(
-        ["distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0"],
-        cwd=checkout.folder, env=checkout.environment, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    with until_end(process):
-        wait_for(cell(arm="meanflow").folder / LAST)
-        running = checkout.run("distillbench", "status", "tiny-ring").stdout
-        story = checkout.run("distillbench", "logs", "tiny-ring/meanflow/0").stdout
-    stopped = checkout.run("distillbench", "status", "tiny-ring").stdout
-    found = re.search(r"tiny-ring/meanflow +(\d+)% \d+ (s|min) left +waiting", running)
-    assert found and 0 < int(found[1]) < 100, running
-    assert re.search(r"tiny-ring/dmd +FAILED +waiting", running) and "1 failed" in running
-    assert re.search(r"tiny-ring/meanflow +interrupted at \d+% +waiting", stopped), stopped  # its lock file is still there
-    assert (cell(arm="meanflow").folder / "lock").is_file() and not is_locked(cell(arm="meanflow").folder / "lock")
-    assert re.search(r"seed0-[0-9a-f]{12}: running, \d+%", story) and "start at step 0 of" in story and "residual_s<t" in story
-
-    long = checkout.run("distillbench", "status", "tiny-ring", "--long").stdout
-    assert "tiny-ring/dmd seed 0: FAILED: ValueError: seven (method.py:" in long and "results/runs/tiny-ring/dmd/seed0-" in long
-    failed = checkout.run("distillbench", "logs", "tiny-ring/dmd/seed0").stdout
-    assert "FAILED: ValueError: seven" in failed and "traceback.txt:" in failed and f"\n {AT - 1} " in failed
-    assert checkout.run("distillbench", "logs", str(cell(arm="dmd").folder)).stdout == failed
-
-
-def test_time_left_comes_from_cells_that_are_done_on_this_machine(checkout: Checkout, monkeypatch: pytest.MonkeyPatch):
-    from distillbench import overview
-
-    jobs = plan.jobs(config.table("tiny-ring"))
-    arms = [a for a in sorted(registry.discover()) if a != "dmd"]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-
-    def write(made: Cell, seconds: float, hardware: str) -> None:
-        made.folder.mkdir(parents=True)
-        made.record.write_text(json.dumps(
-            {"status": "done", "cost": {"seconds": seconds, "flops": 3.5e9}, "provenance": {"hardware": hardware}}))  # fmt: skip
-
-    write(cell(arm=None), 30, overview.hardware())
-    write(cell(arm="dmd"), 20, overview.hardware())
-    states = [(c, overview.state_of(c, lambda _: True)) for j in jobs for c in j.cells]
-    # Teacher 1: 30 s as teacher 0; dmd 1: 20 s as dmd 0; both seeds of the others: 7e9 / 3.5e9 * 20 s, of which FSF-DMD's start has 0.7.
-    left = sorted(s for s in overview.seconds_left(states) if s is not None)
-    assert left == pytest.approx(sorted([30, 20, 12, 12, 28, 28] + [40] * 2 * (len(arms) - 1)))
-    assert overview.summary(states) == f"2 of {len(states)} cells done, about {overview.duration(sum(left) / 2)} left on 2 cores"
-    trained = [(c, overview.state_of(c, lambda _: False)) for c, _ in states]
-    assert overview.summary(trained).startswith(f"0 of {len(states)} cells done, 2 trained but not evaluated, about ")
-    monkeypatch.setattr(overview, "hardware", lambda: "another")
-    assert None in overview.seconds_left(states)
-
-
-def test_what_time_is_called():
-    from distillbench.overview import duration
-
-    assert [duration(s) for s in (0.4, 35, 700, 36000)] == ["0 s", "35 s", "12 min", "10.0 h"]
-
-
-LOGS = [
-    ("tiny-rong/dmd/0", "unknown benchmark 'tiny-rong', did you mean 'tiny-ring'?"),
-    ("tiny-ring/dmb/0", "unknown method 'dmb', did you mean 'dmd'?"),
-    ("tiny-ring/dmd/x", "'x' is no seed, known: 0, 1"),
-    ("tiny-ring/dmd", "give benchmark/method/seed, e.g. digits/dmd/0"),
-    ("tiny-ring/dmd/1", "nothing has happened yet in results/runs/tiny-ring/dmd/seed1-"),
-]
-
-
-@pytest.mark.parametrize("name,message", LOGS)
-def test_a_mistyped_cell_is_one_line(checkout: Checkout, name: str, message: str):
-    done = checkout.run("distillbench", "logs", name)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
-def test_help_teaches_status_and_logs(checkout: Checkout):
-    assert "interrupted at 41%" in checkout.run("distillbench", "status", "--help").stdout
-    assert "distillbench logs digits/dmd/0" in checkout.run("distillbench", "logs", "--help").stdout

@@ -71,6 +71,45 @@ def test_the_literal_command_gives_the_bytes_of_a_local_run(site: Site, tmp_path
     assert again.returncode == 0 and not submitted(again.stderr)
 
 
+CLAIM = """
+  - id: {id}
+    claim: It is better.
+    where: Table 1
+    kind: {kind}
+    scale_free: false
+    primary: true
+    refuted_if: it is not
+    arms: [{arms}]
+    trials: {{tiny-ring: {{{metric}, seeds: 3}}}}
+"""
+TOY = """BENCHMARK = 'tiny-ring'
+METHODS = ('meanflow',)
+
+
+def measure(seed):
+    return {'near': 1.0 + seed / 100, 'far': 2.0 + seed / 100}
+"""
+
+
+def test_an_audit_runs_its_cells_and_experiments_on_the_cluster(site: Site):
+    site.write("mechanisms/toy.py", TOY)
+    mechanism = CLAIM.format(id="X-2", kind="mechanism", arms="near, far", metric="metric: error") + "    experiment: toy\n"
+    for path in (site.folder / "methods").glob("*/claims.yaml"):
+        path.unlink()
+    one = CLAIM.format(id="X-1", kind="comparative", arms="meanflow, meanflow@scratch", metric="metric: sliced_w2")
+    site.write("methods/meanflow/claims.yaml", "claims:" + one + mechanism)
+    table = "{name: trial, title: Trial, kind: audit, benchmarks: [tiny-ring], methods: [meanflow], seeds: [10, 11, 12]}\n"
+    site.write("workflows/tables/trial.yaml", table)
+    done = site.run(*LITERAL, "results/trial.md")
+    assert done.returncode == 0, done.stderr
+    for words in ("train tiny-ring meanflow", "evaluate tiny-ring meanflow@scratch", "measure toy"):
+        assert re.search(rf"{words} --seeds 10,11,12: job \d+ submitted", done.stderr), done.stderr
+    found = {q["id"]: q for q in json.loads((site.folder / "results/trial.json").read_text())}
+    assert [len(values) for values in found["X-1"]["evidence"]["values"].values()] == [3, 3]
+    assert found["X-2"]["evidence"]["values"] == {"near": [1.1, 1.11, 1.12], "far": [2.1, 2.11, 2.12]}
+    assert {q["verdict"] for q in found.values()} == {"EDITED"}  # this checkout has no git: what stood before its runs is not known
+
+
 @pytest.mark.parametrize("how", ["requeue", "SIGUSR2", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGTERM", "preemption"))])
 def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: str):
     site.slow()
