@@ -127,6 +127,8 @@ def before(table: Table) -> dict[str, Any] | None:
     first = plan.table(table.again_of)
     if first.kind != "audit" or not first.seeds or set(first.seeds) & set(table.seeds or []):
         raise UserError(f"workflows/tables/{table.name}.yaml: again_of: '{first.name}' is no audit on other seeds: name one")
+    if not folder_of(first).is_dir():
+        raise UserError(f"{folder_of(first)}: no published records to compare with: run `snakemake --cores all results/{first.name}.md`")
     return {
         "name": first.name, "seeds": f"{first.seeds[0]} to {first.seeds[-1]}",
         "found": findings(first, audits.questions(first), folder_of(first)),

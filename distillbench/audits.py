@@ -23,7 +23,7 @@ from distillbench import config, registry, resources
 from distillbench.cell import Cell, circumstances, git, ground_hash, lock, make_folder, write_json, writing
 from distillbench.claims import Claim, Trial
 from distillbench.config import Table, canonical, digest, root
-from distillbench.errors import UserError, nearest
+from distillbench.errors import Diverged, OverBudget, Refused, UserError, nearest
 from distillbench.plan import Job, start_arms
 from distillbench.scoring import known_metrics
 
@@ -230,7 +230,7 @@ class Experiment:
                     if not values or not all(math.isfinite(v) and v >= 0 for v in values.values()):
                         raise ValueError(f"quantities are finite and not negative, here are {values}")
                     about["values"] = values
-                except ValueError as e:  # its own failure, or that of a cell it needs: what it is tried for is not run, and says why
+                except (ValueError, ArithmeticError, Diverged, OverBudget, Refused) as e:  # its own failure, or that of a cell it needs
                     about |= {"values": {}, "failed": str(e)}
                 write_json(path, about | {"seconds": round(time.monotonic() - began, 1), "provenance": circumstances(self.recipe)})
 

@@ -63,12 +63,13 @@ def contents(name: str) -> dict[str, bytes]:
     packages = {d.metadata["Name"]: d.version for d in distributions()}
     environment = {"python": platform.python_version(), "platform": platform.machine(), "packages": dict(sorted(packages.items()))}
     files[ENVIRONMENT] = audits.as_json(environment)
-    results = [f for f in files if f.startswith(f"results/{name}") or f.startswith("results/table3.")]
+    pages = [name] if (again := plan.table(name).reported_again) is None else [name, again]
+    results = [f for f in files if any(f.startswith((f"results/{page}.", f"results/{page}/")) for page in pages)]
     files[MANIFEST] = yaml.safe_dump(
         {
             "version": "https://codecheck.org.uk/spec/config/1.0/",
             "paper": {"title": "distillbench: " + plan.table(name).title},
-            "manifest": [{"file": f, "comment": f"rendered from results/records by `distillbench table {Path(f).stem}`"} for f in results],
+            "manifest": [{"file": f, "comment": f"rendered from results/records by `distillbench table {name}`"} for f in results],
             "source": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))},
             "summary": "Every file is hashed in SHA256SUMS. `distillbench verify` draws the verdicts again and renders the pages again.",
             "commands": [f"snakemake --cores all results/{name}.md", "distillbench verify BUNDLE --rerun 3"],

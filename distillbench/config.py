@@ -203,6 +203,8 @@ class Table(Strict):
             raise ValueError("seeds: one is given twice")
         if self.kind == "audit" and not self.seeds:
             raise ValueError("an audit names its seeds: fresh ones, on which no setting was chosen and no claim was thought of")
+        if self.kind != "audit" and (self.again_of or self.reported_again):
+            raise ValueError("again_of and reported_again are keys of an audit: remove them or set kind: audit")
         return self
 
 

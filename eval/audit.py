@@ -16,7 +16,7 @@ from eval.verdicts import Effect
 # A second metric whose own interval may contradict the first: FID under an extractor of another architecture and objective.
 CONTROL = {"fid": "fid_cross"}
 SHARES = ("precision", "recall", "coverage", "outside", "weight_tv", "class_error", "label_tv", "memorisation")  # of samples
-OTHERS = ("refused",)  # statuses of a cell that its method is not to blame for
+OTHERS = ("refused", "over_budget")  # statuses of a cell that say nothing about the method's quality
 HASH = "claim_hash"
 Values = list[float | None]  # per seed, None where the method itself failed
 Measured = dict[str, list[dict[str, Any]]]
@@ -39,7 +39,7 @@ def _values(question: Row, records: list[Record], measured: Measured) -> Row:
     """The question with its values per arm and seed, the commits behind them, and its effect."""
     nothing = ("budget", "effect", "ci_low", "ci_high", "p", "p_adjusted", "p_equivalent", "control")
     q = question | dict.fromkeys(nothing) | {
-        "values": {}, "commits": [], "dirty": False, "cells": {}, "seeds_a": 0, "seeds_b": 0,
+        "values": {}, "commits": [], "dirty": False, "cells": {}, "seeds_a": 0, "seeds_b": 0, "_registered": question["why_not"] is None,
     }  # fmt: skip
     if q["why_not"] is not None:
         return q
@@ -68,6 +68,11 @@ def _values(question: Row, records: list[Record], measured: Measured) -> Row:
         q["why_not"] = f"compute: {count} of {len(q['seeds'])} seeds of {arm} are not there"
         return q
     counts = [sum(v is not None for v in values) for values in q["values"].values()]
+    if 0 in counts and q["kind"] != "instability":
+        arm = q["arms"][counts.index(0)]
+        ended = next(about for *_, about in _cells(q, arm, records, q["metric"]))
+        q["why_not"] = f"no seed of {arm} came to an end; seed {ended['seed']} ended as {ended['status']}: {ended['reason']}"
+        return q
     q["seeds_a"], q["seeds_b"] = counts[0], min(counts[1:], default=0)
     _effect(q, control)
     return q
@@ -140,15 +145,20 @@ def _failed(value: float | None, threshold: float | None, lower: bool) -> bool:
 
 
 def _correct(found: list[Row]) -> None:
-    """Holm's adjustment within a paper's primary claims, and within its others; tests of equivalence are families of their own."""
+    """Holm's adjustment within a paper's primary claims, and within its others; tests of equivalence are families of their own.
+
+    A family has all that were registered to be tried: those without runs count as p = 1, so that no verdict depends on what was run first.
+    """
     families: dict[tuple[str, bool, str], list[Row]] = {}
     for q in found:
-        for key in ("p", "p_equivalent"):
-            if q[key] is not None:
-                families.setdefault((q["method"], q["primary"], key), []).append(q)
+        if q["_registered"]:
+            families.setdefault((q["method"], q["primary"], "p"), []).append(q)
+            if q["kind"] != "instability":
+                families.setdefault((q["method"], q["primary"], "p_equivalent"), []).append(q)
     for (_, _, key), members in families.items():
-        for q, p in zip(members, verdicts.holm([q[key] for q in members]), strict=True):
-            q["p_adjusted" if key == "p" else "_p_equivalent"] = p
+        for q, p in zip(members, verdicts.holm([1.0 if q[key] is None else q[key] for q in members]), strict=True):
+            if q[key] is not None:
+                q["p_adjusted" if key == "p" else "_p_equivalent"] = p
 
 
 def _judge(q: Row, frozen: Frozen) -> None:
@@ -160,14 +170,20 @@ def _judge(q: Row, frozen: Frozen) -> None:
     elif q["kind"] == "instability":
         q["verdict"], q["reason"] = verdicts.decide_instability(q["effect"], q["p_adjusted"], q["_least"], q["scale_free"])
     else:
-        favoured = q["arms"][: {"interior optimum": 1, "interaction": 1, "comparative": 1, "mechanism": 1}.get(q["kind"], len(q["arms"]))]
-        failed = sum(v is None for arm in favoured for v in q["values"][arm])
+        lost = [sum(v is None for v in q["values"][arm]) for arm in q["arms"]]
+        signs = [
+            list(signs) for signs in zip(*verdicts.weights_of(q["kind"], len(lost)), strict=True)
+        ]  # negative: a low y favours the claim
+        both = q["kind"] in ("monotone", "parity")  # every arm is needed
+        failed = sum(n for n, arm in zip(lost, signs, strict=True) if both or min(arm) < 0)
+        failed_others = sum(n for n, arm in zip(lost, signs, strict=True) if both or max(arm) > 0)
         conflict = None
         if q["control"] and q["control"]["conflict"]:
             conflict = f"{q['control']['metric']} says the opposite, with an interval that excludes 0"
         q["verdict"], q["reason"] = verdicts.decide(
-            q["kind"], q["_found"], q["_m"], q["p_adjusted"], q["_p_equivalent"], q["scale_free"], conflict, failed
-        )
+            q["kind"], q["_found"], q["_m"], q["p_adjusted"], q["_p_equivalent"], q["scale_free"], conflict, failed,
+            failed_others,
+        )  # fmt: skip
 
 
 def _edited(q: Row, frozen: Frozen) -> str | None:

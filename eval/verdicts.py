@@ -129,13 +129,14 @@ def margin(relative: float) -> float:
 
 
 def decide(
-    kind: str, found: Effect, m: float, p: float, p_equivalent: float, scale_free: bool, conflict: str | None = None, failed: int = 0
-) -> tuple[str, str]:
+    kind: str, found: Effect, m: float, p: float, p_equivalent: float, scale_free: bool, conflict: str | None = None,
+    failed: int = 0, failed_others: int = 0,
+) -> tuple[str, str]:  # fmt: skip
     """(verdict, reason): the first that matches.
 
     m: 0 for a bound, which claims no gain and so has no equivalence. p, p_equivalent: of the effect, adjusted for its family; conflict:
-    a second metric that says the opposite with an interval of its own; failed: seeds of the favoured arms that the method itself ended.
-    Not for instabilities (`decide_instability`).
+    a second metric that says the opposite with an interval of its own; failed, failed_others: seeds that the method itself ended, of the
+    arms that a positive effect favours and of those that a negative one does. Not for instabilities (`decide_instability`).
     """
     against = CONTRADICTED if scale_free else REVERSED
     if found.least < FEW:
@@ -143,31 +144,34 @@ def decide(
     if conflict is not None:
         return INCONCLUSIVE, f"metric conflict: {conflict}"
     significant, provisional = p <= LEVEL, ", provisional" if found.least < PROVISIONAL else ""
+    reverse = significant and found.d <= -m and not failed_others
     if kind == "parity":
-        if significant and abs(found.d) >= m:
-            return against, "different"
+        if reverse:
+            return against, "reversed"
         if p_equivalent <= LEVEL and not failed:
             return SUPPORTED, f"equivalent{provisional}"
-        return INCONCLUSIVE, _power(found, m, failed)
+        return INCONCLUSIVE, "not equal: better" if significant and found.d >= m else _power(found, m, failed)
     if kind == "absolute":
         if significant and found.d > 0:
             return (SUPPORTED, f"within the tolerance{provisional}") if not failed else (INCONCLUSIVE, _power(found, m, failed))
         if significant and found.d < 0:
             return (CONTRADICTED, "above the tolerance") if scale_free else (NOT_COMPARABLE, "another budget than the paper's")
         return INCONCLUSIVE, _power(found, m, failed)
-    if significant and found.d <= -m:
+    if reverse:
         return against, "reversed"
     if p_equivalent <= LEVEL and m > 0:
         return CONTRADICTED, "equivalent"
     if significant and found.d > 0 and min(found.d, found.smallest) >= m and not failed:
         return SUPPORTED, provisional.removeprefix(", ")
-    return INCONCLUSIVE, _power(found, m, failed)
+    if significant and -m < found.d < m:
+        return INCONCLUSIVE, "the effect is below the margin"
+    return INCONCLUSIVE, _power(found, m, failed if found.d > 0 else failed_others)
 
 
 def _power(found: Effect, m: float, failed: int) -> str:
-    """Why nothing follows: what these seeds could have shown, and how many it takes."""
+    """Why nothing follows: what these seeds could have shown, and how many it takes, both before a correction for other claims."""
     if failed:
-        return f"{failed} seeds of the favoured arms failed"
+        return f"{failed} seeds of the arms that the effect favours failed"
     needed = found.seeds_needed(max(m, abs(found.d)))
     return f"detectable gap {np.expm1(found.detectable()):.1%}, seeds needed {needed or 'over 1000'}"
 

@@ -71,7 +71,11 @@ def test_missing_seeds_are_not_run_and_failed_ones_stay_in():
     assert (one["verdict"], one["reason"]) == (verdicts.NOT_RUN, "compute: 1 of 5 seeds of a are not there")
     failed = [record("a", 10, "diverged"), *(r for r in arms() if (r.arm, r.result["seed"]) != ("a", 10))]
     one = only(audit.findings([question()], failed, {}, FROZEN))
-    assert (one["verdict"], one["reason"], one["seeds_a"]) == (verdicts.INCONCLUSIVE, "1 seeds of the favoured arms failed", 4)
+    assert (one["verdict"], one["reason"], one["seeds_a"]) == (
+        verdicts.INCONCLUSIVE,
+        "1 seeds of the arms that the effect favours failed",
+        4,
+    )
     other = [record("a@b", 10, "diverged"), *(r for r in arms() if (r.arm, r.result["seed"]) != ("a@b", 10))]
     one = only(audit.findings([question()], other, {}, FROZEN))
     assert (one["verdict"], one["reason"], one["seeds_b"]) == (verdicts.SUPPORTED, "provisional", 4)
@@ -99,6 +103,10 @@ def test_families_are_a_papers_primary_claims():
     alone = only(audit.findings([question(margin=0.01)], weak, {}, FROZEN))
     both = audit.findings([question(margin=0.01), question(margin=0.01, id="A-2", direction="higher")], weak, {}, FROZEN)
     assert both[0]["p_adjusted"] == pytest.approx(2 * alone["p_adjusted"])
+    idle = audit.findings([question(margin=0.01), question(id="A-2", arms=["a", "a@c"])], weak, {}, FROZEN)  # registered, not run yet
+    assert idle[1]["verdict"] == verdicts.NOT_RUN and idle[0]["p_adjusted"] == pytest.approx(2 * alone["p_adjusted"])
+    never = audit.findings([question(margin=0.01), question(id="A-2", why_not="no data")], weak, {}, FROZEN)
+    assert never[0]["p_adjusted"] == alone["p_adjusted"]
     other = audit.findings([question(margin=0.01), question(margin=0.01, id="A-2", primary=False)], weak, {}, FROZEN)
     assert other[0]["p_adjusted"] == alone["p_adjusted"]
     paper = audit.findings([question(margin=0.01), question(margin=0.01, id="A-2", method="b")], weak, {}, FROZEN)
@@ -126,7 +134,12 @@ def test_who_is_to_blame():
     diverged = [record("a", s, "diverged") for s in SEEDS] + [r for r in arms() if r.arm == "a@b"]
     assert only(audit.findings([question(kind="instability")], diverged, {}, FROZEN))["verdict"] == verdicts.SUPPORTED
     gone = only(audit.findings([question()], diverged, {}, FROZEN))
-    assert (gone["verdict"], gone["reason"]) == (verdicts.INCONCLUSIVE, "underpowered: 0 seeds in an arm")
+    assert (gone["verdict"], gone["effect"]) == (verdicts.NOT_RUN, None)
+    assert gone["reason"].startswith("no seed of a came to an end; seed 10 ended as diverged")
+    worse = arms(a=2.0, b=1.0)
+    worse = [record("a@b", 10, "diverged"), *(r for r in worse if (r.arm, r.result["seed"]) != ("a@b", 10))]
+    blocked = only(audit.findings([question()], worse, {}, FROZEN))  # the arm that came out better failed once
+    assert (blocked["verdict"], blocked["reason"]) == (verdicts.INCONCLUSIVE, "1 seeds of the arms that the effect favours failed")
 
 
 def test_seeds_are_frozen_too_and_what_is_withdrawn_is_named():
@@ -154,7 +167,8 @@ def test_quantities_of_an_experiment():
     assert (lost["verdict"], lost["reason"]) == (verdicts.NOT_RUN, "e failed on seed 11: the teacher diverged")
 
 
-@pytest.mark.parametrize("body", ["return {'far': float('nan')}", "raise ValueError('not a number of ours')", "return {}"])
+@pytest.mark.parametrize("body", ["return {'far': float('nan')}", "raise ValueError('not a number of ours')", "return {}",
+                                  "from distillbench.errors import Diverged; raise Diverged('nan')", "return {'far': 1 / 0}"])  # fmt: skip
 def test_an_experiment_that_fails_leaves_a_record(checkout, body, capsys):
     head = "BENCHMARK = 'check-mixture'\nMETHODS = ('dmd',)\n"
     checkout.write("mechanisms/breaks.py", f"{head}def measure(seed):\n    if seed == 10:\n        return {{'far': 1.0}}\n    {body}\n")
@@ -196,12 +210,33 @@ def test_a_second_audit_names_the_verdicts_that_changed():
     about = {"name": "again", "seeds": "10 to 14", "cells": 10, "measurements": 0, "core_hours": 0.1, "command": "snakemake",
              "before": {"name": "audit", "seeds": "1 to 5", "found": first}}  # fmt: skip
     same = audit_page.page("Again", "again", first, about, {})
-    assert "2 questions have a verdict in both; 0 of them another one, 0 the opposite one. In 2 of 2 the effect" in same
+    assert "2 questions have a verdict in both (0 in the first alone); 0 of them another one, 0 the opposite one. " in same
+    assert "Effects have the same sign in 2 of 2; in 2 the one found here" in same
     found = audit.findings([names[0] | {"scale_free": True}], arms(a=2.0, b=1.0), {}, FROZEN) + first[1:]
     text = audit_page.page("Again", "again", found, about, {})
-    assert "2 questions have a verdict in both; 1 of them another one, 1 the opposite one. In 1 of 2 the effect" in text
+    assert "2 questions have a verdict in both (0 in the first alone); 1 of them another one, 1 the opposite one. " in text
+    assert "Effects have the same sign in 1 of 2; in 1 the one found here" in text
     row = next(line for line in text.splitlines() if line.startswith("| **[A-1]")).split("|")
     assert [cell.split("(")[0].strip() for cell in row[2:6]] == ["**SUPPORTED**", "**CONTRADICTED**", "+100%", "−50%"]
+
+
+def test_a_second_audit_is_compared_with_an_audit_on_other_seeds(checkout):
+    table = "{{name: {name}, title: t, kind: {kind}, benchmarks: [tiny-ring], methods: [dmd], seeds: {seeds}{more}}}\n"
+
+    def made(name: str, seeds: list[int], kind: str = "audit", more: str = ", again_of: first") -> config.Table:
+        checkout.write(f"workflows/tables/{name}.yaml", table.format(name=name, kind=kind, seeds=seeds, more=more))
+        return config.table(name)
+
+    first = made("first", [1, 2], more="")
+    assert audit_render.before(first) is None
+    with pytest.raises(UserError, match="results/records/first: no published records to compare with"):
+        audit_render.before(made("second", [3, 4]))
+    with pytest.raises(UserError, match="again_of: 'first' is no audit on other seeds"):
+        audit_render.before(made("second", [2, 3]))
+    with pytest.raises(UserError, match="again_of: 'tiny-ring' is no audit on other seeds"):
+        audit_render.before(made("second", [3, 4], more=", again_of: tiny-ring"))
+    with pytest.raises(UserError, match="again_of and reported_again are keys of an audit"):
+        made("second", [3, 4], kind="metrics")
 
 
 def test_table_3_sets_a_papers_numbers_beside_arms():

@@ -80,8 +80,11 @@ def around(middle, n=5, sd=0.01):
         ([around(1, 10), around(1, 10)], {"scale_free": False}, (v.CONTRADICTED, "equivalent")),
         ([around(1), around(1.5)], {}, (v.SUPPORTED, "")),
         ([around(1, 4), around(1.5)], {}, (v.SUPPORTED, "provisional")),
-        ([around(1), around(1.5)], {"failed": 1}, (v.INCONCLUSIVE, "1 seeds of the favoured arms failed")),
-        ([around(1, 50), around(1.018, 50)], {}, (v.INCONCLUSIVE, "")),  # significant, smaller than the margin, not equivalent to it
+        ([around(1), around(1.5)], {"failed": 1}, (v.INCONCLUSIVE, "1 seeds of the arms that the effect favours failed")),
+        ([around(1.5), around(1)], {"failed": 1}, (v.CONTRADICTED, "reversed")),
+        ([around(1.5), around(1)], {"failed_others": 1}, (v.INCONCLUSIVE, "1 seeds of the arms that the effect favours failed")),
+        ([around(1), around(1.5)], {"failed_others": 1}, (v.SUPPORTED, "")),
+        ([around(1, 50), around(1.018, 50)], {}, (v.INCONCLUSIVE, "the effect is below the margin")),  # and not equivalent to it
         ([around(1, 5, 0.3), around(1.1, 5, 0.3)], {}, (v.INCONCLUSIVE, "detectable gap")),
     ],
 )
@@ -94,7 +97,8 @@ def test_the_first_match_wins(arms, more, expected):
 
 def test_parity_is_supported_by_equivalence_alone():
     assert judge([around(1, 10), around(1, 10)], "parity") == (v.SUPPORTED, "equivalent")
-    assert judge([around(1), around(1.5)], "parity") == judge([around(1.5), around(1)], "parity") == (v.CONTRADICTED, "different")
+    assert judge([around(1.5), around(1)], "parity") == (v.CONTRADICTED, "reversed")
+    assert judge([around(1), around(1.5)], "parity") == (v.INCONCLUSIVE, "not equal: better")
     assert judge([around(1, 5, 0.3), around(1, 5, 0.3)], "parity")[0] == v.INCONCLUSIVE
 
 
