@@ -95,7 +95,7 @@ def test_an_audit_runs_its_cells_and_experiments_on_the_cluster(site: Site):
     site.write("mechanisms/toy.py", TOY)
     mechanism = CLAIM.format(id="X-2", kind="mechanism", arms="near, far", metric="metric: error") + "    experiment: toy\n"
     for path in (site.folder / "methods").glob("*/claims.yaml"):
-        path.unlink()
+        path.unlink()  # a method need not have claims
     one = CLAIM.format(id="X-1", kind="comparative", arms="meanflow, meanflow@scratch", metric="metric: sliced_w2")
     site.write("methods/meanflow/claims.yaml", "claims:" + one + mechanism)
     table = "{name: trial, title: Trial, kind: audit, benchmarks: [tiny-ring], methods: [meanflow], seeds: [10, 11, 12]}\n"

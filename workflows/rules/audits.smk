@@ -21,7 +21,7 @@ rule audit:
         stamps=lambda w: [j.stamp("evaluated") for j in JOBS[w.table]],
         measured=lambda w: [e.stamp for e in MEASURED[w.table]],
         cells="results/runs/{table}.cells",
-        claims=lambda w: [m.path / "claims.yaml" for m in registry.discover().values()],
+        claims=lambda w: [f for m in registry.discover().values() if (f := m.path / "claims.yaml").is_file()],
         file="workflows/tables/{table}.yaml",
         examined=[f for f in ["results/examinations.yaml"] if os.path.exists(f)],
     output:
