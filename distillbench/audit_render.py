@@ -136,9 +136,11 @@ def before(table: Table) -> dict[str, Any] | None:
 
 
 def examinations(table: Table) -> dict[str, Any]:
-    """results/examinations.yaml of this audit."""
+    """results/examinations.yaml of this audit, and of the one that it repeats, which they say under `of`."""
     path = config.root() / EXAMINED
-    return (yaml.safe_load(path.read_text()) or {}).get(table.name, {}) if path.is_file() else {}
+    every = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    first = {} if table.again_of is None else {key: one | {"of": table.again_of} for key, one in every.get(table.again_of, {}).items()}
+    return first | every.get(table.name, {})
 
 
 def measure(name: str, seeds: list[int], report: Any) -> None:

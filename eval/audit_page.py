@@ -246,7 +246,8 @@ def _evidence(q: Row, examined: Row | None, about: Row) -> list[str]:
     runs = ", ".join(c[:12] for c in q["commits"]) + (" with uncommitted changes" if q["dirty"] else "")
     out += ["; ".join(numbers) + f". Claim {q[HASH]}, runs of commit {runs}.", ""]
     if examined:
-        out += ["Examined:", "", *(f"- {what}: {examined[what]}" for what in ("bug", "scale", "noise") if what in examined), ""]
+        where = f" in [{examined['of']}]({examined['of']}.md)" if "of" in examined else ""
+        out += [f"Examined{where}:", "", *(f"- {what}: {examined[what]}" for what in ("bug", "scale", "noise") if what in examined), ""]
     name = "" if about["name"] == "audit" else f" {about['name']}"
     out += [f"Again: `distillbench audit{name} --claim {q['id']} --benchmark {q['benchmark']}`", "", "</details>"]
     return out
