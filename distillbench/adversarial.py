@@ -66,13 +66,18 @@ class LocalBatchNorm(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         size = VIRTUAL_BATCH if len(x) % VIRTUAL_BATCH == 0 else len(x)
         groups = x.unflatten(0, (-1, size))
         variance, mean = torch.var_mean(groups, dim=(1, 3), keepdim=True, correction=0)
-        return ((groups - mean) * (variance + 1e-5).rsqrt()).flatten(0, 1) * self.weight[:, None] + self.bias[:, None]
+        return ((groups - mean) * (variance + 1e-5).rsqrt()).flatten(0, 1) * self.weight[
+            :, None
+        ] + self.bias[:, None]
 
 
 class TokenHead(nn.Module):
@@ -82,7 +87,9 @@ class TokenHead(nn.Module):
 
     def __init__(self, width: int, hidden: int, kernel: int, classes: int):
         super().__init__()
-        conv = lambda a, b, k: spectral_norm(nn.Conv1d(a, b, k, padding=k // 2, padding_mode="circular" if k > 1 else "zeros"))
+        conv = lambda a, b, k: spectral_norm(
+            nn.Conv1d(a, b, k, padding=k // 2, padding_mode="circular" if k > 1 else "zeros")
+        )
         self.enter, self.mix = conv(width, hidden, 1), conv(hidden, hidden, kernel)
         self.norm_enter, self.norm_mix = LocalBatchNorm(hidden), LocalBatchNorm(hidden)
         self.leave = conv(hidden, hidden if classes else 1, 1)

@@ -6,18 +6,22 @@ budget. It never scores: the networks that do are eval's, of another architectur
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distillbench.data import Images
 from distillbench.seeds import Rng
 
 WIDTH = 64
 BATCH, RATE, TEMPERATURE = 128, 3e-3, 0.2
-SHIFT, TURN, SCALE = 0.25, 0.2, 0.1  # of a view, at most: share of half the picture, radians, log of the factor
+SHIFT, TURN, SCALE = (
+    0.25,
+    0.2,
+    0.1,
+)  # of a view, at most: share of half the picture, radians, log of the factor
 
 
 class ImageFeatures(nn.Module):
@@ -26,7 +30,10 @@ class ImageFeatures(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         sizes = (channels, WIDTH // 2, WIDTH, WIDTH)
-        convolutions = [nn.Conv2d(a, b, 3, stride=2 if i else 1, padding=1) for i, (a, b) in enumerate(pairwise(sizes))]
+        convolutions = [
+            nn.Conv2d(a, b, 3, stride=2 if i else 1, padding=1)
+            for i, (a, b) in enumerate(pairwise(sizes))
+        ]
         for layer in convolutions:
             nn.init.orthogonal_(layer.weight, 2**0.5)
         self.layers = nn.ModuleList(convolutions)
@@ -60,7 +67,11 @@ class PointFeatures(nn.Module):
 
 def untrained(shape: tuple[int, ...]) -> nn.Module:
     """The network for data of this shape, from the global stream."""
-    return ImageFeatures(shape[0]) if len(shape) == 3 else PointFeatures(int(torch.Size(shape).numel()))
+    return (
+        ImageFeatures(shape[0])
+        if len(shape) == 3
+        else PointFeatures(int(torch.Size(shape).numel()))
+    )
 
 
 def view(x: Tensor, rng: Rng) -> Tensor:
@@ -71,7 +82,11 @@ def view(x: Tensor, rng: Rng) -> Tensor:
     dx, dy, angle, size = (2 * rng.uniform(len(x)) - 1 for _ in range(4))
     angle, size = TURN * angle, (SCALE * size).exp()
     cos, sin = angle.cos() * size, angle.sin() * size
-    grid = F.affine_grid(torch.stack([cos, -sin, SHIFT * dx, sin, cos, SHIFT * dy], 1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    grid = F.affine_grid(
+        torch.stack([cos, -sin, SHIFT * dx, sin, cos, SHIFT * dy], 1).view(-1, 2, 3),
+        list(x.shape),
+        align_corners=False,
+    )
     return F.grid_sample(x + 1, grid, align_corners=False) - 1
 
 
@@ -79,26 +94,40 @@ def contrast_loss(one: Tensor, two: Tensor) -> Tensor:
     """NT-Xent (Chen et al. 2020, Eq. 1): row i of `one` and of `two` [B, D] are views of one image, all others are not."""
     n = len(one)
     z = F.normalize(torch.cat([one, two]), dim=1)
-    similarity = (z @ z.T / TEMPERATURE).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf)
+    similarity = (z @ z.T / TEMPERATURE).masked_fill(
+        torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf
+    )
     return F.cross_entropy(similarity, torch.arange(2 * n, device=z.device).roll(n))
 
 
-def pretrain(network: nn.Module, data: Images, rng: Rng, device: torch.device, updates: int) -> None:
-    """Train `network` in place on the training images, without labels."""
+def pretrain(
+    network: nn.Module,
+    draw: Callable[[Rng, int], tuple[Tensor, Tensor]],
+    shape: tuple[int, ...],
+    rng: Rng,
+    device: torch.device,
+    updates: int,
+) -> None:
+    """Train `network` in place on images [n, *shape] in [-1, 1] that `draw(rng, n)` gives.
+
+    Their labels are not looked at.
+    """
     if updates == 0:
         return
     network.requires_grad_(True)
-    size = network(data.train[:1].to(device))[-1].flatten(1).shape[1]
-    projection = nn.Sequential(nn.Linear(size, 128), nn.GELU(), nn.Linear(128, 64)).to(device)  # thrown away, as in the paper
+    size = network(torch.zeros(1, *shape, device=device))[-1].flatten(1).shape[1]
+    projection = nn.Sequential(nn.Linear(size, 128), nn.GELU(), nn.Linear(128, 64))
+    projection.to(device)  # thrown away, as in the paper
     parameters = [*network.parameters(), *projection.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=1e-2, foreach=True)
     warm = max(1, updates // 10)
     for i in range(updates):
         for group in optimizer.param_groups:  # linear warm-up, then down to zero
             group["lr"] = RATE * min((i + 1) / warm, (updates - i) / max(1, updates - warm))
-        x = data.draw(rng, BATCH)[0].to(device)
+        x = draw(rng, BATCH)[0].to(device)
         one, two = (projection(network(view(x, rng))[-1].flatten(1)) for _ in range(2))
-        for p, g in zip(parameters, torch.autograd.grad(contrast_loss(one, two), parameters)):
+        gradients = torch.autograd.grad(contrast_loss(one, two), parameters)
+        for p, g in zip(parameters, gradients):
             p.grad = g
         optimizer.step()
     for p in network.requires_grad_(False).parameters():

@@ -31,12 +31,16 @@ class Dual:
         return self.value.dim()
 
     @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__.strip("_")
         rule = RULES.get(name)
         if rule is None:
-            raise NotImplementedError(f"distillbench.jvp has no derivative rule for '{name}'; add one to RULES")
+            raise NotImplementedError(
+                f"distillbench.jvp has no derivative rule for '{name}'; add one to RULES"
+            )
         first = next(d for d in _duals(args))
         m, graph = first.tangent.shape[0], first.graph
         # What the rules see of a value: the rows that have a tangent, cut off the graph unless it is asked for.
@@ -46,10 +50,14 @@ class Dual:
         value = func(*_map(lambda a: a.value, args), **kwargs)
         if isinstance(value, tuple | list):
             return tuple(cls(v, d, graph) for v, d in zip(value, tangent))
-        return cls(value, tangent.expand(len(tangent), *value.shape[1:]), graph)  # a wider constant widens the tangent too
+        return cls(
+            value, tangent.expand(len(tangent), *value.shape[1:]), graph
+        )  # a wider constant widens the tangent too
 
     def __getattr__(self, name: str) -> Any:
-        raise NotImplementedError(f"distillbench.jvp has no derivative rule for '{name}'; add one to RULES")
+        raise NotImplementedError(
+            f"distillbench.jvp has no derivative rule for '{name}'; add one to RULES"
+        )
 
     def __add__(self, other: Any) -> Dual:
         return Dual.__torch_function__(torch.add, (), (self, other))
@@ -84,7 +92,10 @@ def _duals(args: Any) -> Any:
 
 
 def _map(f: Callable, args: Any) -> Any:
-    return type(args)(f(a) if isinstance(a, Dual) else _map(f, a) if isinstance(a, tuple | list) else a for a in args)
+    return type(args)(
+        f(a) if isinstance(a, Dual) else _map(f, a) if isinstance(a, tuple | list) else a
+        for a in args
+    )
 
 
 def _tangent(a: Any) -> Any:
@@ -95,7 +106,9 @@ def _rows(head: Callable, a: Any, like: Tensor) -> Any:
     """The factor `a` of a product on the rows of the tangent: a dual's value, a constant's first rows, a number."""
     if isinstance(a, Dual):
         return head(a)
-    if isinstance(a, Tensor) and a.dim() == like.dim() and a.shape[0] > 1:  # else it broadcasts over rows
+    if (
+        isinstance(a, Tensor) and a.dim() == like.dim() and a.shape[0] > 1
+    ):  # else it broadcasts over rows
         return a[: like.shape[0]]
     return a
 
@@ -115,9 +128,13 @@ def _silu(head: Callable, x: Dual, inplace: bool = False) -> Tensor:
     return x.tangent * p * (1 + head(x) * (1 - p))
 
 
-def _layer_norm(head: Callable, x: Dual, shape: Any, weight: None = None, bias: None = None, eps: float = 1e-5) -> Tensor:
+def _layer_norm(
+    head: Callable, x: Dual, shape: Any, weight: None = None, bias: None = None, eps: float = 1e-5
+) -> Tensor:
     if weight is not None:
-        raise NotImplementedError("distillbench.jvp: layer_norm with an affine part; put scale and shift outside")
+        raise NotImplementedError(
+            "distillbench.jvp: layer_norm with an affine part; put scale and shift outside"
+        )
     value, d, dims = head(x), x.tangent, tuple(range(-len(shape), 0))
     var, mean = torch.var_mean(value, dim=dims, keepdim=True, correction=0)
     scale = torch.rsqrt(var + eps)
@@ -125,9 +142,13 @@ def _layer_norm(head: Callable, x: Dual, shape: Any, weight: None = None, bias: 
     return scale * (d - d.mean(dims, keepdim=True) - y * (y * d).mean(dims, keepdim=True))
 
 
-def _rms_norm(head: Callable, x: Dual, shape: Any, weight: None = None, eps: float | None = None) -> Tensor:
+def _rms_norm(
+    head: Callable, x: Dual, shape: Any, weight: None = None, eps: float | None = None
+) -> Tensor:
     if weight is not None or eps is None:
-        raise NotImplementedError("distillbench.jvp: rms_norm with an affine part or without eps; put the scale outside, name eps")
+        raise NotImplementedError(
+            "distillbench.jvp: rms_norm with an affine part or without eps; put the scale outside, name eps"
+        )
     value, d, dims = head(x), x.tangent, tuple(range(-len(shape), 0))
     scale = torch.rsqrt(value.square().mean(dims, keepdim=True) + eps)
     y = value * scale
@@ -136,7 +157,9 @@ def _rms_norm(head: Callable, x: Dual, shape: Any, weight: None = None, eps: flo
 
 def _gelu(head: Callable, x: Dual, approximate: str = "none") -> Tensor:
     if approximate != "tanh":
-        raise NotImplementedError("distillbench.jvp: gelu by the error function; use approximate='tanh'")
+        raise NotImplementedError(
+            "distillbench.jvp: gelu by the error function; use approximate='tanh'"
+        )
     value, a, b = head(x), (2 / math.pi) ** 0.5, 0.044715
     th = torch.tanh(a * (value + b * value.pow(3)))
     return x.tangent * 0.5 * (1 + th + value * (1 - th.square()) * a * (1 + 3 * b * value.square()))
@@ -157,7 +180,9 @@ def _reshape(head: Callable, x: Dual, shape: tuple[int, ...]) -> Tensor:
 
 def _permute(head: Callable, x: Dual, dims: tuple[int, ...]) -> Tensor:
     if dims[0] != 0:
-        raise NotImplementedError("distillbench.jvp: permute must leave the batch in the first place")
+        raise NotImplementedError(
+            "distillbench.jvp: permute must leave the batch in the first place"
+        )
     return x.tangent.permute(dims)
 
 
@@ -188,13 +213,17 @@ RULES: dict[str, Callable] = {
 }
 
 
-def value_and_tangent(f: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], graph: bool) -> tuple[Tensor, Tensor]:
+def value_and_tangent(
+    f: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], graph: bool
+) -> tuple[Tensor, Tensor]:
     """f(*primals) with its graph, and its derivative along `tangents` on the first m rows.
 
     primals: each [B, ...] float32; tangents: each [m, ...] with m <= B; returns (value [B, ...], tangent [m, ...]).
     With `graph` the tangent is differentiable too (m must be B). NotImplementedError names an operation without a rule.
     """
     if torch.is_autocast_enabled(primals[0].device.type):
-        raise RuntimeError("the derivative along (x, t, s) must be computed in float32: leave autocast first")
+        raise RuntimeError(
+            "the derivative along (x, t, s) must be computed in float32: leave autocast first"
+        )
     out = f(*(Dual(p, d, graph) for p, d in zip(primals, tangents)))
     return out.value, out.tangent

@@ -45,7 +45,9 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def matching_gradient(v_real: Tensor, v_fake: Tensor, x: Tensor, e: Tensor, t: Tensor, weighting: str) -> Tensor:
+def matching_gradient(
+    v_real: Tensor, v_fake: Tensor, x: Tensor, e: Tensor, t: Tensor, weighting: str
+) -> Tensor:
     """g = weight (v_real - v_fake), [B, ...], detached (DMD, arXiv 2311.18828, Eq. 7-8 and Algorithm 2).
 
     t: [B] in (0, 1); `weighting`: a key of WEIGHTINGS (KeyError otherwise).

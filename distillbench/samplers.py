@@ -48,7 +48,12 @@ def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     return x
 
 
-def jumps(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, steps: int, done: int | None = None) -> Tensor:
+def jumps(
+    average: Callable[[Tensor, Tensor, Tensor], Tensor],
+    noise: Tensor,
+    steps: int,
+    done: int | None = None,
+) -> Tensor:
     """x <- x - (t-s) u(x, t, s) along a uniform grid (MeanFlow, arXiv 2505.13447, Eq. 12); `steps` evaluations, or the first `done`."""
     x, times = noise, grid(steps, noise)
     for t, s in list(pairwise(times))[:done]:
@@ -57,7 +62,12 @@ def jumps(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, st
 
 
 def renoising(
-    denoise: Velocity, noise: Tensor, steps: int, fresh: Callable[[], Tensor], done: int | None = None, start: float = 1.0
+    denoise: Velocity,
+    noise: Tensor,
+    steps: int,
+    fresh: Callable[[], Tensor],
+    done: int | None = None,
+    start: float = 1.0,
 ) -> Tensor:
     """x0 = denoise(x_t, t), then x_t' = (1-t') x0 + t' e with fresh e, over t = start, start (1 - 1/steps), ...; the last x0.
 
@@ -72,7 +82,12 @@ def renoising(
 
 
 def simulated_input(
-    denoise: Velocity, noise: Tensor, steps: int, k: int, fresh: Callable[[], Tensor], start: float = 1.0
+    denoise: Velocity,
+    noise: Tensor,
+    steps: int,
+    k: int,
+    fresh: Callable[[], Tensor],
+    start: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(x_t, t) that the k-th of `steps` evaluations of `renoising` would see, k = 0: (start noise, start); k evaluations, no gradient.
 
@@ -93,13 +108,22 @@ def drawn_step(step: Step, steps: int, every: int) -> int:
     """
     block, i = divmod(step.index, steps * every)
     turn, place = divmod(i, every)
-    return int(Rng(step.seed, "k", block, place).uniform(steps).argsort()[turn])  # not `step.rng`: equal on all ranks
+    return int(
+        Rng(step.seed, "k", block, place).uniform(steps).argsort()[turn]
+    )  # not `step.rng`: equal on all ranks
 
 
 @torch.no_grad()
-def in_batches(sample: Callable[[Tensor, Tensor | None], Tensor], noise: Tensor, labels: Tensor | None, batch: int) -> Tensor:
+def in_batches(
+    sample: Callable[[Tensor, Tensor | None], Tensor],
+    noise: Tensor,
+    labels: Tensor | None,
+    batch: int,
+) -> Tensor:
     """`sample(noise, labels)` over rows in batches of `batch`, concatenated."""
     parts = []
     for i in range(0, len(noise), batch):
-        parts.append(sample(noise[i : i + batch], None if labels is None else labels[i : i + batch]))
+        parts.append(
+            sample(noise[i : i + batch], None if labels is None else labels[i : i + batch])
+        )
     return torch.cat(parts)

@@ -11,7 +11,12 @@ from torch import Tensor
 
 def derive(seed: int, *names: object) -> int:
     """A 63-bit seed from a seed and the names of its use; distinct names give independent streams."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest(), "big") >> 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest(), "big"
+        )
+        >> 1
+    )
 
 
 def ranks() -> tuple[int, int]:
@@ -23,7 +28,14 @@ class Rng:
     """One named stream. Rows are drawn for the global batch; rank r of W keeps rows r, r+W, ...,
     so that 1 rank and W ranks together see the same batch."""
 
-    def __init__(self, seed: int, *names: object, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        seed: int,
+        *names: object,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ):
         # Always a CPU generator: the numbers do not depend on the device.
         self._generator = torch.Generator().manual_seed(derive(seed, *names))
         self._rank, self._world, self._device = rank, world, device

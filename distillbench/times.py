@@ -30,7 +30,9 @@ def off_diagonal(n: int, diagonal: float) -> int:
     return n - round(diagonal * n)
 
 
-def sorted_pair(rng: Rng, n: int, mean: float, std: float, diagonal: float) -> tuple[Tensor, Tensor]:
+def sorted_pair(
+    rng: Rng, n: int, mean: float, std: float, diagonal: float
+) -> tuple[Tensor, Tensor]:
     """(t, s) = sorted pair of logit-normal draws with t >= s; the last rows, a share `diagonal`, have s = t.
 
     MeanFlow (arXiv 2505.13447, section 4.3; the count is fixed as in its official ImageNet code). The diagonal rows
@@ -42,7 +44,9 @@ def sorted_pair(rng: Rng, n: int, mean: float, std: float, diagonal: float) -> t
     return t, torch.cat([s[:m], t[m:]])
 
 
-def gap_pair(rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float) -> tuple[Tensor, Tensor]:
+def gap_pair(
+    rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float
+) -> tuple[Tensor, Tensor]:
     """(t, s) with gap g ~ logit-normal(mean, std), s ~ logit-normal(s_mean, s_std) given s <= 1-g, and t = s + g.
 
     TVM's default law (arXiv 2511.19797, official training/loss.py). (1, 0) is approached, never drawn.
@@ -52,7 +56,9 @@ def gap_pair(rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: fl
     return (s + g).clamp(max=1), s
 
 
-def truncated_pair(rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float) -> tuple[Tensor, Tensor]:
+def truncated_pair(
+    rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float
+) -> tuple[Tensor, Tensor]:
     """(t, s) with t ~ logit-normal(mean, std) and s ~ logit-normal(s_mean, s_std) given s <= t.
 
     TVM, Table 3, `trunc`; not in the official code.
@@ -61,7 +67,9 @@ def truncated_pair(rng: Rng, n: int, mean: float, std: float, s_mean: float, s_s
     return t, truncated_logit_normal(rng, n, s_mean, s_std, t)
 
 
-def clamped_pair(rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float) -> tuple[Tensor, Tensor]:
+def clamped_pair(
+    rng: Rng, n: int, mean: float, std: float, s_mean: float, s_std: float
+) -> tuple[Tensor, Tensor]:
     """(t, s) with t ~ logit-normal(mean, std) and s = min(logit-normal(s_mean, s_std), t), so that many rows have s = t.
 
     TVM, Table 3, `clamp`; not in the official code.

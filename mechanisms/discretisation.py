@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distillbench import mechanism
-from distillbench.build import Run
+from distillbench.audits import mechanism
+from distillbench.cells.build import Run
 from distillbench.method import Condition
 from distillbench.samplers import euler, heun
 from distillbench.seeds import Rng
@@ -38,7 +38,9 @@ def solvers(run: Run, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The exact samples of z, and those of either solver at every N."""
     velocity = lambda x, t: run.task.teacher.velocity(x, t, Condition(None))
     methods = {"Euler": euler, "Heun": heun}
-    return heun(velocity, z, FINE), {f"{name}, N {n}": solve(velocity, z, n) for name, solve in methods.items() for n in STEPS}
+    return heun(velocity, z, FINE), {
+        f"{name}, N {n}": solve(velocity, z, n) for name, solve in methods.items() for n in STEPS
+    }
 
 
 def measure(seed: int) -> dict[str, float]:

@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from distillbench import mechanism
-from distillbench.build import Run
+from distillbench.audits import mechanism
+from distillbench.cells.build import Run
 from distillbench.method import Condition
 from distillbench.paths import average_velocity, jump
 from distillbench.samplers import heun
@@ -45,10 +45,17 @@ def sliced(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def errors(run: Run, name: str, z: Tensor, other: Tensor) -> dict[str, float]:
     """The quantities of one student, called `name`."""
-    net, cond, one, found = run.task.players["student"].averaged(), Condition(None), torch.ones(len(z)), dict[str, float]()
+    net, cond, one, found = (
+        run.task.players["student"].averaged(),
+        Condition(None),
+        torch.ones(len(z)),
+        dict[str, float](),
+    )
     teacher = lambda x, t: run.task.teacher.velocity(x, t, cond)
     for delta in DELTAS:
-        rest = lambda x, r, delta=delta: delta * teacher(x, 1 - delta * (1 - r))  # from t = 1 to 1-delta, told as from r = 1 to 0
+        rest = lambda x, r, delta=delta: (
+            delta * teacher(x, 1 - delta * (1 - r))
+        )  # from t = 1 to 1-delta, told as from r = 1 to 0
         s, phi = one - delta, heun(rest, z, FINE)
         u = net(z, one, s=s)
         x = jump(z, u, one, s)

@@ -16,9 +16,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from distillbench import config, mechanism, registry, train
-from distillbench.build import Run, build
-from distillbench.cell import Cell
+from distillbench import config
+from distillbench.audits import mechanism
+from distillbench.cells.build import Run, build
+from distillbench.cells.cell import Cell
+from distillbench.cells.steps import one_step
+from distillbench.registry import folders
 
 BENCHMARK = "gaussians-ring"
 METHODS = ("fsf_dmd", "dmd2", "meanflow")
@@ -33,13 +36,17 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def moved(arm: str, changes: dict[str, Any], seed: int) -> Run:
     """An arm after one cycle of updates, which was metered."""
-    wanted = Cell(config.benchmark(BENCHMARK), replace(registry.arm(f"{arm}@{SHARE}"), changes=changes | {"batch": BATCH}), seed)
+    wanted = Cell(
+        config.benchmark(BENCHMARK),
+        replace(folders.arm(f"{arm}@{SHARE}"), changes=changes | {"batch": BATCH}),
+        seed,
+    )
     for one in wanted.needed:
         mechanism.finished(BENCHMARK, one.arm_name, seed)
     run = build(wanted)
     with run.meter.measured():
         for i in range(run.needs.cycle):
-            train.one_step(run, i, run.needs.cycle)
+            one_step(run, i, run.needs.cycle)
     return run
 
 
@@ -47,7 +54,10 @@ def held(run: Run) -> int:
     """Bytes of all players' weights and moments."""
     tensors = []
     for player in run.task.players.values():
-        tensors += [*player.parameters, *(m for p in player.parameters for m in player.optimizer.state[p].values() if m.dim())]
+        tensors += [
+            *player.parameters,
+            *(m for p in player.parameters for m in player.optimizer.state[p].values() if m.dim()),
+        ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -20,13 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillbench import mechanism, train
+from distillbench.audits import mechanism
+from distillbench.cells.steps import one_step
 from distillbench.paths import denoiser, jump, noised
 from distillbench.seeds import Rng
 
 BENCHMARK = "gaussians-ring"
 METHODS = ("dp_dmd",)
-ARMS = {"both": "dp_dmd@x0.08", "anchor": "dp_dmd@no-detach@x0.08", "cut": "dp_dmd@detach-only@x0.08", "neither": "dp_dmd@plain@x0.08"}
+ARMS = {
+    "both": "dp_dmd@x0.08",
+    "anchor": "dp_dmd@no-detach@x0.08",
+    "cut": "dp_dmd@detach-only@x0.08",
+    "neither": "dp_dmd@plain@x0.08",
+}
 COUNT, CHECKS, DIRECTIONS = 4000, 10, 64
 
 
@@ -53,7 +59,7 @@ def followed(arm: str, seed: int, z: Tensor) -> tuple[float, float, float]:
         v = start = method.net(z, one)
     spreads = []
     for i in range(steps):
-        train.one_step(run, i, steps)
+        one_step(run, i, steps)
         if (i + 1) * CHECKS // steps > i * CHECKS // steps:  # the last of them at the end
             with torch.no_grad():
                 v = method.net(z, one)
@@ -67,5 +73,7 @@ def measure(seed: int) -> dict[str, float]:
     z = Rng(seed, "first step", "z").normal(COUNT, 2)
     found: dict[str, float] = {}
     for name, arm in ARMS.items():
-        found[f"spread, {name}"], found[f"moved, {name}"], found[f"mismatch, {name}"] = followed(arm, seed, z)
+        found[f"spread, {name}"], found[f"moved, {name}"], found[f"mismatch, {name}"] = followed(
+            arm, seed, z
+        )
     return found

@@ -15,21 +15,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distillbench import config, data, times
+from distillbench import config, times
+from distillbench.data import kinds
+from distillbench.data.mixture import Mixture
 from distillbench.paths import average_velocity, noised, over
 from distillbench.samplers import heun_slope
 from distillbench.seeds import Rng
-from distillbench.teachers import MixtureVelocity
+from distillbench.teachers.exact import MixtureVelocity
 
 BENCHMARK = "gaussians-ring"
 METHODS = ("meanflow",)
 ROWS, STEPS = 1024, 64
-TANGENTS = {"right": (1.0, 0.0), "both": (1.0, 1.0), "no_time": (0.0, 0.0), "swapped": (0.0, 1.0)}  # of t and s
+TANGENTS = {
+    "right": (1.0, 0.0),
+    "both": (1.0, 1.0),
+    "no_time": (0.0, 0.0),
+    "swapped": (0.0, 1.0),
+}  # of t and s
 
 
 def measure(seed: int) -> dict[str, float]:
-    rng, mixture = Rng(seed, "identity"), data.load(config.benchmark(BENCHMARK).data)
-    assert isinstance(mixture, data.Mixture)
+    rng, mixture = Rng(seed, "identity"), kinds.load(config.benchmark(BENCHMARK).data)
+    assert isinstance(mixture, Mixture)
     velocity, (x, _) = MixtureVelocity(mixture).double(), mixture.draw(rng, ROWS)
     t, s = (a.double() for a in times.sorted_pair(rng, ROWS, -0.4, 1.0, diagonal=0))
     x_t = noised(x.double(), rng.normal(*x.shape).double(), t)
@@ -45,5 +52,7 @@ def measure(seed: int) -> dict[str, float]:
     v, one, out = velocity(x_t, t), torch.ones_like(t), dict[str, float]()
     for name, (dt, ds) in TANGENTS.items():
         u, du = torch.func.jvp(average, (x_t, t, s), (v, dt * one, ds * one))[:2]
-        out[name] = ((u - v + over(t - s, u) * du).square().mean() / u.square().mean()).sqrt().item()
+        out[name] = (
+            ((u - v + over(t - s, u) * du).square().mean() / u.square().mean()).sqrt().item()
+        )
     return out

@@ -14,9 +14,9 @@ MeanFlow (arXiv 2505.13447, section 4.1 and App. B.4) puts it below 20 % of an u
 
 from __future__ import annotations
 
-from distillbench import train
-from distillbench.build import Run
-from distillbench.mechanism import ready
+from distillbench.audits.mechanism import ready
+from distillbench.cells.build import Run
+from distillbench.cells.steps import batch_of, one_step
 from distillbench.method import Step
 from distillbench.paths import noised
 
@@ -35,7 +35,7 @@ ARMS = {
 def flow_matching(run: Run, steps: int) -> None:
     """One update on |u(x_t, t, t) - (e - x)|^2."""
     step, player = Step(1, steps, run.cell.seed, run.device), run.task.players["student"]
-    x = train.batch_of(run, step).x
+    x = batch_of(run, step).x
     assert x is not None
     e, t = step.rng("e").normal(*x.shape), step.rng("t").uniform(len(x))
     player.update((player.networks[0](noised(x, e, t), t, s=t) - (e - x)).square().mean())
@@ -46,7 +46,7 @@ def measure(seed: int) -> dict[str, float]:
     for name, arm in ARMS.items():
         run, steps = ready(BENCHMARK, arm, seed)
         with run.meter.measured():
-            train.one_step(run, 0, steps)
+            one_step(run, 0, steps)
         own = run.meter.flops
         with run.meter.measured():
             flow_matching(run, steps)

@@ -18,8 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from distillbench import mechanism
-from distillbench.build import Run
+from distillbench.audits import mechanism
+from distillbench.cells.build import Run
 from distillbench.method import Condition
 from distillbench.samplers import heun
 from distillbench.seeds import Rng
@@ -53,16 +53,25 @@ def scored(run: Run, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """What the one-step student and the teacher make of every noise, as scores."""
     cond = Condition(None)
     wanted = heun(lambda x, t: run.task.teacher.velocity(x, t, cond), z, 32)
-    return run.method.sample(z, cond, 1, Rng(run.cell.seed, "sample")) @ direction, wanted @ direction
+    return run.method.sample(
+        z, cond, 1, Rng(run.cell.seed, "sample")
+    ) @ direction, wanted @ direction
 
 
 def measure(seed: int) -> dict[str, float]:
     rng, found = Rng(seed, "noise transfer"), dict[str, float]()
-    z, angle, shift = rng.normal(N * GROUPS, 2), 2 * math.pi * float(rng.uniform(1)), 1 + int(rng.integers(1, N * GROUPS - 1))
+    z, angle, shift = (
+        rng.normal(N * GROUPS, 2),
+        2 * math.pi * float(rng.uniform(1)),
+        1 + int(rng.integers(1, N * GROUPS - 1)),
+    )
     direction = torch.tensor([math.cos(angle), math.sin(angle)])
     for name, arm in ARMS.items():
         score, wanted = scored(mechanism.finished(BENCHMARK, arm, seed), z, direction)
         for who, own in {name: score, "permuted": score.roll(shift)}.items():
             if who == name or name == "both":
-                found[f"disorder, {who}"], found[f"lost, {who}"] = disorder(own, wanted), lost(own, wanted)
+                found[f"disorder, {who}"], found[f"lost, {who}"] = (
+                    disorder(own, wanted),
+                    lost(own, wanted),
+                )
     return found

@@ -14,8 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distillbench import data, mechanism, train
-from distillbench.build import Run
+from distillbench.audits import mechanism
+from distillbench.cells.build import Run
+from distillbench.cells.steps import one_step
+from distillbench.data.mixture import Mixture
 from distillbench.method import Condition
 from distillbench.seeds import Rng
 
@@ -27,20 +29,24 @@ EARLY, COUNT, NEIGHBOURS = 0.4, 2000, 5
 
 def missed(samples: Tensor, exact: Tensor) -> float:
     """1 - coverage of `exact` by `samples`, [n, 2] each."""
-    radius = torch.cdist(exact, exact).kthvalue(NEIGHBOURS + 1, dim=1).values  # the nearest is the point itself
+    radius = (
+        torch.cdist(exact, exact).kthvalue(NEIGHBOURS + 1, dim=1).values
+    )  # the nearest is the point itself
     return float((torch.cdist(exact, samples).amin(1) > radius).double().mean())
 
 
-def uneven(samples: Tensor, mixture: data.Mixture) -> float:
+def uneven(samples: Tensor, mixture: Mixture) -> float:
     """Total variation of the samples' shares of modes from the weights."""
-    counts = torch.bincount(torch.cdist(samples, mixture.means).argmin(1), minlength=len(mixture.means))
+    counts = torch.bincount(
+        torch.cdist(samples, mixture.means).argmin(1), minlength=len(mixture.means)
+    )
     return float((counts / len(samples) - mixture.weights).abs().sum() / 2)
 
 
 @torch.no_grad()
 def diversity(run: Run, z: Tensor, name: str) -> dict[str, float]:
     """Both quantities of a student as it is now."""
-    assert isinstance(run.data, data.Mixture)
+    assert isinstance(run.data, Mixture)
     exact, _ = run.data.draw(Rng(run.cell.seed, "recall", "exact"), COUNT)
     x = run.method.sample(z, Condition(None), 1, Rng(run.cell.seed, "sample"))
     return {f"missed, {name}": missed(x, exact), f"uneven, {name}": uneven(x, run.data)}
@@ -55,6 +61,6 @@ def measure(seed: int) -> dict[str, float]:
         for i in range(steps):
             if i == round(EARLY * steps):
                 found |= diversity(run, z, f"{name}, early")
-            train.one_step(run, i, steps)
+            one_step(run, i, steps)
         found |= diversity(run, z, f"{name}, late")
     return found

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillbench import mechanism, train
+from distillbench.audits import mechanism
+from distillbench.cells.steps import one_step
 from distillbench.method import Condition
 from distillbench.paths import average_velocity, noised, over, velocity_of_denoiser
 from distillbench.samplers import heun, jumps
 from distillbench.seeds import Rng
-from distillbench.teachers import MixtureVelocity
+from distillbench.teachers.exact import MixtureVelocity
 
 BENCHMARK = "gaussians-ring"
 METHODS = ("fsf_dmd", "meanflow")
@@ -52,7 +53,9 @@ def judged(student: str, v: Tensor, guesses: dict[str, Tensor]) -> dict[str, flo
         for time, part in zip(TIMES, (guess - v).split(QUERIES)):
             found[f"{name}, {student}, t {time}"] = rms(part)
         if name != "teacher":
-            cosine = torch.cosine_similarity((guesses["teacher"] - guess).flatten(), (guesses["teacher"] - v).flatten(), 0)
+            cosine = torch.cosine_similarity(
+                (guesses["teacher"] - guess).flatten(), (guesses["teacher"] - v).flatten(), 0
+            )
             found[f"disagreement, {name}, {student}"] = 1 - float(cosine)
     return found
 
@@ -60,7 +63,7 @@ def judged(student: str, v: Tensor, guesses: dict[str, Tensor]) -> dict[str, flo
 def measure(seed: int) -> dict[str, float]:
     run, steps = mechanism.ready(BENCHMARK, ARM, seed)
     for i in range(steps):
-        train.one_step(run, i, steps)
+        one_step(run, i, steps)
     rng, data, method = Rng(seed, "surrogate fidelity"), run.data, run.method
     t, e = torch.tensor(TIMES).repeat_interleave(QUERIES), rng.normal(QUERIES * len(TIMES), 2)
     with torch.no_grad():
@@ -75,16 +78,31 @@ def known(run: Any, data: Any, e: Tensor, t: Tensor, rng: Rng) -> dict[str, floa
     rest = lambda x, r: over(t, x) * velocity(x, r * t)  # from t to 0, told as from r = 1 to 0
     endpoint = average_velocity(x_t, heun(rest, x_t, 64), t, 0 * t)
     teacher = run.task.teacher.velocity(x_t, t, Condition(None))
-    return judged("exact", velocity(x_t, t), {"endpoint": endpoint, "sample": e - x, "teacher": teacher})
+    return judged(
+        "exact", velocity(x_t, t), {"endpoint": endpoint, "sample": e - x, "teacher": teacher}
+    )
 
 
 def fitted(run: Any, method: Any, e: Tensor, t: Tensor, rng: Rng) -> dict[str, float]:
     """The student that was trained, which need not be anybody's exact flow map."""
-    net, z, average = method.net, rng.normal(COUNT + QUERIES, 2), lambda x, t, s: method.net(x, t, s=s)
-    x = torch.cat([jumps(average, z[0::2], 1), jumps(average, z[1::2], 2)])[rng.uniform(len(z)).argsort()]
+    net, z, average = (
+        method.net,
+        rng.normal(COUNT + QUERIES, 2),
+        lambda x, t, s: method.net(x, t, s=s),
+    )
+    x = torch.cat([jumps(average, z[0::2], 1), jumps(average, z[1::2], 2)])[
+        rng.uniform(len(z)).argsort()
+    ]
     queries, samples = x[:QUERIES].repeat(len(TIMES), 1), x[QUERIES:]
     x_t = noised(queries, e, t)
-    v = torch.cat([posterior_velocity(*pair, samples) for pair in zip(x_t.split(QUERIES), t.split(QUERIES))])
+    v = torch.cat(
+        [posterior_velocity(*pair, samples) for pair in zip(x_t.split(QUERIES), t.split(QUERIES))]
+    )
     teacher = run.task.teacher.velocity(x_t, t, Condition(None))
-    guesses = {"endpoint": net(x_t, t, s=0 * t), "diagonal": net(x_t, t, s=t), "sample": e - queries, "critic": method.g(x_t, t)}
+    guesses = {
+        "endpoint": net(x_t, t, s=0 * t),
+        "diagonal": net(x_t, t, s=t),
+        "sample": e - queries,
+        "critic": method.g(x_t, t),
+    }
     return judged("trained", v, guesses | {"teacher": teacher})

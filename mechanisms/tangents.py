@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillbench import data, times, train
-from distillbench.mechanism import ready
+from distillbench import times
+from distillbench.audits.mechanism import ready
+from distillbench.cells.steps import one_step
+from distillbench.data.mixture import Mixture
 from distillbench.method import Condition
 from distillbench.paths import noised, over
 from distillbench.seeds import Rng
-from distillbench.teachers import MixtureVelocity
+from distillbench.teachers.exact import MixtureVelocity
 
 BENCHMARK = "gaussians-ring"
 METHODS = ("meanflow",)
@@ -37,9 +39,9 @@ def measure(seed: int) -> dict[str, float]:
     run, _ = ready(BENCHMARK, ARM, seed)
     run.task.players["student"].total_updates = UPDATES
     for i in range(UPDATES // 2):
-        train.one_step(run, i, UPDATES)
+        one_step(run, i, UPDATES)
     method: Any = run.method
-    assert isinstance(run.data, data.Mixture)
+    assert isinstance(run.data, Mixture)
     c, player, rng = method.config, run.task.players["student"], Rng(seed, "tangents")
     net, exact = player.networks[0], MixtureVelocity(run.data)
     missed: dict[str, list[Tensor]] = {name: [] for name in (*CHOICES, "bias")}
@@ -52,13 +54,21 @@ def measure(seed: int) -> dict[str, float]:
         x_t = noised(x, e, t)
         v, gap = exact(x_t, t), over(t - s, x)
         along = {"sample": e - x, "network": net(x_t, t, s=t).detach(), "marginal": v}
-        derivative = lambda a: run.task.jvp(net, (x_t, t, s), (a, torch.ones_like(t), torch.zeros_like(s)), Condition(None))[1]  # noqa: B023
+        derivative = lambda a: run.task.jvp(
+            net, (x_t, t, s), (a, torch.ones_like(t), torch.zeros_like(s)), Condition(None)
+        )[1]  # noqa: B023
         du = {name: derivative(a) for name, a in along.items()}
         u, clean = net(x_t, t, s=s), v - gap * du["marginal"]
 
         def gradient(target: Tensor, u: Tensor = u) -> Tensor:
             loss = (u - target).square().sum(1).mean()
-            parts = torch.autograd.grad(loss, player.parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            parts = torch.autograd.grad(
+                loss,
+                player.parameters,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
             return torch.cat([g.flatten() for g in parts]).double()
 
         g = gradient(clean)
@@ -70,5 +80,11 @@ def measure(seed: int) -> dict[str, float]:
         missed["bias"].append((gap * (du["network"] - du["marginal"])).square().sum(1))
 
     rows = {name: torch.cat(parts).double() for name, parts in missed.items()}
-    out = {"network_bias": rows["bias"].mean().item()} | {f"{name}_gradient": wrong[name] / length for name in CHOICES}
-    return out | {f"{k}_target": rows[k].mean().item() for k in CHOICES} | {f"{k}_median": rows[k].median().item() for k in CHOICES}
+    out = {"network_bias": rows["bias"].mean().item()} | {
+        f"{name}_gradient": wrong[name] / length for name in CHOICES
+    }
+    return (
+        out
+        | {f"{k}_target": rows[k].mean().item() for k in CHOICES}
+        | {f"{k}_median": rows[k].median().item() for k in CHOICES}
+    )

@@ -21,31 +21,36 @@ import math
 import torch
 from torch import Tensor
 
-from distillbench import data, mechanism, train
-from distillbench.build import Run
-from distillbench.method import Condition
+from distillbench.audits import mechanism
+from distillbench.cells.build import Run
+from distillbench.cells.steps import one_step
+from distillbench.data import kinds
+from distillbench.data.mixture import Mixture
+from distillbench.method import Condition, Teacher
 from distillbench.paths import noised
 from distillbench.samplers import heun
 from distillbench.seeds import Rng
-from distillbench.teachers import MixtureVelocity, Teacher
+from distillbench.teachers.exact import MixtureVelocity
 
 BENCHMARK = "gaussians-ring"
 METHODS = ("freeflow", "meanflow")
 COUNT, DIRECTIONS, T = 4000, 64, 0.25
 
 
-def restricted(mixture: data.Mixture, modes: int) -> data.Mixture:
+def restricted(mixture: Mixture, modes: int) -> Mixture:
     """The mixture with every (8 / modes)-th of its modes, their weights in the old proportions."""
-    weights = mixture.weights * (torch.arange(len(mixture.weights)) % (len(mixture.weights) // modes) == 0)
+    weights = mixture.weights * (
+        torch.arange(len(mixture.weights)) % (len(mixture.weights) // modes) == 0
+    )
     return dataclasses.replace(mixture, weights=weights / weights.sum())
 
 
-def student(seed: int, mixture: data.Mixture) -> Run:
+def student(seed: int, mixture: Mixture) -> Run:
     """MeanFlow's student trained on data of `mixture`; the teacher stays as it is."""
     run, steps = mechanism.ready(BENCHMARK, "meanflow@x0.1", seed)
     run.data = mixture
     for i in range(steps):
-        train.one_step(run, i, steps)
+        one_step(run, i, steps)
     return run
 
 
@@ -57,27 +62,49 @@ def sliced(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def guided_mismatch(mixture: data.Mixture, w: float, rng: Rng) -> float:
+def guided_mismatch(mixture: Mixture, w: float, rng: Rng) -> float:
     """Distance of the guided teacher's own states at T to noised data of its class."""
     odd = torch.arange(len(mixture.weights)) % 2
     split = dataclasses.replace(mixture, component_class=odd, classes=2)
     own, weights = torch.zeros(COUNT, dtype=torch.long), mixture.weights * (odd == 0)
     teacher, cond = Teacher(MixtureVelocity(split), 2), Condition(own, w)
     x, _ = dataclasses.replace(split, weights=weights / weights.sum()).draw(rng, COUNT)
-    part = lambda y, r: (1 - T) * teacher.velocity(y, T + (1 - T) * r, cond)  # from t = 1 to T, told as from r = 1 to 0
-    return sliced(heun(part, rng.normal(COUNT, 2), 64), noised(x, rng.normal(COUNT, 2), torch.full((COUNT,), T)))
+    part = lambda y, r: (
+        (1 - T) * teacher.velocity(y, T + (1 - T) * r, cond)
+    )  # from t = 1 to T, told as from r = 1 to 0
+    return sliced(
+        heun(part, rng.normal(COUNT, 2), 64),
+        noised(x, rng.normal(COUNT, 2), torch.full((COUNT,), T)),
+    )
 
 
 def measure(seed: int) -> dict[str, float]:
-    rng, mixture = Rng(seed, "mismatch"), data.load(mechanism.cell(BENCHMARK, "teacher", seed).benchmark.data)
-    assert isinstance(mixture, data.Mixture)
+    rng, mixture = (
+        Rng(seed, "mismatch"),
+        kinds.load(mechanism.cell(BENCHMARK, "teacher", seed).benchmark.data),
+    )
+    assert isinstance(mixture, Mixture)
     runs = {"data-free": mechanism.finished(BENCHMARK, "freeflow@x0.1", seed)}
     runs["data of 8 modes"] = mechanism.finished(BENCHMARK, "meanflow@x0.1", seed)
     runs |= {f"data of {k} modes": student(seed, restricted(mixture, k)) for k in (4, 2)}
-    z, other, cond, found = rng.normal(COUNT, 2), rng.normal(COUNT, 2), Condition(None), dict[str, float]()
-    exact, again = (heun(lambda x, t: runs["data-free"].task.teacher.velocity(x, t, cond), y, 64) for y in (z, other))
+    z, other, cond, found = (
+        rng.normal(COUNT, 2),
+        rng.normal(COUNT, 2),
+        Condition(None),
+        dict[str, float](),
+    )
+    exact, again = (
+        heun(lambda x, t: runs["data-free"].task.teacher.velocity(x, t, cond), y, 64)
+        for y in (z, other)
+    )
     for name, run in runs.items():
         with torch.no_grad():
             x = run.method.sample(z, cond, 1, Rng(seed, "sample"))
-        found[f"samples, {name}"], found[f"map, {name}"] = sliced(x, again), float((x - exact).norm() / (again - exact).norm())
-    return found | {f"guidance, w {w}": guided_mismatch(mixture, w, Rng(seed, "guidance", w)) for w in (1.0, 1.5, 2.0, 3.0)}
+        found[f"samples, {name}"], found[f"map, {name}"] = (
+            sliced(x, again),
+            float((x - exact).norm() / (again - exact).norm()),
+        )
+    return found | {
+        f"guidance, w {w}": guided_mismatch(mixture, w, Rng(seed, "guidance", w))
+        for w in (1.0, 1.5, 2.0, 3.0)
+    }

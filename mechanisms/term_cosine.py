@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillbench import times, train
-from distillbench.build import Run
-from distillbench.mechanism import ready
+from distillbench import times
+from distillbench.audits.mechanism import ready
+from distillbench.cells.build import Run
+from distillbench.cells.steps import one_step
 from distillbench.method import Condition
 from distillbench.paths import noised
 from distillbench.seeds import Rng
@@ -42,7 +43,9 @@ def terms(run: Run, rng: Rng) -> dict[str, Tensor]:
     e = rng.normal(*x.shape)
     x_t = noised(x, e, t)
     v = e - x if c.velocity == "data" else run.task.teacher.velocity(x_t, t, cond)
-    u, du = run.task.jvp(net, (x_t, t, s), (v, torch.ones_like(t), torch.zeros_like(s)), cond)  # du/dt, no gradient
+    u, du = run.task.jvp(
+        net, (x_t, t, s), (v, torch.ones_like(t), torch.zeros_like(s)), cond
+    )  # du/dt, no gradient
     return {
         "tfm": (u - v).square().sum(1).mean(),
         "tc": (2 * (t - s) * (u * du).sum(1)).mean(),
@@ -52,14 +55,21 @@ def terms(run: Run, rng: Rng) -> dict[str, Tensor]:
 
 def conflicts(run: Run, rng: Rng) -> dict[str, float]:
     """1 - cosine of the gradients of every two parts, mean over batches."""
-    parameters, total = run.task.players["student"].parameters, dict.fromkeys(("tfm_tc", "tfm_fm", "tc_fm"), 0.0)
+    parameters, total = (
+        run.task.players["student"].parameters,
+        dict.fromkeys(("tfm_tc", "tfm_fm", "tc_fm"), 0.0),
+    )
     for _ in range(BATCHES):
         gradients = {}
         for name, loss in terms(run, rng).items():
-            parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            parts = torch.autograd.grad(
+                loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             gradients[name] = torch.cat([g.flatten() for g in parts]).double()
         for a, b in combinations(gradients, 2):
-            total[f"{a}_{b}"] += (1 - torch.cosine_similarity(gradients[a], gradients[b], 0).item()) / BATCHES
+            total[f"{a}_{b}"] += (
+                1 - torch.cosine_similarity(gradients[a], gradients[b], 0).item()
+            ) / BATCHES
     return total
 
 
@@ -68,7 +78,7 @@ def along(arm: str, seed: int) -> list[dict[str, float]]:
     run, found = ready(BENCHMARK, arm, seed)[0], []
     run.task.players["student"].total_updates = UPDATES
     for i in range(UPDATES):
-        train.one_step(run, i, UPDATES)
+        one_step(run, i, UPDATES)
         if (i + 1) % (UPDATES // POINTS) == 0:
             found.append(conflicts(run, Rng(seed, "term cosine", arm, i)))
     return found

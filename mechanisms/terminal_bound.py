@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillbench import train
-from distillbench.mechanism import ready
+from distillbench.audits.mechanism import ready
+from distillbench.cells.steps import one_step
 from distillbench.method import Condition
 from distillbench.paths import jump
 from distillbench.samplers import heun, jumps
@@ -48,16 +48,25 @@ def measure(seed: int) -> dict[str, float]:
 
     @torch.no_grad()
     def place() -> tuple[float, float]:
-        u, du = run.task.jvp(net, (z, t, s), (torch.zeros_like(z), torch.zeros_like(t), torch.ones_like(s)), cond)
-        a = formulas.terminal_loss(formulas.terminal_velocity(u, du, t, s), teacher(jump(z, u, t, s), s), t, s, 1.0)
+        u, du = run.task.jvp(
+            net, (z, t, s), (torch.zeros_like(z), torch.zeros_like(t), torch.ones_like(s)), cond
+        )
+        a = formulas.terminal_loss(
+            formulas.terminal_velocity(u, du, t, s), teacher(jump(z, u, t, s), s), t, s, 1.0
+        )
         return a.mean().item(), sliced(jumps(lambda x, t, s: net(x, t, s=s), z, 1), exact)
 
     found = []
     for i in range(steps):
-        train.one_step(run, i, steps)
-        if (i + 1) * PLACES // steps > i * PLACES // steps:  # 1/PLACES, 2/PLACES, ... of the run have passed
+        one_step(run, i, steps)
+        if (
+            i + 1
+        ) * PLACES // steps > i * PLACES // steps:  # 1/PLACES, 2/PLACES, ... of the run have passed
             found.append(place())
     ranks = torch.tensor(found).argsort(0).argsort(0).float()
     out = {"correlation": 1 + torch.corrcoef(ranks.T)[0, 1].item()}
     with torch.no_grad():
-        return out | {f"steps_{n}": sliced(method.sample(z, cond, n, Rng(seed, "unused")), exact) for n in (1, 2, 4)}
+        return out | {
+            f"steps_{n}": sliced(method.sample(z, cond, n, Rng(seed, "unused")), exact)
+            for n in (1, 2, 4)
+        }

@@ -23,7 +23,9 @@ ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPEN
 def step(name: str, folder: str, rows: int) -> dict[str, float]:
     """One step of perf.evaluation in a process of its own."""
     command = [sys.executable, "-m", "perf.evaluation", name, folder, str(rows)]
-    done = subprocess.run(command, env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -36,7 +38,10 @@ def evaluation(large: bool) -> str:
             step("features", folder, LARGE)
             row += f"\n| {LARGE:,} x 2048 | {memory_cells(step('memory', folder, LARGE))} |"
     base = took["theirs"]
-    parts = ", ".join(f"{name} {took[key] / base:.2f}" for name, key in (("FID", "fid"), ("KID", "kid"), ("IS", "is"), ("PRC", "prc")))
+    parts = ", ".join(
+        f"{name} {took[key] / base:.2f}"
+        for name, key in (("FID", "fid"), ("KID", "kid"), ("IS", "is"), ("PRC", "prc"))
+    )
     return f"""## Evaluation
 
 {ROWS:,} generated against {ROWS:,} held-out rows of 2048 features, power-law spectrum. torch-fidelity: FID, KID (100 subsets of
@@ -63,7 +68,9 @@ def memory_cells(used: dict[str, float]) -> str:
 
 
 def training_step() -> str:
-    rows = "\n".join(f"| {name} | {flops:.2f} | {time:.2f} |" for name, flops, time in meanflow_update.measure())
+    rows = "\n".join(
+        f"| {name} | {flops:.2f} | {time:.2f} |" for name, flops, time in meanflow_update.measure()
+    )
     return f"""## Training step
 
 One MeanFlow update on the digits network, batch {meanflow_update.B}, interleaved with its alternatives, medians of
@@ -77,11 +84,16 @@ One MeanFlow update on the digits network, batch {meanflow_update.B}, interleave
 
 def machine() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, cwd=RESULTS.parent
+        ).stdout.strip()
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torch-fidelity", "numpy"))
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
     dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""

@@ -23,7 +23,11 @@ SMALL = (20000, 896, 64)  # generated and held-out rows and width on digits
 def like_inception(rows: int, seed: int, width: int = WIDTH) -> torch.Tensor:
     """float32 [rows, width] with mean 0.4 and a power-law spectrum, along the axes: scores do not see a rotation."""
     spectrum = torch.arange(1, width + 1).pow(-0.5) * 3
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).mul_(spectrum).add_(0.4 + 0.02 * seed)
+    return (
+        torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+        .mul_(spectrum)
+        .add_(0.4 + 0.02 * seed)
+    )
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -33,7 +37,10 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    gen, ref = (torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)) for name in ("gen", "ref"))
+    gen, ref = (
+        torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
+        for name in ("gen", "ref")
+    )
     return gen, ref
 
 
@@ -49,7 +56,7 @@ def speed(folder: Path, rows: int) -> dict[str, float]:
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    from eval.metrics import Reference, feature_scores, inception_score
+    from eval.metrics.scores import Reference, feature_scores, inception_score
 
     gen, ref = load(folder)
     logits = 2 * like_inception(rows, 2, CLASSES)
@@ -58,7 +65,9 @@ def speed(folder: Path, rows: int) -> dict[str, float]:
         return lambda: (feature_scores(gen, reference), inception_score(logits))
 
     theirs = {
-        "fid": lambda: fid_statistics_to_metric(*map(fid_features_to_statistics, (gen, ref)), verbose=False),
+        "fid": lambda: fid_statistics_to_metric(
+            *map(fid_features_to_statistics, (gen, ref)), verbose=False
+        ),
         "kid": lambda: kid_features_to_metric(gen, ref, verbose=False),
         "is": lambda: isc_features_to_metric(logits),
         "prc": lambda: prc_features_to_metric(gen, ref, verbose=False),
@@ -71,8 +80,15 @@ def speed(folder: Path, rows: int) -> dict[str, float]:
 
     n, m, width = SMALL
     small, small_ref = like_inception(n, 1, width), like_inception(m, 0, width)
-    digits = sorted(seconds(lambda: feature_scores(small, Reference(small_ref, ""))) for _ in range(3))[1]
-    return {"ours": (first + again) / 2, "ours_known": known, "digits": digits, "theirs": sum(parts.values())} | parts
+    digits = sorted(
+        seconds(lambda: feature_scores(small, Reference(small_ref, ""))) for _ in range(3)
+    )[1]
+    return {
+        "ours": (first + again) / 2,
+        "ours_known": known,
+        "digits": digits,
+        "theirs": sum(parts.values()),
+    } | parts
 
 
 def resident(field: str) -> float:
@@ -82,7 +98,7 @@ def resident(field: str) -> float:
 
 
 def memory(folder: Path, rows: int) -> dict[str, float]:
-    from eval.metrics import Reference, feature_scores
+    from eval.metrics.scores import Reference, feature_scores
 
     imports = resident("VmRSS")
     gen, ref = load(folder)

@@ -38,13 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillbench import config, features, registry
+from distillbench import config, features
 from distillbench.meter import Meter
-from distillbench.method import Batch, Condition, Method, Needs, Step, Task
-from distillbench.registry import Arm
+from distillbench.method import Batch, Condition, Method, Needs, Step, Task, Teacher
+from distillbench.networks.dit import SIZES, DiT
+from distillbench.registry import folders
+from distillbench.registry.folders import Arm, MethodFolder
 from distillbench.seeds import derive
-from distillbench.teachers import Teacher, TeacherConfig, TeacherTraining
-from distillbench.transformer import SIZES, DiT
+from distillbench.teachers.trained import TeacherConfig, TeacherTraining
 
 BENCHMARK = "digits"  # whose settings the methods take
 BASELINE = "flow matching"
@@ -86,16 +87,20 @@ class Built:
 def settings(arm: Arm, batch: int) -> Arm:
     """The arm with every size of a batch among its settings set to `batch`."""
     raw = arm.settings(config.benchmark(BENCHMARK))
-    return replace(arm, changes={key: batch for key in raw if key == "batch" or key.endswith("_batch")})
+    return replace(
+        arm, changes={key: batch for key in raw if key == "batch" or key.endswith("_batch")}
+    )
 
 
 def configured(arm: Arm | None, batch: int) -> tuple[type[Method], Any]:
     """Class and settings of an arm; None is the teacher's own training."""
     benchmark = config.benchmark(BENCHMARK)
     if arm is None:
-        return TeacherTraining, TeacherConfig(**benchmark.teacher.model_dump() | {"batch": batch}, guidance=benchmark.guidance)
-    cls = registry.load(arm.folder)
-    return cls, registry.configuration(settings(arm, batch), benchmark, cls)
+        return TeacherTraining, TeacherConfig(
+            **benchmark.teacher.model_dump() | {"batch": batch}, guidance=benchmark.guidance
+        )
+    cls = folders.load(arm.folder)
+    return cls, folders.configuration(settings(arm, batch), benchmark, cls)
 
 
 def build(arm: Arm | None, scale: Scale, batch: int, device: torch.device) -> Built:
@@ -121,8 +126,22 @@ def build(arm: Arm | None, scale: Scale, batch: int, device: torch.device) -> Bu
         meter.watch(frozen, lambda: "features")
     start: dict[str, Tensor] | None = None
     if arm is not None and arm.start is not None:  # a student of that arm, as new
-        start = build(arm.start, scale, batch, device).task.players["student"].networks[0].state_dict()
-    task = Task(scale.shape, scale.classes, scale.network, teacher, weights, 0, device, meter, frozen, start, make=make)
+        start = (
+            build(arm.start, scale, batch, device).task.players["student"].networks[0].state_dict()
+        )
+    task = Task(
+        scale.shape,
+        scale.classes,
+        scale.network,
+        teacher,
+        weights,
+        0,
+        device,
+        meter,
+        frozen,
+        start,
+        make=make,
+    )
     torch.manual_seed(derive(0, "build"))
     method = cls(task, settings_)
     for player in task.players.values():
@@ -156,7 +175,11 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = name != "fp32"
     try:
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if name == "bf16" else contextlib.nullcontext():
+        with (
+            torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+            if name == "bf16"
+            else contextlib.nullcontext()
+        ):
             yield
     finally:
         torch.set_float32_matmul_precision(before[0])
@@ -181,30 +204,49 @@ def gib(bytes_: float) -> float:
     return round(bytes_ / 2**30, 3)
 
 
-def measured(arm: Arm | None, name: str, scale: Scale, batch: int, device: torch.device) -> dict[str, Any]:
+def measured(
+    arm: Arm | None, name: str, scale: Scale, batch: int, device: torch.device
+) -> dict[str, Any]:
     """One row: costs of a cycle of an arm in precision `name`."""
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
     built = build(arm, scale, batch, device)
-    row: dict[str, Any] = {"batch": batch, "rows_per_step": built.needs.batch, "cycle": built.needs.cycle}
+    row: dict[str, Any] = {
+        "batch": batch,
+        "rows_per_step": built.needs.batch,
+        "cycle": built.needs.cycle,
+    }
     row["million_parameters"] = {
-        n: round(sum(p.numel() for p in player.parameters) / 1e6, 3) for n, player in built.task.players.items()
+        n: round(sum(p.numel() for p in player.parameters) / 1e6, 3)
+        for n, player in built.task.players.items()
     }  # trained ones
     with precision(name, device):
-        if failure := flops_error(built, device):  # of the counter or of the method: without the counter it shows
+        if failure := flops_error(
+            built, device
+        ):  # of the counter or of the method: without the counter it shows
             row["flops"] = failure
             with built.meter.counting():
                 one_cycle(built, device)
         else:
             row["tflop_per_cycle"] = round(built.meter.flops / 1e12, 6)
         updates = {n: built.meter.calls[f"{n}.backward"] for n in built.task.players}
-        rows = {role: n for role, n in sorted(built.meter.rows.items()) if not role.endswith(".backward")}
-        row |= {"updates_per_cycle": updates, "evaluated_rows_per_cycle": rows, "calls_per_cycle": dict(sorted(built.meter.calls.items()))}
+        rows = {
+            role: n
+            for role, n in sorted(built.meter.rows.items())
+            if not role.endswith(".backward")
+        }
+        row |= {
+            "updates_per_cycle": updates,
+            "evaluated_rows_per_cycle": rows,
+            "calls_per_cycle": dict(sorted(built.meter.calls.items())),
+        }
         for _ in range(scale.warm - 1):
             one_cycle(built, device)
         if cuda:
             synchronised(device)
-            row["resident_gib"] = gib(torch.cuda.memory_allocated(device) - before)  # networks, averages, moments, data
+            row["resident_gib"] = gib(
+                torch.cuda.memory_allocated(device) - before
+            )  # networks, averages, moments, data
             torch.cuda.reset_peak_memory_stats(device)
         seconds: list[float] = []
         while len(seconds) < scale.timed and (not seconds or sum(seconds) < ROW_SECONDS):
@@ -251,9 +293,17 @@ def attempted(arm: Arm | None, name: str, scale: Scale, device: torch.device) ->
         except torch.OutOfMemoryError as e:
             failure = {"status": f"out of memory at batch {batch}", "error": one_line(e)}
         except Exception as e:
-            if name == "bf16" and isinstance(e, RuntimeError) and "float32: leave autocast" in str(e):
+            if (
+                name == "bf16"
+                and isinstance(e, RuntimeError)
+                and "float32: leave autocast" in str(e)
+            ):
                 return {"status": "fp32 only", "error": one_line(e)}
-            return {"status": "failed", "error": one_line(e), "traceback": traceback.format_exc()[-3000:]}
+            return {
+                "status": "failed",
+                "error": one_line(e),
+                "traceback": traceback.format_exc()[-3000:],
+            }
         # Outside the handler, where nothing holds the frames that hold the tensors.
         free(device)
         batch //= 2
@@ -261,26 +311,34 @@ def attempted(arm: Arm | None, name: str, scale: Scale, device: torch.device) ->
             return failure
 
 
-def folders() -> tuple[dict[str, registry.MethodFolder], dict[str, str]]:
+def folders() -> tuple[dict[str, MethodFolder], dict[str, str]]:
     """Method folders by name; and what is wrong with those that cannot be read."""
     try:
-        return registry.discover(), {}
+        return folders.discover(), {}
     except Exception as e:
         print(f"discovery: {one_line(e)}; taking the folders one by one", flush=True)
     found, broken = {}, {}
     for path in sorted(p.parent for p in (config.root() / "methods").glob("*/method.py")):
         try:
-            found[path.name] = registry.read_folder(path)
+            found[path.name] = folders.read_folder(path)
         except Exception as e:
             broken[path.name] = one_line(e)
     return found, broken
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    out: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "device": platform.machine()}
+    out: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": platform.machine(),
+    }
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
-        out |= {"device": about.name, "memory_gib": gib(about.total_memory), "cuda": torch.version.cuda}
+        out |= {
+            "device": about.name,
+            "memory_gib": gib(about.total_memory),
+            "cuda": torch.version.cuda,
+        }
         out["cudnn"] = torch.backends.cudnn.version()
     return out
 
@@ -322,7 +380,9 @@ def table(result: dict[str, Any]) -> str:
         f"eager; median of {scale['timed']} cycles after {scale['warm']}.\n\n{kept}",
         "Milliseconds per train step (ratio to flow matching's), per update of the student, and peak memory in GiB.\n",
     ]
-    head = ["method", "steps in a cycle"] + [f"{n} {what}" for n in names for what in ("ms/step", "ms/student update", "peak GiB")]
+    head = ["method", "steps in a cycle"] + [
+        f"{n} {what}" for n in names for what in ("ms/step", "ms/student update", "peak GiB")
+    ]
     lines += ["| " + " | ".join(head) + " |\n", "|---" * len(head) + "|\n"]
     for method, own in rows.items():
         known = next((row for row in own.values() if row["status"] == "measured"), None)
@@ -343,25 +403,57 @@ def table(result: dict[str, Any]) -> str:
         known = next((row for row in own.values() if row["status"] == "measured"), None)
         if known is not None:
             parameters, updates = (
-                ", ".join(f"{k} {v:g}" for k, v in known[key].items()) for key in ("million_parameters", "updates_per_cycle")
+                ", ".join(f"{k} {v:g}" for k, v in known[key].items())
+                for key in ("million_parameters", "updates_per_cycle")
             )
-            flops = f"{known['tflop_per_cycle'] / known['cycle']:.3g}" if "tflop_per_cycle" in known else "–"
-            lines.append(f"| {method} | {parameters} | {updates} | {evaluations(known)} | {flops} |\n")
+            flops = (
+                f"{known['tflop_per_cycle'] / known['cycle']:.3g}"
+                if "tflop_per_cycle" in known
+                else "–"
+            )
+            lines.append(
+                f"| {method} | {parameters} | {updates} | {evaluations(known)} | {flops} |\n"
+            )
     failures = [row for row in result["rows"] if "error" in row and row["status"] != "fp32 only"]
     lines += (
-        ["\n" + "".join(f"- {row['method']}, {row['precision']}: {row['status']}: {row['error']}\n" for row in failures)]
+        [
+            "\n"
+            + "".join(
+                f"- {row['method']}, {row['precision']}: {row['status']}: {row['error']}\n"
+                for row in failures
+            )
+        ]
         if failures
         else []
     )
-    return "\n".join(part.rstrip("\n") if part.startswith(("|", "\n|")) else part for part in lines) + "\n"
+    return (
+        "\n".join(part.rstrip("\n") if part.startswith(("|", "\n|")) else part for part in lines)
+        + "\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m perf.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of gpu.json and gpu.md")
-    parser.add_argument("--tiny", action="store_true", help="a small transformer, for machines without a GPU")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="in this order")
-    parser.add_argument("--arms", nargs="+", help="method or method@variant; by default all methods that are discovered")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a small transformer, for machines without a GPU"
+    )
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=list(PRECISIONS),
+        help="in this order",
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        help="method or method@variant; by default all methods that are discovered",
+    )
     parser.add_argument("--batch", type=int, help=f"instead of {FULL.batch}")
     parser.add_argument("--seconds", type=float, default=210, help="no row is begun after so long")
     given = parser.parse_args(arguments)
@@ -372,24 +464,48 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     scale = TINY if given.tiny else FULL
     scale = scale if given.batch is None else replace(scale, batch=given.batch)
     found, broken = folders()
-    chosen = {n: registry.arm(n) for n in given.arms} if given.arms else {n: Arm(f, None) for n, f in found.items()}
+    chosen = (
+        {n: folders.arm(n) for n in given.arms}
+        if given.arms
+        else {n: Arm(f, None) for n, f in found.items()}
+    )
     arms: dict[str, Arm | None] = {BASELINE: None} | chosen
     given.output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "environment": environment(device),
         "scale": asdict(scale),
         "precisions": {name: PRECISIONS[name] for name in given.precisions},
-        "rows": [{"method": n, "precision": "any", "status": "unreadable", "error": e} for n, e in broken.items()],
+        "rows": [
+            {"method": n, "precision": "any", "status": "unreadable", "error": e}
+            for n, e in broken.items()
+        ],
     }
-    for name in given.precisions:  # all methods in one precision first: what time leaves out is a precision, not a method
+    for name in (
+        given.precisions
+    ):  # all methods in one precision first: what time leaves out is a precision, not a method
         for method, arm in arms.items():
             started = time.perf_counter()
             late = started - begun > given.seconds
-            row = {"status": "not begun: no time left"} if late else attempted(arm, name, scale, device)
+            row = (
+                {"status": "not begun: no time left"}
+                if late
+                else attempted(arm, name, scale, device)
+            )
             if not late:
                 free(device)
-            result["rows"].append({"method": method, "precision": name, **row, "seconds": round(time.perf_counter() - started, 2)})
-            what = f"{row['ms_per_step']:.1f} ms/step" if row["status"] == "measured" else f"{row['status']} {row.get('error', '')}"
+            result["rows"].append(
+                {
+                    "method": method,
+                    "precision": name,
+                    **row,
+                    "seconds": round(time.perf_counter() - started, 2),
+                }
+            )
+            what = (
+                f"{row['ms_per_step']:.1f} ms/step"
+                if row["status"] == "measured"
+                else f"{row['status']} {row.get('error', '')}"
+            )
             print(f"{time.perf_counter() - begun:6.1f} s  {name}  {method}: {what}", flush=True)
             if "traceback" in row:
                 print(row["traceback"], flush=True)

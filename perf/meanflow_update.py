@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillbench.jvp import value_and_tangent
-from distillbench.networks import VelocityNetwork
+from distillbench.networks.mlp import VelocityMLP
 
 B, SHAPE, ROUNDS = 128, (1, 8, 8), 60
 
@@ -21,7 +21,7 @@ def measure() -> list[tuple[str, float, float]]:
     """(update, FLOPs / forward, time / flow matching)."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = VelocityNetwork(SHAPE, 10, width=192, depth=3, second_time=True)
+    net = VelocityMLP(SHAPE, 10, width=192, depth=3, second_time=True)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.05)
     x, v, t = torch.randn(B, *SHAPE), torch.randn(B, *SHAPE), torch.rand(B)
@@ -40,7 +40,10 @@ def measure() -> list[tuple[str, float, float]]:
         torch.autograd.grad((function(x, t, s) - v).square().mean(), net.parameters())
 
     def dual(m):
-        torch.autograd.grad(loss_of(*value_and_tangent(function, (x, t, s), (v[:m], one[:m], zero[:m]), False)), net.parameters())
+        torch.autograd.grad(
+            loss_of(*value_and_tangent(function, (x, t, s), (v[:m], one[:m], zero[:m]), False)),
+            net.parameters(),
+        )
 
     def official_graph():  # torch.func.jvp with its graph, tangent detached (MeanFlow's PyTorch code)
         u, du = torch.func.jvp(function, (x, t, s), (v, one, zero))
@@ -72,5 +75,7 @@ def measure() -> list[tuple[str, float, float]]:
     for name, run in cases.items():
         with FlopCounterMode(display=False) as counter:
             run()
-        rows.append((name, counter.get_total_flops() / forward, statistics.median(seconds[name]) / base))
+        rows.append(
+            (name, counter.get_total_flops() / forward, statistics.median(seconds[name]) / base)
+        )
     return rows

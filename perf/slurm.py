@@ -23,13 +23,21 @@ from pathlib import Path
 
 import psutil
 
-from distillbench.launcher import read
-from distillbench.slurm_job import OUTCOME, STARTED
+from distillbench.cluster.job import OUTCOME, STARTED
+from distillbench.cluster.launcher import read
 from perf.__main__ import machine
 from tests.conftest import Checkout
 from tests.slurm.cluster import Cluster
 
-REQUEST = {"nodes": 1, "ranks": 1, "gpus": 0, "cpus": 1, "memory_gb": 1, "minutes": 10, "time_limits": 1}
+REQUEST = {
+    "nodes": 1,
+    "ranks": 1,
+    "gpus": 0,
+    "cpus": 1,
+    "memory_gb": 1,
+    "minutes": 10,
+    "time_limits": 1,
+}
 REQUEST |= {"tries": 1, "backoff_s": 0, "sbatch": {}}
 AT_ONCE = 6
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "srun")
@@ -47,7 +55,10 @@ rule train:
 def checkout(folder: Path, cluster: Cluster) -> Checkout:
     folder.mkdir()
     made = Checkout(folder)
-    made.environment |= {"SLURM_CONF": cluster.environment["SLURM_CONF"], "PATH": f"{made.environment['PATH']}:/usr/sbin"}
+    made.environment |= {
+        "SLURM_CONF": cluster.environment["SLURM_CONF"],
+        "PATH": f"{made.environment['PATH']}:/usr/sbin",
+    }
     (folder / "results/runs").mkdir(parents=True, exist_ok=True)
     return made
 
@@ -55,8 +66,18 @@ def checkout(folder: Path, cluster: Cluster) -> Checkout:
 def noticed(site: Checkout, cluster: Cluster, dies: bool, index: int) -> float:
     """Seconds from a job's end, or from the kill of all its processes, until its launcher has ended."""
     stamp = site.folder / f"results/runs/dummy/{'dies' if dies else 'ends'}/{index}.trained"
-    command = [sys.executable, "-m", "distillbench.dispatch", "slurm", str(stamp), json.dumps(REQUEST), "list"]
-    process = subprocess.Popen(command, cwd=site.folder, env=site.environment, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "distillbench.dispatch",
+        "slurm",
+        str(stamp),
+        json.dumps(REQUEST),
+        "list",
+    ]
+    process = subprocess.Popen(
+        command, cwd=site.folder, env=site.environment, stderr=subprocess.PIPE, text=True
+    )
     folder = Path(f"{stamp}.slurm")
     if dies:
         while (number := read(folder / STARTED).get("job")) is None:
@@ -79,7 +100,9 @@ def notice(folder: Path, jobs: int) -> str:
                 with ThreadPoolExecutor(AT_ONCE) as pool:
                     found = list(pool.map(partial(noticed, site, cluster, dies), range(jobs)))
                 what = f"{'killed' if dies else 'done'} | {'with' if accounting else 'without'}"
-                rows.append(f"| {what} | {jobs} | {statistics.median(found):.1f} | {max(found):.1f} |")
+                rows.append(
+                    f"| {what} | {jobs} | {statistics.median(found):.1f} | {max(found):.1f} |"
+                )
         finally:
             cluster.stop()
     return "\n".join(rows)
@@ -90,7 +113,13 @@ class Memory(threading.Thread):
 
     def __init__(self, folder: Path):
         super().__init__(daemon=True)
-        self.folder, self.ended, self.processes, self.resident, self.proportional = folder, threading.Event(), 0, 0.0, 0.0
+        self.folder, self.ended, self.processes, self.resident, self.proportional = (
+            folder,
+            threading.Event(),
+            0,
+            0.0,
+            0.0,
+        )
 
     def run(self) -> None:
         while not self.ended.wait(2):
@@ -98,13 +127,23 @@ class Memory(threading.Thread):
             for one in psutil.process_iter(["cmdline"]):
                 words = " ".join(one.info["cmdline"] or [])
                 try:
-                    if ("distillbench.dispatch slurm" in words or "snakemake" in words) and one.cwd() == str(self.folder):
+                    if (
+                        "distillbench.dispatch slurm" in words or "snakemake" in words
+                    ) and one.cwd() == str(self.folder):
                         found = one.memory_full_info()
-                        resident, proportional, count = resident + found.rss, proportional + found.pss, count + 1
+                        resident, proportional, count = (
+                            resident + found.rss,
+                            proportional + found.pss,
+                            count + 1,
+                        )
                 except psutil.Error:
                     continue
             if resident > 1e6 * self.resident:
-                self.processes, self.resident, self.proportional = count, resident / 1e6, proportional / 1e6
+                self.processes, self.resident, self.proportional = (
+                    count,
+                    resident / 1e6,
+                    proportional / 1e6,
+                )
 
 
 def scale(folder: Path, cells: int) -> str:
@@ -112,25 +151,49 @@ def scale(folder: Path, cells: int) -> str:
     cluster = Cluster(folder / "cluster", cpus=4)
     try:
         site = checkout(folder / "scale", cluster)
-        site.write("Snakefile", SNAKEFILE.format(cells=cells, request=json.dumps(REQUEST | {"tries": 3, "backoff_s": 5})))
+        site.write(
+            "Snakefile",
+            SNAKEFILE.format(
+                cells=cells, request=json.dumps(REQUEST | {"tries": 3, "backoff_s": 5})
+            ),
+        )
         for name in COMMANDS:
             real = shutil.which(name)
-            site.write(f"bin/{name}", f'#!/bin/sh\necho >> {folder}/{name}.count\nexec {real} "$@"\n').chmod(0o755)
+            site.write(
+                f"bin/{name}", f'#!/bin/sh\necho >> {folder}/{name}.count\nexec {real} "$@"\n'
+            ).chmod(0o755)
         site.environment["PATH"] = f"{site.folder}/bin:{site.environment['PATH']}"
         memory = Memory(site.folder)
         memory.start()
         began = time.monotonic()
         log = site.folder / "log"
         with open(log, "w") as f:
-            code = subprocess.run(["snakemake", "--profile", "slurm"], cwd=site.folder, env=site.environment, stdout=f, stderr=f).returncode
+            code = subprocess.run(
+                ["snakemake", "--profile", "slurm"],
+                cwd=site.folder,
+                env=site.environment,
+                stdout=f,
+                stderr=f,
+            ).returncode
         seconds = time.monotonic() - began
         memory.ended.set()
         text = log.read_text()
         collected = len(list(site.folder.glob("results/runs/dummy/arm/*.trained")))
         submitted = len(set(re.findall(r"job (\d+) submitted", text)))
-        said = "\n".join(line for line in text.splitlines() if line.startswith(("list: ", "distillbench: ")) and "submitted" not in line)
-        assert code == 0 and collected == cells <= submitted, f"{collected} of {cells}, {submitted} submitted\n{said[:5000]}"
-        counts = {name: (path.read_text().count("\n") if (path := folder / f"{name}.count").exists() else 0) for name in COMMANDS}
+        said = "\n".join(
+            line
+            for line in text.splitlines()
+            if line.startswith(("list: ", "distillbench: ")) and "submitted" not in line
+        )
+        assert code == 0 and collected == cells <= submitted, (
+            f"{collected} of {cells}, {submitted} submitted\n{said[:5000]}"
+        )
+        counts = {
+            name: (
+                path.read_text().count("\n") if (path := folder / f"{name}.count").exists() else 0
+            )
+            for name in COMMANDS
+        }
     finally:
         cluster.stop()
     reasons = Counter(re.findall(r"job \d+ lost: (\w+(?: \(\w+\))?)", text))
@@ -149,7 +212,9 @@ Largest memory of Snakemake and the launchers that wait, {memory.processes} proc
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m perf.slurm", description=__doc__)
     parser.add_argument("--cells", type=int, default=1000)
-    parser.add_argument("--jobs", type=int, default=24, help="per kind of end, with and without accounting")
+    parser.add_argument(
+        "--jobs", type=int, default=24, help="per kind of end, with and without accounting"
+    )
     chosen, where = parser.parse_args(), machine()
     with tempfile.TemporaryDirectory() as name:
         rows = notice(Path(name), chosen.jobs)

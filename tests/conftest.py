@@ -46,8 +46,19 @@ class Checkout:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        for name in ("Snakefile", "workflows/rules", "workflows/resources.yaml", "profiles", "slurm", "methods"):
+        self.environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        for name in (
+            "Snakefile",
+            "workflows/rules",
+            "workflows/resources.yaml",
+            "profiles",
+            "slurm",
+            "methods",
+        ):
             source = ROOT / name
             if source.is_dir():
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -56,7 +67,10 @@ class Checkout:
                 shutil.copyfile(source, folder / name)
         self.write("distillbench.yaml", "method_paths: []\n")
         for name in ("check-mixture", "check-digits"):
-            self.write(f"workflows/benchmarks/{name}.yaml", (ROOT / f"workflows/benchmarks/{name}.yaml").read_text())
+            self.write(
+                f"workflows/benchmarks/{name}.yaml",
+                (ROOT / f"workflows/benchmarks/{name}.yaml").read_text(),
+            )
         for name, text in (("tiny", DIGITS), ("tiny-ring", RING)):
             self.write(f"workflows/benchmarks/{name}.yaml", text)
             self.write(f"workflows/tables/{name}.yaml", TABLE.format(name=name))
@@ -69,7 +83,14 @@ class Checkout:
 
     def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """`distillbench ...` or `snakemake ...` here."""
-        return subprocess.run(list(command), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            list(command),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
 
     def snakemake(self, *targets: str, cores: int = 2) -> subprocess.CompletedProcess[str]:
         return self.run("snakemake", "--cores", str(cores), *targets)
@@ -77,7 +98,9 @@ class Checkout:
     def metrics(self) -> dict[str, bytes]:
         """The bytes of every metrics.json by path."""
         runs = self.folder / "results/runs"
-        return {str(p.relative_to(runs)): p.read_bytes() for p in sorted(runs.rglob("metrics.json"))}
+        return {
+            str(p.relative_to(runs)): p.read_bytes() for p in sorted(runs.rglob("metrics.json"))
+        }
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list:

@@ -10,30 +10,37 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from distillbench import cli
-from distillbench import data as data_sets
+from distillbench.cli import main
 from distillbench.config import DigitsData
-from eval import evaluate
+from distillbench.data import kinds
+from distillbench.data.images import Images, to_bytes
+from eval.metrics.evaluate import GENERATORS
 
 N = 1000  # samples of the benchmark `tiny`
 FLAT = ["--benchmark", "tiny"]
 
 
 @cache
-def digits() -> data_sets.Images:
+def digits() -> Images:
     """The benchmark's data, images as bytes."""
-    found = data_sets.load(DigitsData(kind="digits"))
-    return data_sets.Images(
-        data_sets.to_bytes(found.train), found.train_labels, data_sets.to_bytes(found.reference), found.reference_labels, 10
+    found = kinds.load(DigitsData(kind="digits"))
+    return Images(
+        to_bytes(found.train),
+        found.train_labels,
+        to_bytes(found.reference),
+        found.reference_labels,
+        10,
     )
 
 
 @cache
 def memorised() -> Tensor:
     """N images drawn from the training half, classes in turn: the fixed row `memoriser` of seed 0."""
-    generators = [g.__name__ for g in evaluate.GENERATORS]
+    generators = [g.__name__ for g in GENERATORS]
     index = generators.index("memoriser")
-    return evaluate.GENERATORS[index](digits().train, digits().train_labels, N, np.random.default_rng([0, index]))
+    return GENERATORS[index](
+        digits().train, digits().train_labels, N, np.random.default_rng([0, index])
+    )
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -41,7 +48,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     code = 0
     argv, sys.argv = sys.argv, ["distillbench", *arguments]
     try:
-        cli.main()
+        main.main()
     except SystemExit as e:
         code = int(e.code or 0)
     finally:

@@ -14,20 +14,38 @@ LOG = Path(__file__).with_name("slow.md")
 
 
 def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=LOG.parent, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=LOG.parent, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "slow", "-n", "1", f"--junitxml={report}", str(LOG.parent)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "slow",
+            "-n",
+            "1",
+            f"--junitxml={report}",
+            str(LOG.parent),
+        ]
         code = subprocess.run(command).returncode
         cases = ElementTree.parse(report).getroot().iter("testcase")
         lines = []
         for case in cases:
-            ended = next((c.tag for c in case if c.tag in ("failure", "error", "skipped")), "passed")
-            lines.append(f"| {case.get('classname')} {case.get('name')} | {ended} | {float(case.get('time', 0)):.0f} |")
-    dirty = " with uncommitted changes" if git("status", "--porcelain", "--", "..", ":!slow.md") else ""
+            ended = next(
+                (c.tag for c in case if c.tag in ("failure", "error", "skipped")), "passed"
+            )
+            lines.append(
+                f"| {case.get('classname')} {case.get('name')} | {ended} | {float(case.get('time', 0)):.0f} |"
+            )
+    dirty = (
+        " with uncommitted changes" if git("status", "--porcelain", "--", "..", ":!slow.md") else ""
+    )
     head = [
         "# Slow tests",
         "",

@@ -10,31 +10,45 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from distillbench import config, features, paths, registry
+from distillbench import features, paths, reading
+from distillbench.config import MethodFile
 from distillbench.meter import Meter
-from distillbench.method import Batch, Condition, Step, Task
-from distillbench.networks import VelocityNetwork
+from distillbench.method import Batch, Condition, Step, Task, Teacher
+from distillbench.networks.mlp import VelocityMLP
+from distillbench.registry import folders
 from distillbench.seeds import Rng
-from distillbench.teachers import Teacher
 from tests.conftest import captured
 from tests.toys import random_task, weights
 
 ROOT = Path(__file__).parents[1]
-ADD = registry.load(SimpleNamespace(name="add", path=ROOT / "methods/add"))
+ADD = folders.load(SimpleNamespace(name="add", path=ROOT / "methods/add"))
 method = sys.modules[ADD.__module__]
 SHAPE, N = (1, 4, 4), 16
 SETTINGS = {
-    "batch": N, "init": "teacher", "levels": [1.0], "adversarial": True, "features": "random", "kernel": None, "pixel": False,
-    "conditional": True, "hidden": 8, "r1": 0.5, "distillation": 0.3, "weighting": "exponential",
-    "student": {"lr": 1e-2}, "discriminator": {"lr": 1e-2},
-}  # fmt: skip
+    "batch": N,
+    "init": "teacher",
+    "levels": [1.0],
+    "adversarial": True,
+    "features": "random",
+    "kernel": None,
+    "pixel": False,
+    "conditional": True,
+    "hidden": 8,
+    "r1": 0.5,
+    "distillation": 0.3,
+    "weighting": "exponential",
+    "student": {"lr": 1e-2},
+    "discriminator": {"lr": 1e-2},
+}
 
 
 def made(**changes) -> tuple:
     """ADD with a random teacher and the features of small images."""
     settings = ADD.Config.model_validate(SETTINGS | changes)
     torch.manual_seed(2)
-    frozen = features.untrained(SHAPE).requires_grad_(False) if ADD.needs(settings).features else None  # withheld unless asked for
+    frozen = (
+        features.untrained(SHAPE).requires_grad_(False) if ADD.needs(settings).features else None
+    )  # withheld unless asked for
     task = random_task(SHAPE, features=frozen)
     return ADD(task, settings), task
 
@@ -80,18 +94,34 @@ def test_the_distillation_gradient_in_velocities(weighting):  # tests 1, 2
         expected = (1 - tt) * tt**2 * (v - (e - x))
     torch.testing.assert_close(gradient, expected / x.numel())
     assert gradient.isfinite().all()
-    (through,) = torch.autograd.grad(((1 - tt) * (leaf - paths.denoiser(paths.noised(leaf, e, t), v, t)).square()).mean(), leaf)
-    other = 2 * (1 - tt) * tt**2 * (v - (e - x)) / x.numel()  # planted: x_psi with its graph; w = 2 t^2
-    assert all((gradient - planted).abs().max() > 1e-3 for planted in (through, other, -expected / x.numel()))
+    (through,) = torch.autograd.grad(
+        ((1 - tt) * (leaf - paths.denoiser(paths.noised(leaf, e, t), v, t)).square()).mean(), leaf
+    )
+    other = (
+        2 * (1 - tt) * tt**2 * (v - (e - x)) / x.numel()
+    )  # planted: x_psi with its graph; w = 2 t^2
+    assert all(
+        (gradient - planted).abs().max() > 1e-3
+        for planted in (through, other, -expected / x.numel())
+    )
 
 
 def test_sds_in_noise_is_dreamfusions_gradient():  # test 2: w (eps_psi - e) = w(t) (1-t) (v - (e - x))
-    x, e, v, t = double(6, 3), double(6, 3, seed=1), double(6, 3, seed=2), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    x, e, v, t = (
+        double(6, 3),
+        double(6, 3, seed=1),
+        double(6, 3, seed=2),
+        torch.linspace(0.1, 0.9, 6, dtype=torch.float64),
+    )
     eps = paths.noise(paths.noised(x, e, t), v, t)
     tt, leaf = t[:, None], x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(method.distillation_loss(leaf, v, paths.noised(x, e, t), t, "sds"), leaf)
+    (gradient,) = torch.autograd.grad(
+        method.distillation_loss(leaf, v, paths.noised(x, e, t), t, "sds"), leaf
+    )
     torch.testing.assert_close(gradient * x.numel(), tt**2 * (eps - e))
-    assert not torch.allclose(gradient * x.numel(), tt**2 * (1 - tt) * (eps - e), atol=1e-2)  # planted: alpha twice
+    assert not torch.allclose(
+        gradient * x.numel(), tt**2 * (1 - tt) * (eps - e), atol=1e-2
+    )  # planted: alpha twice
 
 
 # A Gaussian teacher N(0, width^2) and a student x = a z. Everything is linear, so the four points of (z, e) are exact.
@@ -106,7 +136,9 @@ def gaussian_velocity(x: Tensor, t: Tensor, width: float, mean: float = 0.0) -> 
     return (t - (1 - t) * width**2) / variance * (x - (1 - t) * mean) - mean
 
 
-def distillation(a: Tensor, width: float, weighting: str, mean: float = 0.0, shift: float | Tensor = 0.0) -> Tensor:
+def distillation(
+    a: Tensor, width: float, weighting: str, mean: float = 0.0, shift: float | Tensor = 0.0
+) -> Tensor:
     """E over z, e, t of the distillation loss of x = shift + a z."""
     z, e, t = Z.repeat(len(TIMES)), E.repeat(len(TIMES)), TIMES.repeat_interleave(4)
     x = (shift + a * z)[:, None]
@@ -123,15 +155,25 @@ def kappa(width: float, weighting: str) -> float:
 
 @pytest.mark.parametrize("weighting", ["exponential", "sds"])
 @pytest.mark.parametrize("width", [0.3, 1.0])
-def test_the_teacher_pulls_every_sample_to_its_mean(width, weighting):  # test 4, README 'What the distillation term does'
+def test_the_teacher_pulls_every_sample_to_its_mean(
+    width, weighting
+):  # test 4, README 'What the distillation term does'
     """dL/da = 2 kappa a and dL/dshift = 2 kappa (shift - mean), whatever a is: zero at a = 0 alone, not at the teacher's width."""
     for a in (0.1, width, 2.0):
         leaf, shift = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, 0.7))
-        slopes = torch.autograd.grad(distillation(leaf, width, weighting, mean=0.2, shift=shift), (leaf, shift))
+        slopes = torch.autograd.grad(
+            distillation(leaf, width, weighting, mean=0.2, shift=shift), (leaf, shift)
+        )
         assert slopes[0].item() == pytest.approx(2 * kappa(width, weighting) * a, rel=1e-6)
-        assert slopes[1].item() == pytest.approx(2 * kappa(width, weighting) * (0.7 - 0.2), rel=1e-6)
-        assert slopes[0] > 0  # planted: a loss with its optimum at the teacher would change sign at a = width
-    assert kappa(1.0, "exponential") == pytest.approx(math.pi / 8 - 1 / 4, rel=1e-6)  # the README's numbers
+        assert slopes[1].item() == pytest.approx(
+            2 * kappa(width, weighting) * (0.7 - 0.2), rel=1e-6
+        )
+        assert (
+            slopes[0] > 0
+        )  # planted: a loss with its optimum at the teacher would change sign at a = width
+    assert kappa(1.0, "exponential") == pytest.approx(
+        math.pi / 8 - 1 / 4, rel=1e-6
+    )  # the README's numbers
     assert kappa(1.0, "sds") == pytest.approx(1 / 24, rel=1e-6)
 
 
@@ -155,20 +197,33 @@ class Quadratic(nn.Module):
         return self.w * x.square().sum(1)
 
 
-def slopes(a: float, w: float, gamma: float, weight: float, width: float, heads: int = 1, d: int = 1) -> tuple[float, float]:
+def slopes(
+    a: float, w: float, gamma: float, weight: float, width: float, heads: int = 1, d: int = 1
+) -> tuple[float, float]:
     """d/da of the student's loss and d/dw of the first head's, for equal quadratic heads on samples of d coordinates."""
-    scale, judges = torch.tensor(a, dtype=torch.float64, requires_grad=True), [Quadratic(w) for _ in range(heads)]
+    scale, judges = (
+        torch.tensor(a, dtype=torch.float64, requires_grad=True),
+        [Quadratic(w) for _ in range(heads)],
+    )
     z = Z[:, None].expand(4, d)
     fake, real = scale * z, (width * z).requires_grad_()
-    student = method.generator_loss([head(fake, None) for head in judges]) + weight * distillation(scale, width, "exponential")
+    student = method.generator_loss([head(fake, None) for head in judges]) + weight * distillation(
+        scale, width, "exponential"
+    )
     d_real, d_fake = ([head(x, None) for head in judges] for x in (real, fake.detach()))
-    loss = method.discriminator_loss(d_real, d_fake) + gamma * method.penalty(d_real, [real] * heads)
-    return torch.autograd.grad(student, scale)[0].item(), torch.autograd.grad(loss, judges[0].w)[0].item()
+    loss = method.discriminator_loss(d_real, d_fake) + gamma * method.penalty(
+        d_real, [real] * heads
+    )
+    return torch.autograd.grad(student, scale)[0].item(), torch.autograd.grad(loss, judges[0].w)[
+        0
+    ].item()
 
 
 @pytest.mark.parametrize("heads,d", [(1, 1), (1, 4), (3, 2)])
 @pytest.mark.parametrize("width", [0.5, 1.0])
-def test_the_width_that_both_losses_settle_at(width, heads, d):  # README 'What the distillation term does'
+def test_the_width_that_both_losses_settle_at(
+    width, heads, d
+):  # README 'What the distillation term does'
     """Inside the hinge's margins: w = lambda kappa / (K d) and a^2 = width^2 (1 - 8 lambda gamma kappa / (K d))."""
     weight, gamma, k = 0.3, 1.0, kappa(width, "exponential")
     w = weight * k / (heads * d)
@@ -177,8 +232,12 @@ def test_the_width_that_both_losses_settle_at(width, heads, d):  # README 'What 
     assert max(map(abs, at(a, w, gamma, weight))) < 1e-6
     assert a < 0.98 * width  # no small matter
     pulled, blind = at(width, 0.0, gamma, weight)
-    assert pulled > 0.01 and abs(blind) < 1e-12  # at the data's width the heads see no difference; the teacher still pulls inwards
-    assert max(map(abs, at(width, 0.0, gamma, 0.0))) < 1e-12  # the adversarial loss alone rests there
+    assert (
+        pulled > 0.01 and abs(blind) < 1e-12
+    )  # at the data's width the heads see no difference; the teacher still pulls inwards
+    assert (
+        max(map(abs, at(width, 0.0, gamma, 0.0))) < 1e-12
+    )  # the adversarial loss alone rests there
     for planted in ((a, w, 2 * gamma, weight), (a, w, gamma, 2 * weight), (a, -w, gamma, weight)):
         assert max(map(abs, at(*planted))) > 0.01
 
@@ -188,9 +247,13 @@ def test_the_width_that_both_losses_settle_at(width, heads, d):  # README 'What 
 
 def test_losses_are_summed_over_heads():  # test 3
     zero, some = torch.zeros(4, 2), torch.full((4, 2), 0.3)
-    assert method.discriminator_loss([zero] * 5, [zero] * 5) == 10 and method.generator_loss([some] * 5).item() == pytest.approx(-1.5)
+    assert method.discriminator_loss([zero] * 5, [zero] * 5) == 10 and method.generator_loss(
+        [some] * 5
+    ).item() == pytest.approx(-1.5)
     assert method.discriminator_loss([zero + 1] * 5, [zero - 1] * 5) == 0
-    assert method.discriminator_loss([zero - 1] * 5, [zero + 1] * 5) == 20  # planted: real and generated exchanged
+    assert (
+        method.discriminator_loss([zero - 1] * 5, [zero + 1] * 5) == 20
+    )  # planted: real and generated exchanged
 
 
 def student_samples(m, data: Batch) -> Tensor:
@@ -225,16 +288,23 @@ def test_r1_is_taken_in_what_each_head_is_given(monkeypatch):  # test 6
     data = batch()
     pixels = data.x.clone().requires_grad_()
     given = [f.detach().requires_grad_() for f in m.features(data.x)]
-    own = [torch.autograd.grad(d.sum(), f)[0] for d, f in zip(m.judge(given, data.cond.labels), given)]
+    own = [
+        torch.autograd.grad(d.sum(), f)[0] for d, f in zip(m.judge(given, data.cond.labels), given)
+    ]
     expected = sum(g.square().flatten(1).sum(1).mean() for g in own)
-    below = [torch.autograd.grad(d.sum(), pixels, retain_graph=True)[0] for d in m.judge(m.features(pixels), data.cond.labels)]
+    below = [
+        torch.autograd.grad(d.sum(), pixels, retain_graph=True)[0]
+        for d in m.judge(m.features(pixels), data.cond.labels)
+    ]
     in_pixels = sum(g.square().flatten(1).sum(1).mean() for g in below)
     m.discriminator.update = lambda loss: None
     logged = m.train_step(data, step())
     torch.testing.assert_close(calls[0][1], expected)
     assert logged["r1"] == calls[0][1] and not data.x.requires_grad
     assert abs(in_pixels - expected) > 0.1 * expected  # planted
-    silent = [0 * d + 1.0 for d in m.judge(given, data.cond.labels)]  # heads that ignore their input
+    silent = [
+        0 * d + 1.0 for d in m.judge(given, data.cond.labels)
+    ]  # heads that ignore their input
     assert method.penalty(silent, given) == 0
 
 
@@ -247,8 +317,12 @@ def test_losses_add_up(monkeypatch, gamma):  # Eqs. 1, 3
         player.update = lambda loss, original=original: losses.append(loss.item()) or original(loss)
     logged = {k: v.item() for k, v in m.train_step(batch(), step()).items()}
     assert losses[0] == pytest.approx(logged["generator"] + 2.5 * logged["distillation"], rel=1e-5)
-    assert losses[1] == pytest.approx(logged["discriminator"] + gamma * logged.get("r1", 0.0), rel=1e-5)
-    assert ("r1" in logged) == (gamma > 0) and logged["distillation"] > 0.01  # planted: lambda 1 would show
+    assert losses[1] == pytest.approx(
+        logged["discriminator"] + gamma * logged.get("r1", 0.0), rel=1e-5
+    )
+    assert ("r1" in logged) == (gamma > 0) and logged[
+        "distillation"
+    ] > 0.01  # planted: lambda 1 would show
 
 
 # Student, teacher and their times
@@ -257,20 +331,40 @@ def test_losses_add_up(monkeypatch, gamma):  # Eqs. 1, 3
 def test_the_teacher_sees_the_noised_sample_and_nothing_else(monkeypatch):  # test 5
     n = 4096
     m, task = made(batch=n, levels=[0.25] * 4)
-    asked, made_of, calls = inputs(task.teacher.network), inputs(m.net), captured(monkeypatch, method, "distillation_loss")
+    asked, made_of, calls = (
+        inputs(task.teacher.network),
+        inputs(m.net),
+        captured(monkeypatch, method, "distillation_loss"),
+    )
     data = batch(n=n)
     m.train_step(data, step())
     assert len(asked) == len(made_of) == 1
     (x_t, t, labels), (x_s, s, _) = asked[0], made_of[0]
     (x, _, seen, t_again, _), _ = calls[0]
-    assert torch.equal(x_t, seen) and torch.equal(t, t_again) and torch.equal(labels, data.cond.labels)
+    assert (
+        torch.equal(x_t, seen) and torch.equal(t, t_again) and torch.equal(labels, data.cond.labels)
+    )
     assert x.requires_grad and not x_t.requires_grad  # with stop-gradient
     again = step()
-    torch.testing.assert_close(x_t, paths.noised(x.detach(), again.rng("teacher e").normal(n, *SHAPE), again.rng("t").uniform(n)))
-    assert not torch.allclose(x_t, paths.noised(x.detach(), again.rng("e").normal(n, *SHAPE), t), atol=0.1)  # planted: the student's noise
-    assert not torch.allclose(x_t, x_s, atol=0.1) and not torch.equal(t, s)  # planted: the teacher on the student's own input
-    assert t.min() < 0.01 and t.max() > 0.99 and abs(torch.corrcoef(torch.stack([t, s]))[0, 1]) < 0.06
-    e, e_t = ((state - paths.noised(clean, 0 * clean, time)).flatten() for state, time, clean in ((x_s, s, data.x), (x_t, t, x.detach())))
+    torch.testing.assert_close(
+        x_t,
+        paths.noised(
+            x.detach(), again.rng("teacher e").normal(n, *SHAPE), again.rng("t").uniform(n)
+        ),
+    )
+    assert not torch.allclose(
+        x_t, paths.noised(x.detach(), again.rng("e").normal(n, *SHAPE), t), atol=0.1
+    )  # planted: the student's noise
+    assert not torch.allclose(x_t, x_s, atol=0.1) and not torch.equal(
+        t, s
+    )  # planted: the teacher on the student's own input
+    assert (
+        t.min() < 0.01 and t.max() > 0.99 and abs(torch.corrcoef(torch.stack([t, s]))[0, 1]) < 0.06
+    )
+    e, e_t = (
+        (state - paths.noised(clean, 0 * clean, time)).flatten()
+        for state, time, clean in ((x_s, s, data.x), (x_t, t, x.detach()))
+    )
     assert abs(torch.corrcoef(torch.stack([e, e_t]))[0, 1]) < 0.02
 
 
@@ -279,7 +373,9 @@ def test_the_student_denoises_noised_data():  # section 3.1; (i)
     seen, data, again = inputs(m.net), batch(), step()
     m.train_step(data, step())
     x_s, s, labels = seen[0]
-    assert torch.equal(s, method.draw_level(again.rng("s"), N, (0.25,) * 4)) and torch.equal(labels, data.cond.labels)
+    assert torch.equal(s, method.draw_level(again.rng("s"), N, (0.25,) * 4)) and torch.equal(
+        labels, data.cond.labels
+    )
     torch.testing.assert_close(x_s, paths.noised(data.x, again.rng("e").normal(N, *SHAPE), s))
     x = m.denoise(m.net, labels)(x_s, s)
     torch.testing.assert_close(x, x_s - s[:, None, None, None] * m.net(x_s, s, labels))
@@ -305,7 +401,11 @@ def test_law_of_the_levels():
     law, n = (0.7, 0.1, 0.0, 0.2), 100_000
     s = method.draw_level(Rng(0, "s"), n, law)
     shares = [(s == level).float().mean().item() for level in (1.0, 0.75, 0.5, 0.25)]
-    assert shares == pytest.approx(law, abs=0.01) and sum(shares) == pytest.approx(1, abs=1e-6) and s.dtype == torch.float32
+    assert (
+        shares == pytest.approx(law, abs=0.01)
+        and sum(shares) == pytest.approx(1, abs=1e-6)
+        and s.dtype == torch.float32
+    )
     assert shares[::-1] != pytest.approx(law, abs=0.1)  # planted: the probabilities in rising order
     assert (method.draw_level(Rng(0, "s"), 100, (1.0,)) == 1).all()
     for wrong in ((0.5, 0.4), (1.5, -0.5)):
@@ -313,14 +413,22 @@ def test_law_of_the_levels():
             made(levels=wrong)
 
 
-@pytest.mark.parametrize("law,nfe", [((1.0,), (1,)), ((0.25,) * 4, (1, 2, 4)), ((0.2, 0.3, 0.5), (1, 3))])
+@pytest.mark.parametrize(
+    "law,nfe", [((1.0,), (1,)), ((0.25,) * 4, (1, 2, 4)), ((0.2, 0.3, 0.5), (1, 3))]
+)
 def test_samplers_visit_trained_levels_only(law, nfe):
     m, _ = made(levels=law, student={"lr": 1e-2, "half_lives": {"evaluation": 0.5}})
     m.student.total_updates = 10
     for i in range(2):
         m.train_step(batch(), step(i))
     needs = ADD.needs(m.config)
-    assert needs.nfe == nfe and needs.headline_nfe == 1 and needs.data and needs.teacher and needs.pairs is None
+    assert (
+        needs.nfe == nfe
+        and needs.headline_nfe == 1
+        and needs.data
+        and needs.teacher
+        and needs.pairs is None
+    )
     trained = {1 - i / len(law) for i in range(len(law))}
     z, labels = torch.randn(5, *SHAPE), torch.arange(5) % 3
     net = m.student.averaged()
@@ -337,13 +445,21 @@ def test_samplers_visit_trained_levels_only(law, nfe):
                 t = 1 - (i + 1) / k
                 again = (1 - t) * again + t * rng.normal(5, *SHAPE)
         torch.testing.assert_close(x, again)
-    assert not torch.allclose(m.sample(z, Condition(labels), 1, None), z - m.net(z, torch.ones(5), labels), atol=1e-4)  # not the average
+    assert not torch.allclose(
+        m.sample(z, Condition(labels), 1, None), z - m.net(z, torch.ones(5), labels), atol=1e-4
+    )  # not the average
 
 
 # One step
 
 
-CALLS = {"student": 1, "student.backward": 1, "teacher": 1, "features": 2, "discriminator.backward": 1}
+CALLS = {
+    "student": 1,
+    "student.backward": 1,
+    "teacher": 1,
+    "features": 2,
+    "discriminator.backward": 1,
+}
 HEADS = {"discriminator": 3, "discriminator.1": 3, "discriminator.2": 3}
 CASES = [
     ({}, CALLS | HEADS),
@@ -361,7 +477,11 @@ def test_no_evaluation_more_than_the_algorithm_needs(changes, calls):
     with task.meter.counting():
         logged = m.train_step(batch(), step())
     assert dict(task.meter.calls) == calls
-    assert all(task.meter.rows[role] == n * N for role, n in calls.items() if not role.endswith(".backward"))
+    assert all(
+        task.meter.rows[role] == n * N
+        for role, n in calls.items()
+        if not role.endswith(".backward")
+    )
     assert all(torch.isfinite(v).all() for v in logged.values())
 
 
@@ -373,8 +493,12 @@ def test_r1_costs_no_evaluation_of_the_features():
         with task.meter.measured():
             m.train_step(batch(), step())
         flops.append(task.meter.flops)
-    heads = N * 2 * m.config.hidden * sum(f.shape[1] for f in m.features(batch().x))  # of one product with the hidden layers' weights
-    assert 0 < flops[1] - flops[0] < 5 * heads  # planted: down to pixels, another pass through the features would come on top
+    heads = (
+        N * 2 * m.config.hidden * sum(f.shape[1] for f in m.features(batch().x))
+    )  # of one product with the hidden layers' weights
+    assert (
+        0 < flops[1] - flops[0] < 5 * heads
+    )  # planted: down to pixels, another pass through the features would come on top
     with task.meter.measured():
         before = task.meter.flops
         task.features(batch().x)
@@ -391,7 +515,9 @@ def test_each_update_moves_its_own_player_only():
         def update(loss: Tensor) -> None:
             before = weights(*own), weights(*other)
             original(loss)
-            assert not torch.equal(weights(*own), before[0]) and torch.equal(weights(*other), before[1])
+            assert not torch.equal(weights(*own), before[0]) and torch.equal(
+                weights(*other), before[1]
+            )
             order.append(player.name)
 
         player.update = update
@@ -399,18 +525,28 @@ def test_each_update_moves_its_own_player_only():
     watched(m.student, [m.net], m.heads)
     watched(m.discriminator, m.heads, [m.net])
     m.train_step(batch(), step())
-    assert order == ["student", "discriminator"] and torch.equal(weights(task.teacher.network, task.features), frozen)
-    assert all(p.grad is None for net in (m.net, *m.heads, task.teacher.network, task.features) for p in net.parameters())
+    assert order == ["student", "discriminator"] and torch.equal(
+        weights(task.teacher.network, task.features), frozen
+    )
+    assert all(
+        p.grad is None
+        for net in (m.net, *m.heads, task.teacher.network, task.features)
+        for p in net.parameters()
+    )
 
 
 def test_gradients_pass_through_the_features_to_the_student_and_no_further(monkeypatch):
     m, task = made()
-    generator, discriminator = (captured(monkeypatch, method, name) for name in ("generator_loss", "discriminator_loss"))
+    generator, discriminator = (
+        captured(monkeypatch, method, name) for name in ("generator_loss", "discriminator_loss")
+    )
     original = m.student.update
 
     def update(loss: Tensor) -> None:
         adversarial = generator[0][1]
-        reached = torch.autograd.grad(adversarial, list(m.net.parameters()), retain_graph=True, allow_unused=True)
+        reached = torch.autograd.grad(
+            adversarial, list(m.net.parameters()), retain_graph=True, allow_unused=True
+        )
         assert sum(g.abs().sum() for g in reached if g is not None) > 0
         assert not any(p.requires_grad for p in task.features.parameters())
         original(loss)
@@ -419,8 +555,16 @@ def test_gradients_pass_through_the_features_to_the_student_and_no_further(monke
     m.discriminator.update = lambda loss: None
     m.train_step(batch(), step())
     value = discriminator[0][1]
-    assert all(g is None for g in torch.autograd.grad(value, list(m.net.parameters()), retain_graph=True, allow_unused=True))
-    assert any(g is not None for g in torch.autograd.grad(value, list(m.heads[0].parameters()), allow_unused=True))
+    assert all(
+        g is None
+        for g in torch.autograd.grad(
+            value, list(m.net.parameters()), retain_graph=True, allow_unused=True
+        )
+    )
+    assert any(
+        g is not None
+        for g in torch.autograd.grad(value, list(m.heads[0].parameters()), allow_unused=True)
+    )
     with torch.no_grad():  # planted: features under no_grad lose the student
         lost = m.features(torch.randn(N, *SHAPE))
     assert not any(f.requires_grad for f in lost)
@@ -442,33 +586,59 @@ def test_both_players_use_the_same_samples_in_calls_of_their_own(monkeypatch, ke
         torch.testing.assert_close(found, wanted)
     assert all(torch.equal(labels, data.cond.labels) for _, labels in judged)
     assert judged[0][0].requires_grad and not judged[2][0].requires_grad  # detached for the heads
-    assert not torch.allclose(student_samples(m, data), x, atol=1e-3)  # planted: samples of the updated student
+    assert not torch.allclose(
+        student_samples(m, data), x, atol=1e-3
+    )  # planted: samples of the updated student
 
 
 def test_guidance_reaches_the_teacher_and_not_the_heads():
     one, three = (made()[0].train_step(batch(w), step()) for w in (1.0, 3.0))
-    assert one["generator"] == three["generator"] and abs(one["distillation"] - three["distillation"]) > 1e-3
+    assert (
+        one["generator"] == three["generator"]
+        and abs(one["distillation"] - three["distillation"]) > 1e-3
+    )
 
 
 def test_heads_of_tokens_carry_state_and_learn_on_points():
     """On mixtures: no classes, features of points, a head on the point itself."""
     torch.manual_seed(0)
-    net = VelocityNetwork((2,), 0, 16, 2)
+    net = VelocityMLP((2,), 0, 16, 2)
     frozen = features.untrained((2,)).requires_grad_(False)
-    task = Task((2,), 0, {"width": 16, "depth": 2}, Teacher(net, 0), net, 0, torch.device("cpu"), Meter(), frozen)
-    m = ADD(task, ADD.Config.model_validate(SETTINGS | {"kernel": 1, "pixel": True, "discriminator": {"lr": 1e-2}}))
+    task = Task(
+        (2,),
+        0,
+        {"width": 16, "depth": 2},
+        Teacher(net, 0),
+        net,
+        0,
+        torch.device("cpu"),
+        Meter(),
+        frozen,
+    )
+    m = ADD(
+        task,
+        ADD.Config.model_validate(
+            SETTINGS | {"kernel": 1, "pixel": True, "discriminator": {"lr": 1e-2}}
+        ),
+    )
     x = torch.randn(N, 2)
-    assert [f.shape for f in m.features(x)] == [(N, 1, 64)] * 3 + [(N, 1, 2)] and torch.equal(m.features(x)[3][:, 0], x)
+    assert [f.shape for f in m.features(x)] == [(N, 1, 64)] * 3 + [(N, 1, 2)] and torch.equal(
+        m.features(x)[3][:, 0], x
+    )
     before = {k: v.clone() for k, v in m.discriminator.state_dict().items()}
     logged = m.train_step(Batch(N, Condition(None), x), step())
-    moved = {k for k, v in m.discriminator.state_dict().items() if k in before and not torch.equal(v, before[k])}
+    moved = {
+        k
+        for k, v in m.discriminator.state_dict().items()
+        if k in before and not torch.equal(v, before[k])
+    }
     assert any(k.endswith("._u") for k in moved) and all(torch.isfinite(v) for v in logged.values())
     assert m.sample(torch.randn(5, 2), Condition(None), 1, None).shape == (5, 2)
 
 
 # Variants, as the file names them
 
-FILE = config.read(ROOT / "methods/add/config.yaml", config.MethodFile)
+FILE = reading.read(ROOT / "methods/add/config.yaml", MethodFile)
 
 
 def variant(name: str) -> tuple:
@@ -495,27 +665,41 @@ def test_adv_only():
 def test_distill_only():
     m, task, logged = variant("distill-only")
     assert set(logged) == {"distillation"} and set(task.players) == {"student"}
-    assert ADD.needs(m.config).features is None and task.features is None  # so their training is not charged
+    assert (
+        ADD.needs(m.config).features is None and task.features is None
+    )  # so their training is not charged
 
 
 def test_random_init():
     _, task, _ = variant("random-init")
     x, t, labels = torch.randn(4, *SHAPE), torch.rand(4), torch.arange(4) % 3
-    own, teacher = made(**FILE.variants["random-init"].config)[0].net(x, t, labels), task.teacher.velocity(x, t, Condition(labels))
+    own, teacher = (
+        made(**FILE.variants["random-init"].config)[0].net(x, t, labels),
+        task.teacher.velocity(x, t, Condition(labels)),
+    )
     assert not torch.allclose(own, teacher, atol=1e-2)
-    torch.testing.assert_close(made()[0].net(x, t, labels), teacher)  # the default starts as the teacher
+    torch.testing.assert_close(
+        made()[0].net(x, t, labels), teacher
+    )  # the default starts as the teacher
 
 
 def test_sds():
     _, _, logged = variant("sds")
     base = made()[0].train_step(batch(), step())
-    assert logged["generator"] == base["generator"] and abs(logged["distillation"] - base["distillation"]) > 0.01
+    assert (
+        logged["generator"] == base["generator"]
+        and abs(logged["distillation"] - base["distillation"]) > 0.01
+    )
 
 
 def test_random_features():
     m, _, _ = variant("random-features")
     assert ADD.needs(m.config).features == "random"
-    assert ADD.needs(made(features="self_supervised")[0].config).features == "self_supervised" == FILE.config["features"]
+    assert (
+        ADD.needs(made(features="self_supervised")[0].config).features
+        == "self_supervised"
+        == FILE.config["features"]
+    )
 
 
 def test_unconditional_heads():  # ADD-4
@@ -530,4 +714,8 @@ def test_four_level():
     m, _, _ = variant("four-level")
     seen = inputs(m.net)
     m.train_step(batch(), step(1))
-    assert set(seen[0][1].tolist()) == {1.0, 0.75, 0.5, 0.25} and ADD.needs(m.config).nfe == (1, 2, 4)
+    assert set(seen[0][1].tolist()) == {1.0, 0.75, 0.5, 0.25} and ADD.needs(m.config).nfe == (
+        1,
+        2,
+        4,
+    )

@@ -13,7 +13,12 @@ from distillbench.meter import Meter
 from distillbench.players import Player, PlayerConfig
 
 PAIRS = {
-    "softplus": (adversarial.softplus_generator, adversarial.softplus_discriminator, math.log(2), 2 * math.log(2)),
+    "softplus": (
+        adversarial.softplus_generator,
+        adversarial.softplus_discriminator,
+        math.log(2),
+        2 * math.log(2),
+    ),
     "hinge": (adversarial.hinge_generator, adversarial.hinge_discriminator, 0.0, 2.0),
 }
 
@@ -27,11 +32,17 @@ def double(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("shape", [(6,), (6, 4)])  # [B] and [B, tokens]
-def test_losses_of_a_head_that_knows_nothing(name, shape):  # add.md test 3: 2 for each head at D = 0
+def test_losses_of_a_head_that_knows_nothing(
+    name, shape
+):  # add.md test 3: 2 for each head at D = 0
     generator, discriminator, g0, d0 = PAIRS[name]
     zero = torch.zeros(shape, dtype=torch.float64)
-    assert generator(zero).item() == pytest.approx(g0, abs=1e-15) and discriminator(zero, zero).item() == pytest.approx(d0)
-    assert abs(discriminator(zero, zero).item() - d0 / 2) > 0.5  # planted: half of it, as where the two terms are averaged
+    assert generator(zero).item() == pytest.approx(g0, abs=1e-15) and discriminator(
+        zero, zero
+    ).item() == pytest.approx(d0)
+    assert (
+        abs(discriminator(zero, zero).item() - d0 / 2) > 0.5
+    )  # planted: half of it, as where the two terms are averaged
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -43,7 +54,9 @@ def test_descent_goes_where_each_player_wants(name):
     (g_fake,) = torch.autograd.grad(generator(fake), fake)
     d_real, d_fake = torch.autograd.grad(discriminator(real, fake), (real, fake))
     assert g_fake.max() < 0 and d_real.max() < 0 and d_fake.min() > 0
-    d_real, d_fake = torch.autograd.grad(discriminator(fake, real), (real, fake))  # planted: the arguments exchanged
+    d_real, d_fake = torch.autograd.grad(
+        discriminator(fake, real), (real, fake)
+    )  # planted: the arguments exchanged
     assert d_real.min() > 0 and d_fake.max() < 0
 
 
@@ -51,21 +64,39 @@ def test_gradients_against_closed_forms():
     real, fake = 2 * double(50, seed=1), 2 * double(50, seed=2)
     real.requires_grad_(), fake.requires_grad_()
     gradient = lambda loss, *of: torch.autograd.grad(loss, of)
-    torch.testing.assert_close(gradient(adversarial.softplus_generator(fake), fake)[0], -torch.sigmoid(-fake) / 50)
+    torch.testing.assert_close(
+        gradient(adversarial.softplus_generator(fake), fake)[0], -torch.sigmoid(-fake) / 50
+    )
     d_real, d_fake = gradient(adversarial.softplus_discriminator(real, fake), real, fake)
-    torch.testing.assert_close((d_real, d_fake), (-torch.sigmoid(-real) / 50, torch.sigmoid(fake) / 50))
-    torch.testing.assert_close(gradient(adversarial.hinge_generator(fake), fake)[0], torch.full_like(fake, -1 / 50))
+    torch.testing.assert_close(
+        (d_real, d_fake), (-torch.sigmoid(-real) / 50, torch.sigmoid(fake) / 50)
+    )
+    torch.testing.assert_close(
+        gradient(adversarial.hinge_generator(fake), fake)[0], torch.full_like(fake, -1 / 50)
+    )
     d_real, d_fake = gradient(adversarial.hinge_discriminator(real, fake), real, fake)
-    torch.testing.assert_close((d_real, d_fake), (-(real < 1).double() / 50, (fake > -1).double() / 50))
+    torch.testing.assert_close(
+        (d_real, d_fake), (-(real < 1).double() / 50, (fake > -1).double() / 50)
+    )
     assert (real > 1).any() and (fake < -1).any()  # both sides of the margins are there
-    saturating = gradient(-F.softplus(fake).mean(), fake)[0]  # planted: -log(1 - sigmoid D) taken with the other sign
-    assert not torch.allclose(saturating, gradient(adversarial.softplus_generator(fake), fake)[0], rtol=0.1)
+    saturating = gradient(-F.softplus(fake).mean(), fake)[
+        0
+    ]  # planted: -log(1 - sigmoid D) taken with the other sign
+    assert not torch.allclose(
+        saturating, gradient(adversarial.softplus_generator(fake), fake)[0], rtol=0.1
+    )
 
 
 def test_the_hinge_is_least_beyond_its_margins():  # add.md test 3: D(real) >= 1, D(fake) <= -1
     one = torch.ones(4)
-    assert adversarial.hinge_discriminator(one, -one) == 0 and adversarial.hinge_discriminator(3 * one, -2 * one) == 0
-    assert adversarial.hinge_discriminator(0.9 * one, -one) > 0 and adversarial.hinge_discriminator(one, -0.9 * one) > 0
+    assert (
+        adversarial.hinge_discriminator(one, -one) == 0
+        and adversarial.hinge_discriminator(3 * one, -2 * one) == 0
+    )
+    assert (
+        adversarial.hinge_discriminator(0.9 * one, -one) > 0
+        and adversarial.hinge_discriminator(one, -0.9 * one) > 0
+    )
     assert adversarial.hinge_discriminator(-one, one) == 4
 
 
@@ -76,7 +107,12 @@ def test_at_the_best_discriminator_the_student_descends_half_a_kl(width):
     for a in (0.99 * width, 1.01 * width):
         scale = torch.tensor(a, dtype=torch.float64, requires_grad=True)
         d = math.log(a / width) + 0.5 * (scale * z).square() * (1 / a**2 - 1 / width**2)
-        slope, planted = (torch.autograd.grad(adversarial.softplus_generator(x), scale, retain_graph=True)[0].item() for x in (d, -d))
+        slope, planted = (
+            torch.autograd.grad(adversarial.softplus_generator(x), scale, retain_graph=True)[
+                0
+            ].item()
+            for x in (d, -d)
+        )
         half_kl = 0.5 * (a / width**2 - 1 / a)  # d/da KL(N(0, a^2) | N(0, width^2)) / 2
         assert slope == pytest.approx(half_kl, rel=0.03) and planted * half_kl < 0
 
@@ -86,11 +122,20 @@ def test_at_the_best_discriminator_the_student_descends_half_a_kl(width):
 
 def test_r1_against_closed_forms():
     weight, x = double(5, seed=1), double(7, 5, seed=2).requires_grad_()
-    torch.testing.assert_close(r1(x @ weight, x), weight.square().sum())  # a linear head: |w|^2, wherever
-    torch.testing.assert_close(r1(0.5 * (x.square() @ weight.square()), x), (x * weight.square()).square().sum(1).mean())
+    torch.testing.assert_close(
+        r1(x @ weight, x), weight.square().sum()
+    )  # a linear head: |w|^2, wherever
+    torch.testing.assert_close(
+        r1(0.5 * (x.square() @ weight.square()), x), (x * weight.square()).square().sum(1).mean()
+    )
     tokens = double(7, 3, 5, seed=3).requires_grad_()
-    torch.testing.assert_close(r1(tokens @ weight, tokens), 3 * weight.square().sum())  # over all tokens of a row
-    for planted in (r1(2 * x @ weight, x).sqrt(), r1((x @ weight) / len(x), x)):  # the norm; of a mean over rows
+    torch.testing.assert_close(
+        r1(tokens @ weight, tokens), 3 * weight.square().sum()
+    )  # over all tokens of a row
+    for planted in (
+        r1(2 * x @ weight, x).sqrt(),
+        r1((x @ weight) / len(x), x),
+    ):  # the norm; of a mean over rows
         assert abs(planted - weight.square().sum()) > 0.1
 
 
@@ -105,9 +150,13 @@ def test_r1_is_with_respect_to_the_heads_own_input():  # add.md test 6
     pixels_to_features = nn.Linear(4, 3, dtype=torch.float64)
     features, weight = pixels_to_features(x), double(3, seed=5)
     value = r1(features @ weight, features)
-    torch.testing.assert_close(value, weight.square().sum())  # no trace of the path below the features
+    torch.testing.assert_close(
+        value, weight.square().sum()
+    )  # no trace of the path below the features
     assert abs(r1(features @ weight, x) - value) > 1e-2  # planted: in pixels
-    torch.testing.assert_close(r1((features @ weight) * 0 + 3.0, features), torch.zeros((), dtype=torch.float64))  # ignores its input
+    torch.testing.assert_close(
+        r1((features @ weight) * 0 + 3.0, features), torch.zeros((), dtype=torch.float64)
+    )  # ignores its input
 
 
 # Heads
@@ -118,8 +167,12 @@ def test_a_vector_head_is_a_hidden_layer_and_two_read_outs():
     h = F.silu(x @ head.hidden.weight.T + head.hidden.bias)
     common = h @ head.common.weight[0] + head.common.bias
     torch.testing.assert_close(head(x, labels), common + (h * head.label.weight[labels]).mean(1))
-    assert not torch.allclose(head(x, labels), head(x, (labels + 1) % 3), atol=1e-3)  # planted: other labels
-    torch.testing.assert_close(head(x[:1], labels[:1]), head(x, labels)[:1])  # rows do not see each other
+    assert not torch.allclose(
+        head(x, labels), head(x, (labels + 1) % 3), atol=1e-3
+    )  # planted: other labels
+    torch.testing.assert_close(
+        head(x[:1], labels[:1]), head(x, labels)[:1]
+    )  # rows do not see each other
     plain = VectorHead(5, 8, 0).double()
     assert plain.label is None and plain(x, None).shape == (6,)
     torch.testing.assert_close(plain(x, None), plain(x, labels))
@@ -130,10 +183,19 @@ def test_local_batch_norm_is_torchs_over_its_groups(rows):
     norm, x = LocalBatchNorm(4).double(), 3 * double(rows, 4, 5) + 1
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     groups = x.split(VIRTUAL_BATCH if rows % VIRTUAL_BATCH == 0 else rows)
-    expected = torch.cat([F.batch_norm(g, None, None, norm.weight, norm.bias, training=True, eps=1e-5) for g in groups])
+    expected = torch.cat(
+        [
+            F.batch_norm(g, None, None, norm.weight, norm.bias, training=True, eps=1e-5)
+            for g in groups
+        ]
+    )
     torch.testing.assert_close(norm(x), expected)
     if rows == 16:  # planted: statistics of the whole batch
-        assert not torch.allclose(norm(x), F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=1e-5), atol=1e-2)
+        assert not torch.allclose(
+            norm(x),
+            F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=1e-5),
+            atol=1e-2,
+        )
 
 
 def token_head(classes: int = 3, width: int = 6, hidden: int = 5, kernel: int = 3) -> TokenHead:
@@ -151,7 +213,10 @@ def test_real_and_generated_rows_come_in_calls_of_their_own():  # add.md test 8,
     assert (apart - together).abs().max() > 0.05
     eight = [double(8, 4, 6, seed=s) for s in (1, 2)]  # whole groups do not mix
     labels = torch.arange(8) % 3
-    torch.testing.assert_close(torch.cat([head(x, labels) for x in eight]), head(torch.cat(eight), torch.cat([labels, labels])))
+    torch.testing.assert_close(
+        torch.cat([head(x, labels) for x in eight]),
+        head(torch.cat(eight), torch.cat([labels, labels])),
+    )
 
 
 def test_spectral_norms_are_one():
@@ -184,10 +249,14 @@ def test_a_token_head_against_its_formula():
         k = layer.weight.shape[-1]
         return sum(h.roll(k // 2 - j, 1) @ layer.weight[:, :, j].T for j in range(k)) + layer.bias
 
-    norm = lambda layer, h: F.batch_norm(h.mT, None, None, layer.weight, layer.bias, training=True).mT
+    norm = lambda layer, h: (
+        F.batch_norm(h.mT, None, None, layer.weight, layer.bias, training=True).mT
+    )
     h = F.leaky_relu(norm(head.norm_enter, conv(head.enter, x)), 0.2)
     h = (h + F.leaky_relu(norm(head.norm_mix, conv(head.mix, h)), 0.2)) / math.sqrt(2)
-    expected = (conv(head.leave, h) * head.label.weight[labels][:, None]).sum(2) / math.sqrt(head.leave.out_channels)
+    expected = (conv(head.leave, h) * head.label.weight[labels][:, None]).sum(2) / math.sqrt(
+        head.leave.out_channels
+    )
     torch.testing.assert_close(head(x, labels), expected)
     assert (head(x, labels) - head(x, (labels + 1) % 3)).abs().max() > 0.05  # planted: other labels
 
@@ -205,4 +274,6 @@ def test_tokens_turned_in_a_circle_are_judged_alike():
     head, x, labels = token_head(), double(8, 4, 6), torch.arange(8) % 3
     torch.testing.assert_close(head(x.roll(1, 1), labels), head(x, labels).roll(1, 1))
     swapped = x[:, [1, 0, 2, 3]]
-    assert (head(swapped, labels) - head(x, labels)[:, [1, 0, 2, 3]]).abs().max() > 1e-3  # planted: neighbours do matter
+    assert (
+        head(swapped, labels) - head(x, labels)[:, [1, 0, 2, 3]]
+    ).abs().max() > 1e-3  # planted: neighbours do matter

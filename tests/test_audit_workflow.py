@@ -15,7 +15,9 @@ import yaml
 
 from tests.conftest import ROOT, Checkout
 
-pytestmark = pytest.mark.xdist_group("audit")  # one worker, and so one run of the audit, for all of them
+pytestmark = pytest.mark.xdist_group(
+    "audit"
+)  # one worker, and so one run of the audit, for all of them
 
 FIVE = {"FF-L1", "TVM-T13", "TVM-T16a", "TVM-T16b", "MF-8"}
 RING = """
@@ -41,8 +43,19 @@ reported_again: table3
 
 
 def git(folder: Path, *words: str) -> str:
-    words = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *words)
-    return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+    words = (
+        "git",
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "commit.gpgsign=false",
+        *words,
+    )
+    return subprocess.run(
+        words, cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +64,9 @@ def audited(tmp_path_factory) -> tuple[Checkout, str]:
     folder = tmp_path_factory.mktemp("audit") / "checkout"
     folder.mkdir()
     made = Checkout(folder)
-    shutil.copytree(ROOT / "mechanisms", folder / "mechanisms", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "mechanisms", folder / "mechanisms", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for path in (folder / "methods").glob("*/claims.yaml"):
         found = yaml.safe_load(path.read_text())
         found["claims"] = [c for c in found["claims"] if c["id"] in FIVE]
@@ -66,7 +81,10 @@ def audited(tmp_path_factory) -> tuple[Checkout, str]:
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "claims")
     plan = made.run("distillbench", "plan", "audit")
-    assert "audit: 5 claims, 5 questions; 20 of 20 cells to train" in plan.stdout and "3 measurements of mechanisms" in plan.stdout, plan
+    assert (
+        "audit: 5 claims, 5 questions; 20 of 20 cells to train" in plan.stdout
+        and "3 measurements of mechanisms" in plan.stdout
+    ), plan
     done = made.snakemake("results/audit.md")
     assert done.returncode == 0, done.stderr
     return made, done.stderr
@@ -76,7 +94,10 @@ def test_five_claims_end_to_end(audited):
     made, _ = audited
     found = json.loads((made.folder / "results/audit.json").read_text())
     assert {q["id"] for q in found} == FIVE
-    assert all(q["verdict"] in ("SUPPORTED", "CONTRADICTED", "REVERSED_AT_SCALE", "INCONCLUSIVE") for q in found), found
+    assert all(
+        q["verdict"] in ("SUPPORTED", "CONTRADICTED", "REVERSED_AT_SCALE", "INCONCLUSIVE")
+        for q in found
+    ), found
     assert all(q["seeds_a"] == (3 if q["id"] == "MF-8" else 5) for q in found)
     head = git(made.folder, "rev-parse", "HEAD")
     assert all(q["evidence"]["commits"] == [head] for q in found)
@@ -90,8 +111,14 @@ def test_five_claims_end_to_end(audited):
 
 def test_one_claim_by_its_printed_command(audited):
     made, _ = audited
-    done = made.run("distillbench", "audit", "audit", "--claim", "FF-L1", "--benchmark", "gaussians-ring-small")
-    (said,) = (q for q in json.loads((made.folder / "results/audit.json").read_text()) if q["id"] == "FF-L1")
+    done = made.run(
+        "distillbench", "audit", "audit", "--claim", "FF-L1", "--benchmark", "gaussians-ring-small"
+    )
+    (said,) = (
+        q
+        for q in json.loads((made.folder / "results/audit.json").read_text())
+        if q["id"] == "FF-L1"
+    )
     assert done.returncode == 0, done.stderr
     values = " ".join(f"{v:.3g}" for v in said["evidence"]["values"]["meanflow"])
     assert values in done.stdout and done.stdout.startswith("FF-L1: ")
@@ -111,8 +138,13 @@ def test_a_margin_edited_after_the_runs_shows_until_the_claim_runs_on_fresh_seed
     try:
         path.write_text(yaml.safe_dump(found, sort_keys=False))
         made.run("distillbench", "table", "audit")
-        verdicts = {q["id"]: q["verdict"] for q in json.loads((made.folder / "results/audit.json").read_text())}
-        assert verdicts["TVM-T13"] == "EDITED" and "EDITED" not in {v for k, v in verdicts.items() if k != "TVM-T13"}
+        verdicts = {
+            q["id"]: q["verdict"]
+            for q in json.loads((made.folder / "results/audit.json").read_text())
+        }
+        assert verdicts["TVM-T13"] == "EDITED" and "EDITED" not in {
+            v for k, v in verdicts.items() if k != "TVM-T13"
+        }
         assert "changed after its runs" in (made.folder / "results/audit.md").read_text()
     finally:
         path.write_text(before)
@@ -149,19 +181,33 @@ def test_bundle_and_verify(audited):
     assert path.read_bytes() == (made.folder / "b.tar.gz").read_bytes()
     good = made.run("distillbench", "verify", "a.tar.gz", "--rerun", "1", "--seed", "1")
     assert good.returncode == 0, good.stdout + good.stderr
-    assert "5 verdicts drawn again" in good.stdout and "run again, every metric has the same digits" in good.stdout
+    assert (
+        "5 verdicts drawn again" in good.stdout
+        and "run again, every metric has the same digits" in good.stdout
+    )
     cell = "results/records/audit/gaussians-ring-small/tvm/seed10"
     tampered = [
-        ("results/audit.md", one_byte), ("results/audit.json", one_byte), ("results/audit.csv", one_byte),
+        ("results/audit.md", one_byte),
+        ("results/audit.json", one_byte),
+        ("results/audit.csv", one_byte),
         ("results/audit/tvm.png", one_byte),
-        (f"{cell}/metrics.json", one_byte), (f"{cell}/result.json", one_byte), ("methods/freeflow/claims.yaml", one_byte),
-        ("results/records/audit/frozen.json", one_byte), ("codecheck.yml", one_byte), ("environment.json", one_byte),
-        ("SHA256SUMS", one_byte), ("methods/tvm/method.py", lambda data: None),
-    ]  # fmt: skip
+        (f"{cell}/metrics.json", one_byte),
+        (f"{cell}/result.json", one_byte),
+        ("methods/freeflow/claims.yaml", one_byte),
+        ("results/records/audit/frozen.json", one_byte),
+        ("codecheck.yml", one_byte),
+        ("environment.json", one_byte),
+        ("SHA256SUMS", one_byte),
+        ("methods/tvm/method.py", lambda data: None),
+    ]
     for file, change in tampered:
         repack(path, made.folder / "bad.tar.gz", file, change)
         bad = made.run("distillbench", "verify", "bad.tar.gz")
-        assert bad.returncode in (1, 2) and "Traceback" not in bad.stderr, (file, bad.stdout, bad.stderr)
+        assert bad.returncode in (1, 2) and "Traceback" not in bad.stderr, (
+            file,
+            bad.stdout,
+            bad.stderr,
+        )
         if file != "SHA256SUMS":
             assert f"FAILED  {file} " in bad.stdout, (file, bad.stdout)
 
@@ -181,15 +227,27 @@ def test_a_forger_who_hashes_again_is_found_by_the_verdicts(audited):
     forged = json.dumps(found).encode()
     repack(made.folder / "a.tar.gz", made.folder / "half.tar.gz", file, lambda _: forged)
     old, new = (hashlib.sha256(d).hexdigest().encode() for d in (data, forged))
-    repack(made.folder / "half.tar.gz", made.folder / "bad.tar.gz", "SHA256SUMS", lambda sums: sums.replace(old, new))
+    repack(
+        made.folder / "half.tar.gz",
+        made.folder / "bad.tar.gz",
+        "SHA256SUMS",
+        lambda sums: sums.replace(old, new),
+    )
     bad = made.run("distillbench", "verify", "bad.tar.gz")
-    assert bad.returncode == 1 and "FAILED  FF-L1 on gaussians-ring-small: " in bad.stdout and "rendered again" in bad.stdout
+    assert (
+        bad.returncode == 1
+        and "FAILED  FF-L1 on gaussians-ring-small: " in bad.stdout
+        and "rendered again" in bad.stdout
+    )
 
 
 def test_what_is_no_bundle_is_one_line(audited):
     made, _ = audited
     made.write("text.tar.gz", "no archive")
-    for name, words in (("gone.tar.gz", "no such file"), ("text.tar.gz", "not a whole .tar.gz archive")):
+    for name, words in (
+        ("gone.tar.gz", "no such file"),
+        ("text.tar.gz", "not a whole .tar.gz archive"),
+    ):
         done = made.run("distillbench", "verify", name)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     raw = io.BytesIO()

@@ -14,16 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillbench import config, journal, plan, registry, watch
-from distillbench.cell import NUMERICAL, Cell, describe
-from distillbench.checkpoint import write_tensors
+from distillbench import config
+from distillbench.cells import journal
+from distillbench.cells.cell import NUMERICAL, Cell
+from distillbench.cells.checkpoint import write_tensors
+from distillbench.cells.record import describe, finish
 from distillbench.errors import UserError
-from eval import records
+from distillbench.registry import folders
+from distillbench.tables import plan
+from eval.metrics import key
+from eval.report import records
 from tests.conftest import BIN, Checkout
 
 
 def cell(benchmark: str = "tiny-ring", arm: str | None = "meanflow", seed: int = 0) -> Cell:
-    return Cell(config.benchmark(benchmark), None if arm is None else registry.arm(arm), seed)
+    return Cell(config.benchmark(benchmark), None if arm is None else folders.arm(arm), seed)
 
 
 def edit(path, old: str, new: str) -> None:
@@ -49,24 +54,65 @@ def test_key_follows_everything_that_determines_the_result(checkout: Checkout):
         edit(checkout.folder / path, new, old)
         assert cell().key == before, "reverting an edit finds the old cell again"
     edit(checkout.folder / "methods/meanflow/config.yaml", "title: MeanFlow", "title: Mean flow")
-    edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "timeout_s: 60", "timeout_s: 61\nstall_s: 62")
+    edit(
+        checkout.folder / "workflows/benchmarks/tiny-ring.yaml",
+        "timeout_s: 60",
+        "timeout_s: 61\nstall_s: 62",
+    )
     assert cell().key == before, "a title or a time limit determines no result"
 
 
 def test_every_module_that_computes_is_in_the_key():
-    from distillbench import cell as module
+    from distillbench.cells import cell
+    from distillbench.cells.cell import Path
 
-    others = {"__init__", "cell", "checkpoint", "cli", "config", "dispatch", "errors", "journal", "memory", "overview", "plan"}
-    others |= {"progress", "registry", "scoring", "watch", "check", "instruments", "new", "pages", "tuning", "work", "anatomy", "ranks"}
+    others = {
+        "__init__",
+        "cell",
+        "checkpoint",
+        "cli",
+        "config",
+        "dispatch",
+        "errors",
+        "journal",
+        "memory",
+        "overview",
+        "plan",
+    }
+    others |= {
+        "progress",
+        "registry",
+        "scoring",
+        "watch",
+        "check",
+        "instruments",
+        "new",
+        "pages",
+        "tuning",
+        "work",
+        "anatomy",
+        "ranks",
+    }
     others |= {"cluster", "launcher", "resources", "slurm_job", "squeue"}
-    others |= {"audits", "audit_render", "bundles", "claims", "cli_audit", "cli_publish", "mechanism"}
+    others |= {
+        "audits",
+        "audit_render",
+        "bundles",
+        "claims",
+        "cli_audit",
+        "cli_publish",
+        "mechanism",
+    }
     others |= {"transformer"}  # no benchmark uses it yet
-    files = {p.stem for p in module.Path(module.__file__).parent.glob("*.py")}
+    files = {p.stem for p in Path(cell.__file__).parent.glob("*.py")}
     assert files == set(NUMERICAL) | others
 
 
 def test_a_fresh_cell_is_not_trained_again(checkout: Checkout):
-    assert checkout.run("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0").returncode == 0
+    assert (
+        checkout.run("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0").returncode
+        == 0
+    )
     stamp = cell().record.stat().st_mtime_ns
     again = checkout.run("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0")
     assert again.returncode == 0 and again.stderr == ""
@@ -86,7 +132,9 @@ def test_killed_and_resumed_equals_uninterrupted(checkout: Checkout, arm: str):
     steps = [line for line in journal.read(folder) if "step" in line]
     shutil.rmtree(folder)
 
-    process = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=checkout.folder, env=checkout.environment, stderr=subprocess.DEVNULL
+    )
     while not (folder / "checkpoint.safetensors").exists():
         time.sleep(0.01)
         assert process.poll() is None
@@ -103,20 +151,43 @@ def test_killed_and_resumed_equals_uninterrupted(checkout: Checkout, arm: str):
 
 
 BROKEN = {
-    "noimport": ("import torch\n", "import torch\nimport a_module_nobody_has\n", "failed", "a_module_nobody_has"),
-    "raises": ("        c, n, labels =", "        assert step.index != 7, 'step seven'\n        c, n, labels =", "failed", "step seven"),
-    "nan": ('return logged | {"critic": fake.detach()}', 'return {"critic": fake.detach() / 0}', "diverged", "critic is inf"),
+    "noimport": (
+        "import torch\n",
+        "import torch\nimport a_module_nobody_has\n",
+        "failed",
+        "a_module_nobody_has",
+    ),
+    "raises": (
+        "        c, n, labels =",
+        "        assert step.index != 7, 'step seven'\n        c, n, labels =",
+        "failed",
+        "step seven",
+    ),
+    "nan": (
+        'return logged | {"critic": fake.detach()}',
+        'return {"critic": fake.detach() / 0}',
+        "diverged",
+        "critic is inf",
+    ),
     "shape": (
         "return self.generate(self.student.averaged(), noise, cond.labels)",
-        "return self.generate(self.student.averaged(), noise, cond.labels)[:, :1]", "failed", "expected",
+        "return self.generate(self.student.averaged(), noise, cond.labels)[:, :1]",
+        "failed",
+        "expected",
     ),
     "greedy": (
         "return self.generate(self.student.averaged(), noise, cond.labels)",
         "return self.generate(self.student.averaged(), self.generate(self.student.averaged(), noise, cond.labels), cond.labels)",
-        "failed", "2 network evaluations at nfe=1",
+        "failed",
+        "2 network evaluations at nfe=1",
     ),
-    "exits": ("        c, n, labels =", "        raise SystemExit(0)\n        c, n, labels =", "failed", "SystemExit"),
-}  # fmt: skip
+    "exits": (
+        "        c, n, labels =",
+        "        raise SystemExit(0)\n        c, n, labels =",
+        "failed",
+        "SystemExit",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", list(BROKEN))
@@ -134,7 +205,10 @@ def test_a_broken_method_costs_its_own_row(checkout: Checkout, name: str):
 BAD = [
     (["train", "tinny", "dmd"], "unknown benchmark 'tinny', did you mean 'tiny'?"),
     (["train", "tiny", "dmb"], "unknown method 'dmb', did you mean 'dmd'?"),
-    (["train", "tiny", "dmd@no-regresion"], "unknown variant 'no-regresion', did you mean 'no-regression'?"),
+    (
+        ["train", "tiny", "dmd@no-regresion"],
+        "unknown variant 'no-regresion', did you mean 'no-regression'?",
+    ),
     (["train", "tiny", "dmd", "--seeds", "0;1"], "--seeds: '0;1' is not a comma-separated list"),
     (["plan", "tabl"], "unknown table 'tabl'"),
     (["sample", "tiny", "dmd", "--output", "x.jpg"], "must end in .png or .safetensors"),
@@ -143,7 +217,9 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments,message", BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_a_mistyped_command_is_one_line_and_exit_code_2(checkout: Checkout, arguments: list[str], message: str):
+def test_a_mistyped_command_is_one_line_and_exit_code_2(
+    checkout: Checkout, arguments: list[str], message: str
+):
     done = checkout.run("distillbench", *arguments)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
@@ -151,16 +227,51 @@ def test_a_mistyped_command_is_one_line_and_exit_code_2(checkout: Checkout, argu
 
 
 FILES = [
-    ("workflows/benchmarks/tiny.yaml", "budget:", "budjet:", "unknown key 'budjet', did you mean 'budget'?"),
-    ("workflows/benchmarks/tiny.yaml", "width: 32", "widht: 32", "unknown key 'network.widht', did you mean 'width'?"),
+    (
+        "workflows/benchmarks/tiny.yaml",
+        "budget:",
+        "budjet:",
+        "unknown key 'budjet', did you mean 'budget'?",
+    ),
+    (
+        "workflows/benchmarks/tiny.yaml",
+        "width: 32",
+        "widht: 32",
+        "unknown key 'network.widht', did you mean 'width'?",
+    ),
     ("workflows/benchmarks/tiny.yaml", "name: tiny", "name: [", "not valid YAML"),
-    ("workflows/tables/tiny.yaml", "benchmarks: [tiny]", "benchmarks: [tyny]", "unknown benchmark 'tyny', did you mean 'tiny'?"),
-    ("workflows/tables/tiny.yaml", "title: tiny", "title: tiny, methods: [dnd]", "unknown method 'dnd', did you mean 'dmd'?"),
-    ("methods/dmd/config.yaml", "pair_batch: 64", "pair_bach: 64", "unknown key 'pair_bach', did you mean 'pair_batch'?"),
+    (
+        "workflows/tables/tiny.yaml",
+        "benchmarks: [tiny]",
+        "benchmarks: [tyny]",
+        "unknown benchmark 'tyny', did you mean 'tiny'?",
+    ),
+    (
+        "workflows/tables/tiny.yaml",
+        "title: tiny",
+        "title: tiny, methods: [dnd]",
+        "unknown method 'dnd', did you mean 'dmd'?",
+    ),
+    (
+        "methods/dmd/config.yaml",
+        "pair_batch: 64",
+        "pair_bach: 64",
+        "unknown key 'pair_bach', did you mean 'pair_batch'?",
+    ),
     ("methods/dmd/config.yaml", "student: {lr: 2.0e-3", "student: {lr: -2.0e-3", "student.lr"),
     ("methods/dmd/config.yaml", "fidelity: paper text", "fidelity: perfect", "fidelity"),
-    ("distillbench.yaml", "method_paths: []", "method_paths: [nowhere]", "no method.py in 'nowhere'"),
-    ("distillbench.yaml", "method_paths: []", "methods: []", "unknown key 'methods', did you mean 'method_paths'?"),
+    (
+        "distillbench.yaml",
+        "method_paths: []",
+        "method_paths: [nowhere]",
+        "no method.py in 'nowhere'",
+    ),
+    (
+        "distillbench.yaml",
+        "method_paths: []",
+        "methods: []",
+        "unknown key 'methods', did you mean 'method_paths'?",
+    ),
 ]
 
 
@@ -169,11 +280,17 @@ def test_a_file_that_is_a_folder_is_named(checkout: Checkout):
     path.unlink()
     path.mkdir()
     done = checkout.run("distillbench", "list")
-    assert done.returncode == 2 and done.stderr == f"distillbench: {path}: cannot be read (Is a directory): make it a readable file\n"
+    assert (
+        done.returncode == 2
+        and done.stderr
+        == f"distillbench: {path}: cannot be read (Is a directory): make it a readable file\n"
+    )
 
 
 @pytest.mark.parametrize("path,old,new,message", FILES, ids=[f"{p}: {n}" for p, _, n, _ in FILES])
-def test_a_mistake_in_a_file_is_one_line_before_any_work(checkout: Checkout, path: str, old: str, new: str, message: str):
+def test_a_mistake_in_a_file_is_one_line_before_any_work(
+    checkout: Checkout, path: str, old: str, new: str, message: str
+):
     edit(checkout.folder / path, old, new)
     done = checkout.run("distillbench", "plan", "tiny")
     assert done.returncode == 2, done.stdout + done.stderr
@@ -183,7 +300,11 @@ def test_a_mistake_in_a_file_is_one_line_before_any_work(checkout: Checkout, pat
 def test_the_workflow_refuses_a_mistake_before_any_work(checkout: Checkout):
     edit(checkout.folder / "methods/dmd/config.yaml", "pair_batch: 64", "pair_bach: 64")
     done = checkout.snakemake("results/tiny.md")
-    assert done.returncode == 2 and "did you mean 'pair_batch'?" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "did you mean 'pair_batch'?" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (checkout.folder / "results/runs").exists()
 
 
@@ -192,14 +313,18 @@ def fake(benchmark: str, metrics: str | None = None) -> list[Cell]:
     cells = [c for job in plan.jobs(config.table(benchmark)) for c in job.cells]
     for one in cells:
         one.folder.mkdir(parents=True)
-        watch.finish(one, describe(one), {"steps": 1, "flops": 1.0}, 1, None)
+        finish(one, describe(one), {"steps": 1, "flops": 1.0}, 1, None)
         if metrics is not None:
             one.metrics.write_text(metrics)
     return cells
 
 
-@pytest.mark.parametrize("metrics", [None, '{"evaluation": {"key": "an older one"}, "rows": []}', '{"evalu'])
-def test_a_cell_that_this_evaluation_has_not_seen_is_not_published(checkout: Checkout, metrics: str | None):
+@pytest.mark.parametrize(
+    "metrics", [None, '{"evaluation": {"key": "an older one"}, "rows": []}', '{"evalu']
+)
+def test_a_cell_that_this_evaluation_has_not_seen_is_not_published(
+    checkout: Checkout, metrics: str | None
+):
     fake("tiny-ring", metrics)
     done = checkout.run("distillbench", "table", "tiny-ring")
     assert done.returncode == 2 and not (checkout.folder / "results/records").exists()
@@ -215,18 +340,29 @@ def test_a_damaged_record_is_named_by_every_command(checkout: Checkout):
         with pytest.raises(UserError, match="delete it and rerun"):
             first.result()
         first.metrics.write_text(text)
-        assert not records.is_evaluated(first.metrics)
-    names = ("status", "tiny-ring"), ("plan", "tiny-ring"), ("table", "tiny-ring"), ("train", "tiny-ring", "teacher")
+        assert not key.is_evaluated(first.metrics)
+    names = (
+        ("status", "tiny-ring"),
+        ("plan", "tiny-ring"),
+        ("table", "tiny-ring"),
+        ("train", "tiny-ring", "teacher"),
+    )
     for command in (*names, ("evaluate", "tiny-ring", "teacher"), ("logs", str(record.parent))):
         if command[0] == "logs":
             record.with_name("lock").touch()
         done = checkout.run("distillbench", *command)
-        assert done.returncode == 2 and done.stderr == f"distillbench: {record}: not valid JSON of a record: delete it and rerun\n"
+        assert (
+            done.returncode == 2
+            and done.stderr
+            == f"distillbench: {record}: not valid JSON of a record: delete it and rerun\n"
+        )
 
 
-def test_records_are_replaced_whole_or_not_at_all(checkout: Checkout, monkeypatch: pytest.MonkeyPatch):
+def test_records_are_replaced_whole_or_not_at_all(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+):
     """A full disk or a kill in any of its steps, and what a killed process left behind."""
-    metrics = json.dumps({"evaluation": {"key": records.evaluation_key(None, None)}, "rows": []})
+    metrics = json.dumps({"evaluation": {"key": key.evaluation_key(None, None)}, "rows": []})
     cells = [(c.folder, {"title": "old"}) for c in fake("tiny-ring", metrics)]
     folder = checkout.folder / "results/records/tiny-ring"
     assert records.publish(folder, cells, False) == (0, len(cells))
@@ -244,9 +380,11 @@ def test_records_are_replaced_whole_or_not_at_all(checkout: Checkout, monkeypatc
 
     renamed = [(c, {"title": "new"}) for c, _ in cells]
     for name, stop, raised in (
-        ("rename", OSError(28, "No space left on device"), ValueError), ("rename", KeyboardInterrupt(), KeyboardInterrupt),
-        ("mkdir", OSError(30, "Read-only file system"), ValueError), ("write_text", OSError(122, "Disk quota exceeded"), ValueError),
-    ):  # fmt: skip
+        ("rename", OSError(28, "No space left on device"), ValueError),
+        ("rename", KeyboardInterrupt(), KeyboardInterrupt),
+        ("mkdir", OSError(30, "Read-only file system"), ValueError),
+        ("write_text", OSError(122, "Disk quota exceeded"), ValueError),
+    ):
         original, calls = getattr(Path, name), []
 
         def failing(self: Path, *args, original=original, calls=calls, stop=stop, **kwargs):
@@ -259,15 +397,21 @@ def test_records_are_replaced_whole_or_not_at_all(checkout: Checkout, monkeypatc
             m.setattr(Path, name, failing)
             with pytest.raises(raised) as error:
                 records.publish(folder, renamed, False)
-        assert titles() == {"old"} and (raised is not ValueError or "cannot be written (" in str(error.value))
+        assert titles() == {"old"} and (
+            raised is not ValueError or "cannot be written (" in str(error.value)
+        )
     folder.rename(folder.with_name(".tiny-ring.old"))  # killed between the two renames
     folder.with_name(".tiny-ring.new").mkdir()
-    assert records.publish(folder, renamed, False) == (len(cells), len(cells)) and titles() == {"new"}
+    assert records.publish(folder, renamed, False) == (len(cells), len(cells)) and titles() == {
+        "new"
+    }
 
     damaged = next(folder.rglob("metrics.json"))
     damaged.write_text("{")
     done = checkout.run("distillbench", "table", "tiny-ring", "--render")
-    assert done.returncode == 2 and done.stderr.startswith(f"distillbench: {damaged}: not valid JSON: ")
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"distillbench: {damaged}: not valid JSON: "
+    )
 
 
 def test_a_foreign_checkpoint_is_named(checkout: Checkout):
@@ -278,7 +422,11 @@ def test_a_foreign_checkpoint_is_named(checkout: Checkout):
     made.record.unlink()
     write_tensors(checkpoint, {"x": torch.zeros(1)}, key="another", step=3)
     done = checkout.run(*command)
-    assert done.returncode == 2 and "checkpoint of another cell" in done.stderr and "delete it" in done.stderr
+    assert (
+        done.returncode == 2
+        and "checkpoint of another cell" in done.stderr
+        and "delete it" in done.stderr
+    )
     assert len(done.stderr.strip().splitlines()) == 1
     checkpoint.unlink()
     assert checkout.run(*command).returncode == 0
@@ -289,7 +437,11 @@ def test_a_results_folder_that_takes_no_more_is_named(checkout: Checkout):
     (checkout.folder / "results").mkdir()
     (checkout.folder / "results/runs").write_text("in the way")
     done = checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0")
-    assert done.returncode == 2 and "cannot write there" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "cannot write there" in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -305,7 +457,13 @@ def test_a_read_only_results_folder_is_named(checkout: Checkout):
 def test_a_full_disk_loses_nothing(checkout: Checkout):
     """A file size limit stands for a full disk: the write fails, no half file stays, the same command then finishes."""
     limited = f"trap '' XFSZ; ulimit -f 8; exec {BIN}/distillbench train tiny-ring dmd --seeds 0"
-    done = subprocess.run(["bash", "-c", limited], cwd=checkout.folder, env=checkout.environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", limited],
+        cwd=checkout.folder,
+        env=checkout.environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2, done.stderr
     assert "cannot be written" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not list((checkout.folder / "results").rglob(".*.safetensors*"))
@@ -316,11 +474,18 @@ def test_interrupt_says_how_to_continue(checkout: Checkout):
     edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "updates: 60", "updates: 100000")
     process = subprocess.Popen(
         ["distillbench", "train", "tiny-ring", "teacher", "--seeds", "0"],
-        cwd=checkout.folder, env=checkout.environment, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=checkout.folder,
+        env=checkout.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (cell(arm=None).folder / "config.yaml").exists():
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and "the same command continues" in errors and "Traceback" not in errors
+    assert (
+        process.returncode == 130
+        and "the same command continues" in errors
+        and "Traceback" not in errors
+    )

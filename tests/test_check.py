@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from distillbench import check, registry
+from distillbench.cli.evaluate import known_metrics
+from distillbench.cli.new import write_folder
+from distillbench.conformance import check
+from distillbench.conformance.check import Check
 from distillbench.errors import UserError
-from distillbench.new import write_folder
-from distillbench.scoring import known_metrics
-from eval.mixtures import sliced_wasserstein
+from distillbench.registry import folders
+from eval.metrics.mixtures import sliced_wasserstein
 from tests.conftest import ROOT, Checkout
 from tests.test_cells import edit
 
@@ -24,58 +26,115 @@ IMPORT = "import torch\nfrom pydantic"
 BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
     "unmetered": (
         [
-            (NETWORK, NETWORK + "        self.extra = torch.nn.Linear(self.net.shape[-1] ** 2, 300)\n"),
-            (STEP, STEP + "        loss = loss + 0 * self.extra(z[:, 0, :4, :4].flatten(1)).sum() if z.shape[-1] == 4 else loss\n"),
+            (
+                NETWORK,
+                NETWORK + "        self.extra = torch.nn.Linear(self.net.shape[-1] ** 2, 300)\n",
+            ),
+            (
+                STEP,
+                STEP
+                + "        loss = loss + 0 * self.extra(z[:, 0, :4, :4].flatten(1)).sum() if z.shape[-1] == 4 else loss\n",
+            ),
         ],
         "expected every network to be of task.network or in a task.player; saw",
     ),
-    "global_rng": ([(STEP, "        z = z + 1e-3 * torch.randn_like(z)\n" + STEP)], "saw draws from a global stream"),
+    "global_rng": (
+        [(STEP, "        z = z + 1e-3 * torch.randn_like(z)\n" + STEP)],
+        "saw draws from a global stream",
+    ),
     "forgotten_state": (
         [
             (NETWORK, NETWORK + "        self.scale = torch.ones(())\n"),
-            (STEP, STEP + "        self.scale = 0.9 * self.scale + 0.1 * loss.detach()\n        loss = loss * (1 + self.scale)\n"),
+            (
+                STEP,
+                STEP
+                + "        self.scale = 0.9 * self.scale + 0.1 * loss.detach()\n        loss = loss * (1 + self.scale)\n",
+            ),
         ],
         "after a resume at 100: keep what changes in a player, or in state_dict",
     ),
     "wrong_nfe": (
-        [(SAMPLE, "        x = self.generate(self.student.averaged(), noise, cond.labels)\n" + SAMPLE.replace("noise", "noise + 0 * x"))],
+        [
+            (
+                SAMPLE,
+                "        x = self.generate(self.student.averaged(), noise, cond.labels)\n"
+                + SAMPLE.replace("noise", "noise + 0 * x"),
+            )
+        ],
         "sample made 2 network evaluations at nfe=1",
     ),
     "reads_reference": (
         [
             (IMPORT, "import torch\nfrom sklearn.datasets import load_digits\nfrom pydantic"),
-            (NETWORK, NETWORK + "        self.reference = torch.from_numpy(load_digits().images)\n"),
+            (
+                NETWORK,
+                NETWORK + "        self.reference = torch.from_numpy(load_digits().images)\n",
+            ),
         ],
         "digits.csv.gz",
     ),
     "changes_teacher": (
-        [(STEP, STEP + "        with torch.no_grad():\n            [p.mul_(1.001) for p in self.task.teacher.network.parameters()]\n")],
+        [
+            (
+                STEP,
+                STEP
+                + "        with torch.no_grad():\n            [p.mul_(1.001) for p in self.task.teacher.network.parameters()]\n",
+            )
+        ],
         "expected teacher and features as they were; saw other weights after a cycle on check-digits",
     ),
-    "wrong_sign": ([(LOSS, "    return -(x - y).square().clamp(max=9).mean()\n")], "expected progress towards the teacher; saw sliced W2"),
+    "wrong_sign": (
+        [(LOSS, "    return -(x - y).square().clamp(max=9).mean()\n")],
+        "expected progress towards the teacher; saw sliced W2",
+    ),
     "over_budget": (
-        [(STEP, STEP + "        if step.index % 3 == 2:\n            self.generate(self.net, z, cond.labels)\n")],
+        [
+            (
+                STEP,
+                STEP
+                + "        if step.index % 3 == 2:\n            self.generate(self.net, z, cond.labels)\n",
+            )
+        ],
         "times that over 200 steps",
     ),
     "hidden_compute": (
-        [(SAMPLE, "        self.student.averaged().forward(noise, noise.new_ones(len(noise)), cond.labels)\n" + SAMPLE)],
+        [
+            (
+                SAMPLE,
+                "        self.student.averaged().forward(noise, noise.new_ones(len(noise)), cond.labels)\n"
+                + SAMPLE,
+            )
+        ],
         "expected sample at nfe=1 to call its networks as such, so that they are counted; saw 50% of the FLOPs elsewhere",
     ),
     "late_cost": (
-        [(STEP, STEP + "        if step.index >= 200:\n            self.generate(self.net, z, cond.labels)\n")],
+        [
+            (
+                STEP,
+                STEP
+                + "        if step.index >= 200:\n            self.generate(self.net, z, cond.labels)\n",
+            )
+        ],
         "times that at step",
     ),
     "late_state": (
         [
             (NETWORK, NETWORK + "        self.scale = 1.0\n"),
-            (STEP, STEP + "        self.scale += 0.1 * (step.index % 50 == 49)\n        loss = loss * self.scale\n"),
+            (
+                STEP,
+                STEP
+                + "        self.scale += 0.1 * (step.index % 50 == 49)\n        loss = loss * self.scale\n",
+            ),
         ],
         "after a resume at 100",
     ),
     "remembers_a_file": (
         [
             (IMPORT, "import functools\nimport torch\nfrom pydantic"),
-            ("def regression_loss", "@functools.cache\ndef secret():\n    return open('/etc/hostname').read()\n\n\ndef regression_loss"),
+            (
+                "def regression_loss",
+                "@functools.cache\ndef secret():\n    return open('/etc/hostname').read()\n\n\ndef regression_loss",
+            ),
             (NETWORK, NETWORK + "        secret()\n"),
         ],
         "saw /etc/hostname",
@@ -84,38 +143,50 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
         [(STEP, STEP + "        loss = loss / (0 if step.index == 150 else 1)\n")],
         "Diverged: student: loss is inf at update 150, step 150",
     ),
-    "wrong_shape": ([(SAMPLE, SAMPLE.rstrip() + "[:, :, 1:]\n")], "expected sample at nfe=1 to return torch.float32 [64, 1, 8, 8]"),
+    "wrong_shape": (
+        [(SAMPLE, SAMPLE.rstrip() + "[:, :, 1:]\n")],
+        "expected sample at nfe=1 to return torch.float32 [64, 1, 8, 8]",
+    ),
     "imports_sibling": (
         [(IMPORT, "import distillbench_method_dmd\nimport torch\nfrom pydantic")],
         "expected no import of distillbench_method_dmd",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A checkout with a method `demo` as `distillbench new` writes it, and the teachers of the check."""
     made = Checkout(tmp_path_factory.mktemp("check"))
-    made.write("workflows/benchmarks/digits.yaml", (ROOT / "workflows/benchmarks/digits.yaml").read_text())  # claims name it
+    made.write(
+        "workflows/benchmarks/digits.yaml", (ROOT / "workflows/benchmarks/digits.yaml").read_text()
+    )  # claims name it
     done = made.run("distillbench", "new", "demo")
     assert done.returncode == 0, done.stderr
     return made
 
 
-def examined(path: Path) -> check.Check:
-    return check.Check(registry.read_folder(path), sliced_wasserstein, known_metrics, lambda *_: None)
+def examined(path: Path) -> Check:
+    return Check(folders.read_folder(path), sliced_wasserstein, known_metrics, lambda *_: None)
 
 
 def found(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(made.folder)
-    stages = check.run(registry.read_folder(made.folder / "methods" / name), sliced_wasserstein, known_metrics, lambda *_: None)
+    stages = check.run(
+        folders.read_folder(made.folder / "methods" / name),
+        sliced_wasserstein,
+        known_metrics,
+        lambda *_: None,
+    )
     return [str(f) for _, findings in stages for f in findings]
 
 
 def copy(made: Checkout, name: str, changes: list[tuple[str, str]]) -> Path:
     path = made.folder / "methods" / name
     shutil.copytree(made.folder / "methods/demo", path)
-    edit(path / "README.md", "methods/demo/", f"methods/{name}/") if name != "missing_target" else None
+    edit(
+        path / "README.md", "methods/demo/", f"methods/{name}/"
+    ) if name != "missing_target" else None
     for old, new in changes:
         edit(path / "method.py", old, new)
     return path
@@ -125,10 +196,18 @@ def test_the_template_keeps_the_contract_and_gets_its_rows(made: Checkout):
     done = made.run("distillbench", "check", "demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo: keeps the contract" in done.stdout and "FAILED" not in done.stdout
-    assert "tiny-ring/demo: seeds 0, 1" in made.run("distillbench", "plan", "tiny-ring").stdout  # beside all others; alone it is quicker
-    made.write("workflows/tables/tiny-ring.yaml", "{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [demo]}\n")
+    assert (
+        "tiny-ring/demo: seeds 0, 1" in made.run("distillbench", "plan", "tiny-ring").stdout
+    )  # beside all others; alone it is quicker
+    made.write(
+        "workflows/tables/tiny-ring.yaml",
+        "{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [demo]}\n",
+    )
     table = made.snakemake("results/tiny-ring.md")
-    assert table.returncode == 0 and '"method": "demo"' in (made.folder / "results/tiny-ring.json").read_text(), table.stderr
+    assert (
+        table.returncode == 0
+        and '"method": "demo"' in (made.folder / "results/tiny-ring.json").read_text()
+    ), table.stderr
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -148,8 +227,13 @@ def test_an_equation_that_points_nowhere_is_caught(made: Checkout, monkeypatch: 
     (path / "README.md").write_text(page.replace(":regression_loss", ":regresion_loss"))
     lines = found(made, "missing_target", monkeypatch)
     shutil.rmtree(path)
-    where, what = "methods/missing_target/README.md", "methods/missing_target/method.py:regresion_loss"
-    assert lines == [f"{where}: expected every entry of the equation table to exist; saw `{what}`, which does not"]
+    where, what = (
+        "methods/missing_target/README.md",
+        "methods/missing_target/method.py:regresion_loss",
+    )
+    assert lines == [
+        f"{where}: expected every entry of the equation table to exist; saw `{what}`, which does not"
+    ]
 
 
 def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +241,10 @@ def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.Monke
     done = made.run("distillbench", "new", "../paper/outside_method")
     assert done.returncode == 0 and "method_paths: [../paper/outside_method]" in done.stdout
     path = made.folder.parent / "paper/outside_method"
-    assert "`method.py:regression_loss`" in (path / "README.md").read_text() and "schema" not in (path / "config.yaml").read_text()
+    assert (
+        "`method.py:regression_loss`" in (path / "README.md").read_text()
+        and "schema" not in (path / "config.yaml").read_text()
+    )
     monkeypatch.chdir(made.folder)
     before = examined(path)
     edit(path / "claims.yaml", "digits: {metric", "digtis: {metric")
@@ -189,7 +276,9 @@ METRIC = "digits: {metric: fid"  # of the claim, not of the example in the comme
         ),
     ],
 )
-def test_claims_that_nobody_can_judge(made: Checkout, monkeypatch: pytest.MonkeyPatch, old: str, new: str, expected: str):
+def test_claims_that_nobody_can_judge(
+    made: Checkout, monkeypatch: pytest.MonkeyPatch, old: str, new: str, expected: str
+):
     monkeypatch.chdir(made.folder)
     path = copy(made, "claims", [])
     edit(path / "claims.yaml", "demo", "claims")
@@ -200,15 +289,24 @@ def test_claims_that_nobody_can_judge(made: Checkout, monkeypatch: pytest.Monkey
     assert [expected in str(f) for f in one.findings] == [True], one.findings
 
 
-def test_a_variant_from_scratch_with_a_teacher_is_caught(made: Checkout, monkeypatch: pytest.MonkeyPatch):
+def test_a_variant_from_scratch_with_a_teacher_is_caught(
+    made: Checkout, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(made.folder)
     path = copy(made, "scratch", [])
-    edit(path / "config.yaml", "    config: {pair_heun_steps: 4}", "    config: {pair_heun_steps: 4}\n    group: from_scratch")
+    edit(
+        path / "config.yaml",
+        "    config: {pair_heun_steps: 4}",
+        "    config: {pair_heun_steps: 4}\n    group: from_scratch",
+    )
     one = examined(path)
     one.sampling()
     shutil.rmtree(path)
     (finding,) = one.findings
-    assert "method.py @short: expected no error; saw ValueError: group: from_scratch has the teacher's budget on top" in str(finding)
+    assert (
+        "method.py @short: expected no error; saw ValueError: group: from_scratch has the teacher's budget on top"
+        in str(finding)
+    )
 
 
 def test_what_new_and_check_refuse(made: Checkout, monkeypatch: pytest.MonkeyPatch):

@@ -16,15 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distillbench import config, features, registry
+from distillbench import config, features
 from distillbench.jvp import value_and_tangent
 from distillbench.meter import Meter
 from distillbench.method import Batch, Condition, Method, Needs, Step, Task
-from distillbench.networks import VelocityNetwork
+from distillbench.networks.dit import DiT
+from distillbench.networks.mlp import VelocityMLP
 from distillbench.players import Player, PlayerConfig
-from distillbench.registry import Arm
+from distillbench.registry import folders
+from distillbench.registry.folders import Arm
 from distillbench.seeds import Rng, derive
-from distillbench.transformer import DiT
 from perf.gpu import TINY, configured, random_batch
 from tests.toys import CLASSES, random_task
 
@@ -43,7 +44,10 @@ def arm_names() -> list[str]:
     """Every method and variant of the checkout, with this file's own root: pytest may run from elsewhere."""
     out = []
     for path in sorted((ROOT / "methods").glob("*/method.py")):
-        out += [path.parent.name, *(f"{path.parent.name}@{v}" for v in registry.read_folder(path.parent).file.variants)]
+        out += [
+            path.parent.name,
+            *(f"{path.parent.name}@{v}" for v in folders.read_folder(path.parent).file.variants),
+        ]
     return out
 
 
@@ -96,7 +100,9 @@ def made(arm: Arm, device: str) -> Made:
     for player in task.players.values():
         player.total_updates = 50
     scale = replace(TINY, shape=SHAPE, classes=CLASSES)
-    return Made(method, needs, task, random_batch(needs, scale, torch.device(device)), torch.device(device))
+    return Made(
+        method, needs, task, random_batch(needs, scale, torch.device(device)), torch.device(device)
+    )
 
 
 def shake(m: Made) -> None:
@@ -116,7 +122,7 @@ def equalise(source: Made, target: Made) -> None:
 
 def pair(name: str, device: str) -> tuple[Made, Made]:
     """The arm on the CPU and the same on `device`."""
-    arm = registry.arm(name)
+    arm = folders.arm(name)
     one, two = made(arm, "cpu"), made(arm, device)
     shake(one)
     equalise(one, two)
@@ -144,9 +150,13 @@ def observed(m: Made, index: int, total: int) -> tuple[dict[str, float], dict[st
 
     def record(name: str, player: Player):
         def step() -> None:
-            assert name not in gradients, "a second update in one step would be of weights that have not moved"
+            assert name not in gradients, (
+                "a second update in one step would be of weights that have not moved"
+            )
             for p in player.parameters:  # fused AdamW on CUDA refuses others
-                assert p.grad.stride() == p.stride() or p.numel() == max(p.shape), f"{name}: gradient of another memory layout"
+                assert p.grad.stride() == p.stride() or p.numel() == max(p.shape), (
+                    f"{name}: gradient of another memory layout"
+                )
             gradients[name] = [p.grad.detach().cpu().double() for p in player.parameters]
 
         return step
@@ -166,8 +176,15 @@ def differences(one: Made, two: Made) -> list[str]:
     out = []
     steps, total = indices(one.needs)
     for index in steps:
-        (logged, gradients), (others, other_gradients) = observed(one, index, total), observed(two, index, total)
-        assert logged.keys() == others.keys() and gradients.keys() == other_gradients.keys() and gradients
+        (logged, gradients), (others, other_gradients) = (
+            observed(one, index, total),
+            observed(two, index, total),
+        )
+        assert (
+            logged.keys() == others.keys()
+            and gradients.keys() == other_gradients.keys()
+            and gradients
+        )
         for name, a in logged.items():
             if not abs(a - others[name]) <= TOLERANCE * abs(a) + TINIEST:
                 out.append(f"step {index}: {name} {a:.8g} {others[name]:.8g}")
@@ -175,12 +192,19 @@ def differences(one: Made, two: Made) -> list[str]:
             whole = torch.stack([g.norm() for g in parts]).norm()
             for i, (a, b) in enumerate(zip(parts, other_gradients[name], strict=True)):
                 if not (gap := (a - b).norm()) <= TOLERANCE * a.norm() + SMALL * whole:
-                    out.append(f"step {index}: gradient {i} of {name}: off by {gap:.3g}, norm {a.norm():.3g}, of all {whole:.3g}")
+                    out.append(
+                        f"step {index}: gradient {i} of {name}: off by {gap:.3g}, norm {a.norm():.3g}, of all {whole:.3g}"
+                    )
     noise, labels = Rng(0, "noise").normal(8, *SHAPE), torch.arange(8) % CLASSES
     for nfe in one.needs.nfe:
         with torch.no_grad():
             a, b = (
-                m.method.sample(noise.to(m.device), Condition(labels.to(m.device)), nfe, Rng(0, "sampler", device=m.device)).cpu()
+                m.method.sample(
+                    noise.to(m.device),
+                    Condition(labels.to(m.device)),
+                    nfe,
+                    Rng(0, "sampler", device=m.device),
+                ).cpu()
                 for m in (one, two)
             )
         if not (gap := (a - b).norm()) <= TOLERANCE * a.norm():
@@ -229,10 +253,12 @@ def test_updates_move_and_resume_here(name):
 
 def moves_and_resumes(name: str, device: str) -> None:
     """Real updates over a cycle on a device; a second copy that takes its state from the first, by way of the CPU, goes on alike."""
-    arm = registry.arm(name)
+    arm = folders.arm(name)
     one, two = made(arm, device), made(arm, device)
     shake(one)
-    before = {n: [p.detach().clone() for p in player.parameters] for n, player in one.task.players.items()}
+    before = {
+        n: [p.detach().clone() for p in player.parameters] for n, player in one.task.players.items()
+    }
     cycle, total = min(one.needs.cycle, STEPS), 4 * one.needs.cycle
     for i in range(cycle):
         assert all(torch.isfinite(v).all() for v in one_step(one, i, total).values())
@@ -243,7 +269,12 @@ def moves_and_resumes(name: str, device: str) -> None:
     for a, b in zip(one.networks, two.networks, strict=True):  # frozen ones
         b.load_state_dict(a.state_dict())
     for n, player in one.task.players.items():
-        two.task.players[n].load_state_dict({k: v.to(device) for k, v in {k: v.cpu() for k, v in player.state_dict().items()}.items()})
+        two.task.players[n].load_state_dict(
+            {
+                k: v.to(device)
+                for k, v in {k: v.cpu() for k, v in player.state_dict().items()}.items()
+            }
+        )
     two.method.load_state_dict({k: v.clone() for k, v in one.method.state_dict().items()})
     a, b = one_step(one, cycle, total), one_step(two, cycle, total)
     for key, value in a.items():
@@ -255,7 +286,14 @@ def test_adamw_with_clipping_and_averages_is_the_cpus():
     torch.manual_seed(0)
     cpu = nn.Linear(6, 4)
     cuda = copy.deepcopy(cpu).to("cuda")
-    settings = PlayerConfig(lr=1e-2, weight_decay=0.1, clip=0.5, warmup=0.2, final_lr=0.1, half_lives={"evaluation": 0.3})
+    settings = PlayerConfig(
+        lr=1e-2,
+        weight_decay=0.1,
+        clip=0.5,
+        warmup=0.2,
+        final_lr=0.1,
+        half_lives={"evaluation": 0.3},
+    )
     x, y = torch.randn(32, 6), torch.randn(32, 4)
     players = [Player("student", [net], settings, Meter()) for net in (cpu, cuda)]
     for player, device in zip(players, ("cpu", "cuda")):
@@ -279,14 +317,21 @@ def derivatives(make, graph: bool, device: str) -> list[Tensor]:
     net, x, v, t, s, labels = (part.to(device) for part in (net, x, v, t, s, labels))
     m = 6 if graph else 4
     tangents = v[:m], t.new_ones(m), t.new_zeros(m)
-    value, tangent = value_and_tangent(lambda x, t, s: net(x, t, labels, s=s), (x, t, s), tangents, graph)
-    gradients = torch.autograd.grad(value.square().sum() + (tangent.square().sum() if graph else 0), list(net.parameters()))
-    return [part.detach().cpu() for part in (value, tangent, torch.cat([g.flatten() for g in gradients]))]
+    value, tangent = value_and_tangent(
+        lambda x, t, s: net(x, t, labels, s=s), (x, t, s), tangents, graph
+    )
+    gradients = torch.autograd.grad(
+        value.square().sum() + (tangent.square().sum() if graph else 0), list(net.parameters())
+    )
+    return [
+        part.detach().cpu()
+        for part in (value, tangent, torch.cat([g.flatten() for g in gradients]))
+    ]
 
 
 NETWORKS = {
     f"{kind}, {norms}": lambda kind=kind, norms=norms: (
-        VelocityNetwork((1, 4, 4), CLASSES, 32, 2, second_time=True, norms=norms)
+        VelocityMLP((1, 4, 4), CLASSES, 32, 2, second_time=True, norms=norms)
         if kind == "mlp"
         else DiT((4, 8, 8), CLASSES, 64, 2, 2, 2, second_time=True, norms=norms)
     )
@@ -299,13 +344,18 @@ NETWORKS = {
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_value_and_tangent_are_the_cpus(make, graph):
-    for one, two in zip(derivatives(make, graph, "cpu"), derivatives(make, graph, "cuda"), strict=True):
+    for one, two in zip(
+        derivatives(make, graph, "cpu"), derivatives(make, graph, "cuda"), strict=True
+    ):
         assert (one - two).norm() < TOLERANCE * one.norm()
 
 
 @needs_cuda
 def test_the_derivative_refuses_autocast_on_cuda_too():
-    with torch.autocast("cuda", torch.bfloat16), pytest.raises(RuntimeError, match="leave autocast"):
+    with (
+        torch.autocast("cuda", torch.bfloat16),
+        pytest.raises(RuntimeError, match="leave autocast"),
+    ):
         derivatives(NETWORKS["mlp, layer"], False, "cuda")
 
 
@@ -330,7 +380,11 @@ def digits(n: int = 600) -> Tensor:
     """uint8 [n, 1, 8, 8]."""
     from sklearn.datasets import load_digits
 
-    return (torch.from_numpy(load_digits().images[:n]).float() * 255 / 16).round().to(torch.uint8)[:, None]
+    return (
+        (torch.from_numpy(load_digits().images[:n]).float() * 255 / 16)
+        .round()
+        .to(torch.uint8)[:, None]
+    )
 
 
 EXTRACTORS = ["digits-gelu-64", "digits-simclr-64"]
@@ -338,11 +392,14 @@ EXTRACTORS = ["digits-gelu-64", "digits-simclr-64"]
 
 def extracted(name: str) -> list[tuple[Tensor, Tensor | None]]:
     """Features and logits of an extractor's network on the CPU and on CUDA, both on the CPU afterwards."""
-    from eval.extractors import load_extractor, scaled
+    from eval.features.extractors import load_extractor, scaled
 
     extractor, images = load_extractor(name), digits()
     found = copy.deepcopy(extractor.network).cuda()(scaled(images.cuda()))
-    return [extractor.features(images), tuple(None if part is None else part.cpu() for part in found)]
+    return [
+        extractor.features(images),
+        tuple(None if part is None else part.cpu() for part in found),
+    ]
 
 
 @needs_cuda
@@ -357,7 +414,7 @@ def test_an_extractor_gives_the_cpus_features(name):
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_features_from_cuda_score_as_the_cpus(name):
     pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
-    from eval.metrics import Reference, feature_scores
+    from eval.metrics.scores import Reference, feature_scores
 
     (expected, _), (found, _) = extracted(name)
     reference = Reference(expected[300:], "")
@@ -367,7 +424,7 @@ def test_features_from_cuda_score_as_the_cpus(name):
 
 @needs_cuda
 def test_scores_of_classes_take_tensors_on_cuda():
-    from eval import conditional
+    from eval.metrics import conditional
 
     torch.manual_seed(0)
     logits, labels = torch.randn(300, 10), torch.arange(300) % 10
@@ -377,7 +434,9 @@ def test_scores_of_classes_take_tensors_on_cuda():
         (conditional.label_tv, (logits, labels)),
         (conditional.diversity, (points, labels, reference, others)),
     ):
-        assert score(*(a.cuda() for a in arguments)) == pytest.approx(score(*arguments), rel=TOLERANCE), score.__name__
+        assert score(*(a.cuda() for a in arguments)) == pytest.approx(
+            score(*arguments), rel=TOLERANCE
+        ), score.__name__
 
 
 @needs_cuda
@@ -390,22 +449,25 @@ def test_a_cell_trains_and_samples_on_cuda(checkout, name, where):
 @pytest.mark.parametrize("where", ["tiny", "tiny-ring"])
 def test_a_cell_trains_and_samples_here(checkout, where, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("distillbench.watch.limit_memory", lambda: None)  # of this whole process, in which others use a GPU
+    monkeypatch.setattr(
+        "distillbench.watch.limit_memory", lambda: None
+    )  # of this whole process, in which others use a GPU
     a_cell(where, "dmd")
     torch.set_flush_denormal(False)
 
 
 def a_cell(where: str, name: str) -> None:
     """The whole way of a cell in a throw-away checkout: teacher, pairs or features, training, samples, its weights read again."""
-    from distillbench import train
-    from distillbench.build import restore
-    from distillbench.cell import Cell
+    from distillbench.cells import train
+    from distillbench.cells.build import restore
+    from distillbench.cells.cell import Cell
+    from distillbench.cells.sampling import sample
 
-    cell, quiet = Cell(config.benchmark(where), registry.arm(name), 0), lambda *_: None
+    cell, quiet = Cell(config.benchmark(where), folders.arm(name), 0), lambda *_: None
     for one in (cell.teacher, cell):
         with one.locked():
             record = train.run_cell(one, quiet)
         assert record["status"] == "done", record
     with torch.no_grad():
-        again = train.sample(restore(cell), 1, 100, quiet)
+        again = sample(restore(cell), 1, 100, quiet)
     assert again.shape[0] == 100 and again.device.type == "cpu"

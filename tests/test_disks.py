@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from distillbench import journal
-from distillbench.cell import LAST, PREVIOUS
+from distillbench.cells import journal
+from distillbench.cells.disk import LAST, PREVIOUS
+from distillbench.cells.journal import NAME
 from tests.conftest import BIN, ROOT, Checkout
 from tests.test_cells import cell
 
@@ -23,7 +24,9 @@ def small_disk(checkout: Checkout) -> Iterator[tuple[Checkout, Path]]:
     """results/ on a file system of its own, which `mount -o remount` fills up or makes read-only."""
     results = checkout.folder / "results"
     results.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(results)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(results)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting is not permitted here")
     yield checkout, results
@@ -48,7 +51,13 @@ def test_a_full_disk_stops_with_one_line_and_continues_with_room(small_disk, tmp
     expected = contents(made.folder)
     shutil.rmtree(made.folder)
     messages = set()
-    for room in (0, 40, 120, 200, 300):  # KiB: the lock, the configuration, a checkpoint, another, the samples do not fit
+    for room in (
+        0,
+        40,
+        120,
+        200,
+        300,
+    ):  # KiB: the lock, the configuration, a checkpoint, another, the samples do not fit
         filler = results / "filler"
         free = os.statvfs(results)
         filler.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - room * 1024)))
@@ -57,7 +66,10 @@ def test_a_full_disk_stops_with_one_line_and_continues_with_room(small_disk, tmp
         filler.unlink()
         lines = done.stderr.strip().splitlines()
         assert done.returncode == 2 and len(lines) == 1, done.stderr
-        assert re.search(rf"{results}/\S+: cannot (be written|write there) \(No space left on device\): make", lines[0]), lines
+        assert re.search(
+            rf"{results}/\S+: cannot (be written|write there) \(No space left on device\): make",
+            lines[0],
+        ), lines
         messages.add(lines[0].split(":")[1].split("/")[-1])
         assert not made.record.exists() and not list(made.folder.glob(".*"))
         kept = [p for p in (made.folder / LAST, made.folder / PREVIOUS) if p.is_file()]
@@ -78,8 +90,12 @@ def test_a_read_only_disk_stops_with_one_line_and_continues_when_writable(small_
     remount(results, "ro")
     for command in (TRAIN, ("snakemake", "--cores", "1", "results/tiny-ring.md")):
         done = checkout.run(*command)
-        lines = [line for line in done.stderr.strip().splitlines() if line.startswith("distillbench: ")]
-        assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+        lines = [
+            line for line in done.stderr.strip().splitlines() if line.startswith("distillbench: ")
+        ]
+        assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, (
+            done.stderr
+        )
         assert re.search(rf"{results}/\S+: cannot (be written|write there) \(", lines[0])
     assert checkout.run("distillbench", "status", "tiny-ring").returncode == 0
     assert checkout.run("distillbench", "logs", "tiny-ring/meanflow/0").returncode == 0
@@ -99,9 +115,19 @@ try:
 except UserError as e: print(e)
 """
     done = subprocess.run(
-        ["bash", "-c", f"trap '' XFSZ; ulimit -f 2; exec {BIN}/python -c '{code.replace(chr(39), chr(34))}'"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        [
+            "bash",
+            "-c",
+            f"trap '' XFSZ; ulimit -f 2; exec {BIN}/python -c '{code.replace(chr(39), chr(34))}'",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert "train.jsonl: cannot be written (File too large)" in done.stdout, done.stderr
-    text = (tmp_path / journal.NAME).read_text()
-    assert len(text) > 1500 and text.endswith("\n") and all(json.loads(line) for line in text.splitlines())
+    text = (tmp_path / NAME).read_text()
+    assert (
+        len(text) > 1500
+        and text.endswith("\n")
+        and all(json.loads(line) for line in text.splitlines())
+    )

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from distillbench import paths, registry
+from distillbench import paths
 from distillbench.method import Batch, Condition, Step
-from distillbench.networks import VelocityNetwork
+from distillbench.networks.mlp import VelocityMLP
+from distillbench.registry import folders
 from tests.conftest import captured
 from tests.toys import random_task, shake, watch_updates, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/dmd"
-DMD = registry.load(SimpleNamespace(name="dmd", path=FOLDER))
+DMD = folders.load(SimpleNamespace(name="dmd", path=FOLDER))
 method = sys.modules[DMD.__module__]
 SHAPE, N, PAIRS = (1, 4, 4), 16, 6
 
@@ -24,9 +25,17 @@ def made(**changes) -> tuple:
     """DMD with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
     task = random_task(SHAPE)
     settings = {
-        "batch": N, "weighting": "residual", "time_low": 0.02, "time_high": 0.98, "regression": 0.25, "pairs": 32, "pair_heun_steps": 4,
-        "pair_batch": PAIRS, "student": {"lr": 1e-2}, "critic": {"lr": 1e-2},
-    }  # fmt: skip
+        "batch": N,
+        "weighting": "residual",
+        "time_low": 0.02,
+        "time_high": 0.98,
+        "regression": 0.25,
+        "pairs": 32,
+        "pair_heun_steps": 4,
+        "pair_batch": PAIRS,
+        "student": {"lr": 1e-2},
+        "critic": {"lr": 1e-2},
+    }
     critic_differs = changes.pop("critic_differs", True)
     m = DMD(task, DMD.Config.model_validate(settings | changes))
     if critic_differs:
@@ -68,7 +77,7 @@ def test_gradient_of_the_matching_term(monkeypatch, w):  # Algorithm 2; tests 1,
         original(loss)
 
     m.student.update = update
-    critic = VelocityNetwork(SHAPE, 3, 16, 2)
+    critic = VelocityMLP(SHAPE, 3, 16, 2)
     critic.load_state_dict(m.fake.state_dict())
     data = batch(w, pairs=False)
     m.train_step(data, step())
@@ -76,17 +85,31 @@ def test_gradient_of_the_matching_term(monkeypatch, w):  # Algorithm 2; tests 1,
 
     again, labels = step(), data.cond.labels
     again.rng("z").normal(N, *SHAPE)
-    t, e, x = 0.02 + 0.96 * again.rng("t").uniform(N), again.rng("e").normal(N, *SHAPE), calls[0][0][0].detach()
+    t, e, x = (
+        0.02 + 0.96 * again.rng("t").uniform(N),
+        again.rng("e").normal(N, *SHAPE),
+        calls[0][0][0].detach(),
+    )
     x_t = paths.noised(x, e, t)
     x0_f = paths.denoiser(x_t, critic(x_t, t, labels), t)
 
     def g(weight: float, real: float = w, clean: Tensor = x) -> Tensor:
         """(x0_f - x0_r) / mean |x - x0_r|: the difference with guidance `real`, the normaliser with `weight`, of `clean`."""
-        x0_r, x0_w = (paths.denoiser(x_t, task.teacher.velocity(x_t, t, Condition(labels, guidance)), t) for guidance in (real, weight))
-        return ((x0_f - x0_r) / (clean - x0_w).abs().mean((1, 2, 3), keepdim=True)).detach() / x.numel()
+        x0_r, x0_w = (
+            paths.denoiser(x_t, task.teacher.velocity(x_t, t, Condition(labels, guidance)), t)
+            for guidance in (real, weight)
+        )
+        return (
+            (x0_f - x0_r) / (clean - x0_w).abs().mean((1, 2, 3), keepdim=True)
+        ).detach() / x.numel()
 
     torch.testing.assert_close(gradients[0], g(w), rtol=1e-3, atol=1e-6)
-    planted = [-g(w), g(w) * x.numel(), g(w, clean=x_t), g(w) * (1 - t)[:, None, None, None]]  # sign, sum, noisy x, Eq. 8
+    planted = [
+        -g(w),
+        g(w) * x.numel(),
+        g(w, clean=x_t),
+        g(w) * (1 - t)[:, None, None, None],
+    ]  # sign, sum, noisy x, Eq. 8
     planted += [g(1.0), g(w, real=1.0)] if w != 1 else []  # unguided normaliser, unguided teacher
     assert not any(torch.allclose(gradients[0], wrong, rtol=1e-2, atol=1e-5) for wrong in planted)
 
@@ -96,7 +119,9 @@ def test_each_update_moves_its_own_player_only():  # test 1; Algorithm 1: the ge
     teacher, order = weights(task.teacher.network), watch_updates(m)
     m.train_step(batch(), step())
     assert order == ["student", "critic"] and torch.equal(weights(task.teacher.network), teacher)
-    assert all(p.grad is None for net in (m.net, m.fake, task.teacher.network) for p in net.parameters())
+    assert all(
+        p.grad is None for net in (m.net, m.fake, task.teacher.network) for p in net.parameters()
+    )
 
 
 def test_no_gradient_reaches_the_generator_from_the_critic_loss():  # (b) 2: x is detached
@@ -114,12 +139,17 @@ def test_a_critic_that_equals_the_teacher_is_stationary():  # test 2: the studen
     assert m.train_step(batch(pairs=False), step())["matching_gradient"] == 0
     assert torch.equal(weights(m.net), before)
     m, _ = made(regression=0.0, critic_differs=False)
-    assert m.train_step(batch(3.0, pairs=False), step())["matching_gradient"] > 0.01  # planted: real and fake differ
+    assert (
+        m.train_step(batch(3.0, pairs=False), step())["matching_gradient"] > 0.01
+    )  # planted: real and fake differ
 
 
 def test_the_critics_minimiser_is_the_velocity_of_the_samples():  # (b) 2, (i): regression onto e - sg(x)
     n, mean, std = 200_000, 0.8, 0.5
-    x, e = mean + std * torch.randn(n, 1, dtype=torch.float64), torch.randn(n, 1, dtype=torch.float64)
+    x, e = (
+        mean + std * torch.randn(n, 1, dtype=torch.float64),
+        torch.randn(n, 1, dtype=torch.float64),
+    )
     t = torch.rand(n, dtype=torch.float64)
     x_t, tt = paths.noised(x, e, t), t[:, None]
     variance = (1 - tt) ** 2 * std**2 + tt**2
@@ -133,7 +163,9 @@ def test_the_critics_minimiser_is_the_velocity_of_the_samples():  # (b) 2, (i): 
         return max(float(d.mean().abs() / d.std() * n**0.5) for d in directions)
 
     assert z_score(exact, (x, e)) < 4
-    assert z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20  # planted: x - e; another velocity
+    assert (
+        z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
+    )  # planted: x - e; another velocity
 
 
 def test_guidance_reaches_the_teacher_and_not_the_critic():  # (c), test 7
@@ -145,9 +177,15 @@ def test_guidance_reaches_the_teacher_and_not_the_critic():  # (c), test 7
     assert abs(logged[0]["matching_gradient"] - logged[1]["matching_gradient"]) > 1e-3
 
 
-def test_regression_has_its_own_batch_and_weight(monkeypatch):  # (b) 3: L_reg on pairs, L_KL on fresh samples
+def test_regression_has_its_own_batch_and_weight(
+    monkeypatch,
+):  # (b) 3: L_reg on pairs, L_KL on fresh samples
     m, _ = made(regression=0.25)
-    matching, regression, losses = captured(monkeypatch, method, "pseudo_loss"), captured(monkeypatch, method, "regression_loss"), []
+    matching, regression, losses = (
+        captured(monkeypatch, method, "pseudo_loss"),
+        captured(monkeypatch, method, "regression_loss"),
+        [],
+    )
     original = m.student.update
     m.student.update = lambda loss: losses.append(loss.item()) or original(loss)
     data = batch()
@@ -172,7 +210,11 @@ def test_without_regression_there_are_no_pairs(monkeypatch):
     m.train_step(batch(pairs=False), step())
     assert not calls
     needs = DMD.needs(made()[0].config)
-    assert (needs.pairs.count, needs.pairs.heun_steps, needs.pairs.batch) == (32, 4, PAIRS) and needs.nfe == (1,) and not needs.data
+    assert (
+        (needs.pairs.count, needs.pairs.heun_steps, needs.pairs.batch) == (32, 4, PAIRS)
+        and needs.nfe == (1,)
+        and not needs.data
+    )
 
 
 def test_times_and_noise_of_the_two_updates():  # (h), test 6: the generator's t truncated, the critic's not; per sample; fresh
@@ -185,5 +227,7 @@ def test_times_and_noise_of_the_two_updates():  # (h), test 6: the generator's t
     assert 0.02 <= t_student.min() < 0.025 and 0.975 < t_student.max() <= 0.98
     assert t_critic.min() < 0.005 and t_critic.max() > 0.995
     assert len(t_student.unique()) > 0.9 * n and len(t_critic.unique()) > 0.9 * n
-    assert abs(torch.corrcoef(torch.stack([t_student, t_critic]))[0, 1]) < 0.06  # planted: one draw for both would be 1
+    assert (
+        abs(torch.corrcoef(torch.stack([t_student, t_critic]))[0, 1]) < 0.06
+    )  # planted: one draw for both would be 1
     assert not torch.allclose(x_student, x_critic, atol=0.1)

@@ -12,22 +12,26 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
-from distillbench import registry
-from distillbench.config import merged
 from distillbench.method import Batch, Condition, Step
 from distillbench.paths import denoiser, noised, over
+from distillbench.reading import merged
+from distillbench.registry import folders
 from distillbench.samplers import euler, heun
 from distillbench.seeds import Rng
 from tests.conftest import captured
 from tests.toys import random_task, shake, watch_updates, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/dp_dmd"
-DPDMD = registry.load(SimpleNamespace(name="dp_dmd", path=FOLDER))
+DPDMD = folders.load(SimpleNamespace(name="dp_dmd", path=FOLDER))
 method = sys.modules[DPDMD.__module__]
 FILE = yaml.safe_load((FOLDER / "config.yaml").read_text())
 VARIANTS = {None: {}} | {name: v["config"] for name, v in FILE["variants"].items()}
 SHAPE, N, CPU = (1, 4, 4), 16, torch.device("cpu")
-SMALL = {"batch": N, "student": {"lr": 1e-2, "warmup": 0.0}, "critic": {"lr": 1e-2, "warmup": 0.0}}  # over the settings of digits
+SMALL = {
+    "batch": N,
+    "student": {"lr": 1e-2, "warmup": 0.0},
+    "critic": {"lr": 1e-2, "warmup": 0.0},
+}  # over the settings of digits
 EVERY = {"critic_updates": 1}  # the student moves on each step, but where a test says otherwise
 step = lambda index=0: Step(index, 40, 0, CPU)
 ones = lambda x, value=1.0: x.new_full((len(x),), value)
@@ -36,7 +40,12 @@ ones = lambda x, value=1.0: x.new_full((len(x),), value)
 def made(variant: str | None = None, critic_differs: bool = True, **changes) -> tuple:
     """An arm with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
     task = random_task(SHAPE)
-    m = DPDMD(task, DPDMD.Config.model_validate(merged(merged(merged(FILE["config"], SMALL), VARIANTS[variant]), EVERY | changes)))
+    m = DPDMD(
+        task,
+        DPDMD.Config.model_validate(
+            merged(merged(merged(FILE["config"], SMALL), VARIANTS[variant]), EVERY | changes)
+        ),
+    )
     if critic_differs:
         shake(m.fake)
     return m, task
@@ -63,7 +72,9 @@ def test_one_step_is_the_guided_velocity_and_all_are_the_pair(w):  # test 1
         m.config = m.config.model_copy(update={"anchor_time": tbar})
         target = m.anchor(z, batch(w=w).cond)
         assert close(target, velocity(z, ones(z))) and not target.requires_grad
-    planted = [velocity(z, ones(z, 0.75)), z - velocity(z, ones(z))] + ([teacher()(z, ones(z))] if w != 1 else [])
+    planted = [velocity(z, ones(z, 0.75)), z - velocity(z, ones(z))] + (
+        [teacher()(z, ones(z))] if w != 1 else []
+    )
     assert not any(close(target, wrong, 0.01) for wrong in planted)
     x, path = z, [z]
     for i in range(10):
@@ -72,15 +83,23 @@ def test_one_step_is_the_guided_velocity_and_all_are_the_pair(w):  # test 1
     for k in (1, 3, 5, 10):  # b.1: K of T steps, tbar = 1 - K / T without a shift
         target = method.anchor_target(velocity, z, 1 - k / 10, k, "euler", False)
         assert close(target, (z - path[k]) / (k / 10))
-        assert close((z - path[k]) / 0.5, target, 0.01) == (k == 5)  # planted: divided by the time of the student's grid
+        assert close((z - path[k]) / 0.5, target, 0.01) == (
+            k == 5
+        )  # planted: divided by the time of the student's grid
     assert close(method.anchor_target(velocity, z, 0.0, 6, "heun", False), z - heun(velocity, z, 6))
 
 
-@pytest.mark.parametrize(("tbar", "error"), [(0.9631, 0.050), (0.9353, -0.025), (0.9883, 0.0), (0.8513, 0.0)])
+@pytest.mark.parametrize(
+    ("tbar", "error"), [(0.9631, 0.050), (0.9353, -0.025), (0.9883, 0.0), (0.8513, 0.0)]
+)
 def test_tbar_is_not_rounded(tbar, error):  # test 11
-    target = method.anchor_target(lambda x, t: 0.7 + 0 * x, torch.randn(N, 3), tbar, 4, "euler", False)
+    target = method.anchor_target(
+        lambda x, t: 0.7 + 0 * x, torch.randn(N, 3), tbar, 4, "euler", False
+    )
     torch.testing.assert_close(target, torch.full_like(target, 0.7), rtol=1e-4, atol=0)
-    planted = (1 - tbar) / (1 - torch.tensor(tbar, dtype=torch.bfloat16).item()) - 1  # of the official code
+    planted = (1 - tbar) / (
+        1 - torch.tensor(tbar, dtype=torch.bfloat16).item()
+    ) - 1  # of the official code
     assert planted == pytest.approx(error, abs=0.003)
 
 
@@ -98,16 +117,25 @@ def test_the_student_lands_where_its_anchor_says(tbar):  # test 8
 
 def test_the_x0_form():  # test 9; Eq. 39-41: |x_theta(z, 1) - (z_tbar - tbar v(z_tbar, tbar))|^2
     z, v_1, curved = *torch.randn(2, N, *SHAPE), teacher()
-    both = lambda velocity: [method.anchor_target(velocity, z, 0.75, 4, "heun", x0) for x0 in (False, True)]
+    both = lambda velocity: [
+        method.anchor_target(velocity, z, 0.75, 4, "heun", x0) for x0 in (False, True)
+    ]
     secant, tangent = both(lambda x, t: 0 * x + 0.3)  # constant along its paths
     assert close(tangent, secant)
     secant, tangent = both(curved)
     assert not close(tangent, secant, 0.01)
     z_tbar, t = z - 0.25 * secant, ones(z, 0.75)
     distance = lambda x0: (denoiser(z, v_1, ones(z)) - x0).square().mean()
-    torch.testing.assert_close(method.diversity_loss(v_1, tangent), distance(denoiser(z_tbar, curved(z_tbar, t), t)))
-    assert not close(distance(denoiser(z_tbar, secant, t)), method.diversity_loss(v_1, tangent), 1e-3)  # planted: un-noised with z
-    assert all(torch.equal(made(a)[0].anchor(z, batch().cond), b) for a, b in ((None, secant), ("x0-anchor", tangent)))
+    torch.testing.assert_close(
+        method.diversity_loss(v_1, tangent), distance(denoiser(z_tbar, curved(z_tbar, t), t))
+    )
+    assert not close(
+        distance(denoiser(z_tbar, secant, t)), method.diversity_loss(v_1, tangent), 1e-3
+    )  # planted: un-noised with z
+    assert all(
+        torch.equal(made(a)[0].anchor(z, batch().cond), b)
+        for a, b in ((None, secant), ("x0-anchor", tangent))
+    )
 
 
 def test_the_target_is_a_function_of_the_noise():  # test 7: one noise is fitted exactly, unlike a posterior mean
@@ -129,7 +157,10 @@ def test_the_target_is_a_function_of_the_noise():  # test 7: one noise is fitted
 
 
 # E over these four points is exact for polynomials of degree two in (z, e)
-Z, E = (torch.tensor(v, dtype=torch.float64)[:, None] for v in ([1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]))
+Z, E = (
+    torch.tensor(v, dtype=torch.float64)[:, None]
+    for v in ([1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0])
+)
 
 
 def gaussian(x: Tensor, t: Tensor, std: float) -> Tensor:
@@ -140,27 +171,46 @@ def gaussian(x: Tensor, t: Tensor, std: float) -> Tensor:
 
 def given(z: Tensor = Z, e: Tensor = E) -> SimpleNamespace:
     """A step whose draws are z, the noise e of the other uses, and uniform 0, so that t is the lower end."""
-    stream = lambda name: SimpleNamespace(normal=lambda *_: z if name == "z" else e, uniform=lambda n: z.new_zeros(n))
+    stream = lambda name: SimpleNamespace(
+        normal=lambda *_: z if name == "z" else e, uniform=lambda n: z.new_zeros(n)
+    )
     return SimpleNamespace(index=0, rng=stream)
 
 
-def toy(theta: float, fake, real: float, t: float, shape: tuple[int, ...] = (1,), **changes) -> tuple:
+def toy(
+    theta: float, fake, real: float, t: float, shape: tuple[int, ...] = (1,), **changes
+) -> tuple:
     """DP-DMD with the student v = theta x, an exact teacher of N(0, real^2), a given critic, all draws at time t."""
-    m, parameter = DPDMD.__new__(DPDMD), torch.tensor(theta, dtype=torch.float64, requires_grad=True)
-    m.config = DPDMD.Config.model_validate(
-        merged(FILE["config"], EVERY | {"time_low": t, "time_high": 0.99, "weighting": "velocity"} | changes)
+    m, parameter = (
+        DPDMD.__new__(DPDMD),
+        torch.tensor(theta, dtype=torch.float64, requires_grad=True),
     )
-    m.task = SimpleNamespace(shape=shape, teacher=SimpleNamespace(velocity=lambda x, t, cond: gaussian(x, t, real)))
+    m.config = DPDMD.Config.model_validate(
+        merged(
+            FILE["config"],
+            EVERY | {"time_low": t, "time_high": 0.99, "weighting": "velocity"} | changes,
+        )
+    )
+    m.task = SimpleNamespace(
+        shape=shape, teacher=SimpleNamespace(velocity=lambda x, t, cond: gaussian(x, t, real))
+    )
     m.net, m.fake, m.losses = lambda x, t, labels: parameter * x, fake, {}
-    m.student, m.critic = (SimpleNamespace(update=lambda loss, name=name: m.losses.update({name: loss})) for name in ("student", "critic"))
+    m.student, m.critic = (
+        SimpleNamespace(update=lambda loss, name=name: m.losses.update({name: loss}))
+        for name in ("student", "critic")
+    )
     return m, parameter
 
 
-def slope(m, parameter: Tensor, player: str = "student", draws: SimpleNamespace | None = None) -> float:
+def slope(
+    m, parameter: Tensor, player: str = "student", draws: SimpleNamespace | None = None
+) -> float:
     """d loss / d parameter of one update."""
     draws = draws or given()
     m.train_step(Batch(len(draws.rng("z").normal()), Condition(None)), draws)
-    return torch.autograd.grad(m.losses[player], parameter, allow_unused=True, materialize_grads=True)[0].item()
+    return torch.autograd.grad(
+        m.losses[player], parameter, allow_unused=True, materialize_grads=True
+    )[0].item()
 
 
 def exact(std: float):
@@ -171,20 +221,26 @@ def exact(std: float):
 @pytest.mark.parametrize("t", [0.1, 0.4, 0.9])
 @pytest.mark.parametrize("theta", [-0.4, 0.3, 0.8])
 @pytest.mark.parametrize("steps", [2, 4])
-def test_matching_is_the_gradient_of_the_kl_through_the_later_steps(t, theta, steps):  # b.3; KL(q_t | p_t) of x = a z to N(0, 0.5^2)
+def test_matching_is_the_gradient_of_the_kl_through_the_later_steps(
+    t, theta, steps
+):  # b.3; KL(q_t | p_t) of x = a z to N(0, 0.5^2)
     r = 1 - theta / steps  # of one step
     a, std, s = r**steps, 0.5, lambda std: (1 - t) ** 2 * std**2 + t**2
     kl = (1 - t) ** 2 * a * (1 / s(std) - 1 / s(a))  # d KL / d a
     closed = lambda through: kl * through * -a / (r * steps)  # d a / d theta through so many steps
     changes, unit = {"diversity": 0.0, "steps": steps}, (1 - t) ** 2 / t
-    ours = lambda fake=a, real=std, detach=True: slope(*toy(theta, exact(fake), real, t, detach=detach, **changes)) * unit
+    ours = lambda fake=a, real=std, detach=True: (
+        slope(*toy(theta, exact(fake), real, t, detach=detach, **changes)) * unit
+    )
     cut, whole = closed(steps - 1), closed(steps)
     assert ours() == pytest.approx(cut, rel=1e-3)
     assert ours(detach=False) == pytest.approx(whole, rel=1e-3)
     assert cut != pytest.approx(whole, rel=0.01)  # planted: either for the other
     assert ours(std, a) == pytest.approx(-cut, rel=1e-3)  # planted: networks exchanged
     assert ours(0.9 * a) != pytest.approx(cut, rel=0.01)  # planted: a critic that lags
-    assert ours(real=a) == pytest.approx(0, abs=1e-12)  # stationary where the student's law is the teacher's
+    assert ours(real=a) == pytest.approx(
+        0, abs=1e-12
+    )  # stationary where the student's law is the teacher's
 
 
 @pytest.mark.parametrize("tbar", [0.75, 0.5, 0.0])
@@ -193,27 +249,39 @@ def test_the_diversity_loss_is_the_gradient_of_its_objective(tbar):  # Eq. 6-8
     k = ((1 - tbar) ** 2 * std**2 + tbar**2) ** 0.5  # z_tbar = k z, the flow of N(0, std^2)
     closed = weight * 2 * (theta - (1 - k) / (1 - tbar))
 
-    def ours(fake: float = std, theta: float = theta, **changes) -> float:  # critic = teacher: L_DMD has no gradient
+    def ours(
+        fake: float = std, theta: float = theta, **changes
+    ) -> float:  # critic = teacher: L_DMD has no gradient
         anchor = {"anchor_time": tbar, "anchor_steps": 400, "diversity": weight}
         return slope(*toy(theta, exact(fake), std, 0.4, **(anchor | changes)))
 
     assert ours() == pytest.approx(closed, rel=1e-3)
-    assert ours(theta=(1 - k) / (1 - tbar)) == pytest.approx(0, abs=1e-3)  # stationary at the secant
+    assert ours(theta=(1 - k) / (1 - tbar)) == pytest.approx(
+        0, abs=1e-3
+    )  # stationary at the secant
     planted = weight * 2 * (theta - (1 - k))  # z - z_tbar, not over 1 - tbar
     assert (planted == pytest.approx(closed, rel=0.01)) == (tbar == 0)
     alone = ours(0.4, diversity=0.0)
-    assert ours(0.4) == pytest.approx(closed + alone, rel=1e-3) and abs(alone) > 1e-3  # Eq. 8: the two gradients add
+    assert (
+        ours(0.4) == pytest.approx(closed + alone, rel=1e-3) and abs(alone) > 1e-3
+    )  # Eq. 8: the two gradients add
 
 
 @pytest.mark.parametrize("t", [0.1, 0.6])
-def test_the_critic_regresses_the_velocity_of_the_samples(t):  # b.4: E (psi x_t - (e - x))^2, x = a z from a rollout of N steps
+def test_the_critic_regresses_the_velocity_of_the_samples(
+    t,
+):  # b.4: E (psi x_t - (e - x))^2, x = a z from a rollout of N steps
     theta, psi = 0.3, torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     a = (1 - theta / 4) ** 4
     variance = (1 - t) ** 2 * a**2 + t**2
     m, parameter = toy(theta, lambda x, t, labels: psi * x, 0.5, t)
-    assert slope(m, psi, "critic") == pytest.approx(2 * (0.2 * variance - (t - (1 - t) * a**2)), rel=1e-3)
+    assert slope(m, psi, "critic") == pytest.approx(
+        2 * (0.2 * variance - (t - (1 - t) * a**2)), rel=1e-3
+    )
     assert slope(m, parameter, "critic") == 0 != slope(m, parameter)
-    best = lambda a: (t - (1 - t) * a**2) / ((1 - t) ** 2 * a**2 + t**2)  # the exact velocity of N(0, a^2)
+    best = lambda a: (
+        (t - (1 - t) * a**2) / ((1 - t) ** 2 * a**2 + t**2)
+    )  # the exact velocity of N(0, a^2)
     psi.data.fill_(best(a))
     assert slope(m, psi, "critic") == pytest.approx(0, abs=1e-12)
     for planted in ((1 - theta / 4) ** 3, 0.5):  # one step less; the teacher
@@ -222,9 +290,16 @@ def test_the_critic_regresses_the_velocity_of_the_samples(t):  # b.4: E (psi x_t
 
 
 @pytest.mark.parametrize("a", [0.6, 1.6])
-def test_descent_moves_the_scale_to_the_teachers(a):  # test 6: 64 coordinates, the paper's normaliser; a falls where theta rises
-    draws, changes = given(*torch.randn(2, 256, 64, dtype=torch.float64)), {"weighting": "noisy_residual", "diversity": 0.0}
-    ours = lambda fake, real: slope(*toy(4 * (1 - a**0.25), exact(fake), real, 0.4, (64,), **changes), draws=draws)
+def test_descent_moves_the_scale_to_the_teachers(
+    a,
+):  # test 6: 64 coordinates, the paper's normaliser; a falls where theta rises
+    draws, changes = (
+        given(*torch.randn(2, 256, 64, dtype=torch.float64)),
+        {"weighting": "noisy_residual", "diversity": 0.0},
+    )
+    ours = lambda fake, real: slope(
+        *toy(4 * (1 - a**0.25), exact(fake), real, 0.4, (64,), **changes), draws=draws
+    )
     assert ours(a, 1.0) * (1 - a) > 0 and ours(1.0, 1.0) == 0
     assert not ours(1.0, a) * (1 - a) > 0  # planted: the sign
 
@@ -232,22 +307,37 @@ def test_descent_moves_the_scale_to_the_teachers(a):  # test 6: 64 coordinates, 
 @pytest.mark.parametrize("w", [1.0, 3.5])
 def test_gradient_of_the_matching_term(monkeypatch, w):  # test 5; b.3 steps 3 to 5
     m, _ = made("detach-only")
-    calls, critic, gradients = captured(monkeypatch, method, "pseudo_loss"), copy.deepcopy(m.fake), []
+    calls, critic, gradients = (
+        captured(monkeypatch, method, "pseudo_loss"),
+        copy.deepcopy(m.fake),
+        [],
+    )
     m.student.update = lambda loss: gradients.extend(torch.autograd.grad(loss, calls[0][0][0]))
     m.train_step(batch(w=w), step())
-    x, t, e = calls[0][0][0].detach(), 0.02 + 0.96 * step().rng("matching t").uniform(N), step().rng("matching e").normal(N, *SHAPE)
+    x, t, e = (
+        calls[0][0][0].detach(),
+        0.02 + 0.96 * step().rng("matching t").uniform(N),
+        step().rng("matching e").normal(N, *SHAPE),
+    )
     x_t = noised(x, e, t)
 
     def g(real: float = w, size: float = w, reference: Tensor = x_t) -> Tensor:
         """The printed form, (D_fake - D_real) / mean |x_t - D_real| of a sample."""
         d_fake, d_real, d_size = (
-            denoiser(x_t, v(x_t, t), t) for v in (lambda *a: critic(*a, batch().cond.labels), teacher(real), teacher(size))
+            denoiser(x_t, v(x_t, t), t)
+            for v in (lambda *a: critic(*a, batch().cond.labels), teacher(real), teacher(size))
         )
-        return ((d_fake - d_real) / (reference - d_size).abs().mean((1, 2, 3), keepdim=True)).detach() / x.numel()
+        return (
+            (d_fake - d_real) / (reference - d_size).abs().mean((1, 2, 3), keepdim=True)
+        ).detach() / x.numel()
 
     assert close(gradients[0], g(), 1e-3)
-    planted = [-g(), g() * x.numel(), g(reference=x)] + ([g(real=1.0), g(size=1.0)] if w != 1 else [])
-    assert not any(close(gradients[0], wrong, 0.01) for wrong in planted)  # sign, sum, clean x, unguided
+    planted = [-g(), g() * x.numel(), g(reference=x)] + (
+        [g(real=1.0), g(size=1.0)] if w != 1 else []
+    )
+    assert not any(
+        close(gradients[0], wrong, 0.01) for wrong in planted
+    )  # sign, sum, clean x, unguided
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -260,10 +350,16 @@ def test_the_cut(detach):  # test 3; test 2
     through_first = torch.autograd.grad(loss, v_1, retain_graph=True, allow_unused=True)[0]
     assert (through_first is None) == detach  # planted: without the cut it is there
     assert any(g.any() for g in torch.autograd.grad(loss, m.student.parameters))
-    assert method.rollout(velocity, z, 1, detach, True)[0].requires_grad != detach  # N = 1 and lambda = 0: nothing to learn
+    assert (
+        method.rollout(velocity, z, 1, detach, True)[0].requires_grad != detach
+    )  # N = 1 and lambda = 0: nothing to learn
 
 
-REFUSED = {"nothing to match": {"steps": 1}, "must be below": {"time_high": 0.02}, "one evaluation more": {"anchor_time": 0.0}}
+REFUSED = {
+    "nothing to match": {"steps": 1},
+    "must be below": {"time_high": 0.02},
+    "one evaluation more": {"anchor_time": 0.0},
+}
 
 
 @pytest.mark.parametrize("why", REFUSED)
@@ -277,41 +373,74 @@ def test_the_teacher_is_a_stationary_point():  # test 4; with K = 1 the student 
     def norm(*arm, **changes) -> float:
         m, _ = made(*arm, **changes)
         norms: list[float] = []
-        m.student.update = lambda loss: norms.append(nn.utils.get_total_norm(torch.autograd.grad(loss, m.student.parameters)).item())
+        m.student.update = lambda loss: norms.append(
+            nn.utils.get_total_norm(torch.autograd.grad(loss, m.student.parameters)).item()
+        )
         m.train_step(batch(), step())
         return norms[0]
 
-    assert norm("anchor-1", critic_differs=False) < 1e-7 and norm("plain", critic_differs=False) == 0
-    assert norm("anchor-1") > 1e-3 and norm(critic_differs=False) > 1e-4  # planted: the critic differs; an anchor further down the path
+    assert (
+        norm("anchor-1", critic_differs=False) < 1e-7 and norm("plain", critic_differs=False) == 0
+    )
+    assert (
+        norm("anchor-1") > 1e-3 and norm(critic_differs=False) > 1e-4
+    )  # planted: the critic differs; an anchor further down the path
 
 
-def test_what_every_network_sees(monkeypatch):  # b.2: the rollout's own noise; b.4: the full rollout, the same law of t, fresh noise
+def test_what_every_network_sees(
+    monkeypatch,
+):  # b.2: the rollout's own noise; b.4: the full rollout, the same law of t, fresh noise
     n = 2048
     m, _ = made(batch=n)
     cond, net, asked, judged = batch(n).cond, copy.deepcopy(m.net), [], []
-    targets, fakes = captured(monkeypatch, method, "diversity_loss"), captured(monkeypatch, method, "critic_loss")
+    targets, fakes = (
+        captured(monkeypatch, method, "diversity_loss"),
+        captured(monkeypatch, method, "critic_loss"),
+    )
     m.net.register_forward_pre_hook(lambda _m, args: asked.append(args))
     m.fake.register_forward_pre_hook(lambda _m, args: judged.append(args))
     m.train_step(batch(n), step())
     z, (v_1, target), (_, x, e) = step().rng("z").normal(n, *SHAPE), targets[0][0], fakes[0][0]
-    assert [a[1][0].item() for a in asked] == [1.0, 0.75, 0.5, 0.25] and all(torch.equal(a[2], cond.labels) for a in asked + judged)
-    assert torch.equal(asked[0][0], z) and close(v_1, net(z, ones(z), cond.labels)) and torch.equal(target, m.anchor(z, cond))
-    for planted in (m.anchor(z.flip(0), cond), m.anchor(z, Condition(cond.labels.flip(0)))):  # other noise, other labels
+    assert [a[1][0].item() for a in asked] == [1.0, 0.75, 0.5, 0.25] and all(
+        torch.equal(a[2], cond.labels) for a in asked + judged
+    )
+    assert (
+        torch.equal(asked[0][0], z)
+        and close(v_1, net(z, ones(z), cond.labels))
+        and torch.equal(target, m.anchor(z, cond))
+    )
+    for planted in (
+        m.anchor(z.flip(0), cond),
+        m.anchor(z, Condition(cond.labels.flip(0))),
+    ):  # other noise, other labels
         assert not close(planted, target, 0.01)
     walk = lambda steps: euler(lambda x, t: net(x, t, cond.labels), z, steps).detach()
     assert close(x, walk(4)) and not close(x, walk(3), 0.01) and not x.requires_grad
     for (_, t, _), use in zip(judged, ("matching", "critic")):
         torch.testing.assert_close(t, 0.02 + 0.96 * step().rng(f"{use} t").uniform(n))
     x_t, t, _ = judged[1]
-    assert close(x_t, noised(x, e, t)) and not close(x_t, noised(e, x, t), 0.1)  # planted: x and e exchanged
-    assert torch.equal(e, step().rng("critic e").normal(n, *SHAPE)) and torch.corrcoef(torch.stack([judged[0][1], t]))[0, 1].abs() < 0.1
+    assert close(x_t, noised(x, e, t)) and not close(
+        x_t, noised(e, x, t), 0.1
+    )  # planted: x and e exchanged
+    assert (
+        torch.equal(e, step().rng("critic e").normal(n, *SHAPE))
+        and torch.corrcoef(torch.stack([judged[0][1], t]))[0, 1].abs() < 0.1
+    )
 
 
-SCHEDULES = {(1, True): "|sc", (3, True): "|c|c|sc", (5, True): "|c|c|c|c|sc", (5, False): "|c|c|c|c|c|s", (1, False): "|c|s"}
+SCHEDULES = {
+    (1, True): "|sc",
+    (3, True): "|c|c|sc",
+    (5, True): "|c|c|c|c|sc",
+    (5, False): "|c|c|c|c|c|s",
+    (1, False): "|c|s",
+}
 
 
 @pytest.mark.parametrize(("updates", "reuse"), SCHEDULES)
-def test_who_moves_when(updates, reuse):  # test 12: five of the critic, then one of the student, in six ticks
+def test_who_moves_when(
+    updates, reuse
+):  # test 12: five of the critic, then one of the student, in six ticks
     m, _ = made(critic_updates=updates, reuse=reuse)
     cycle, order, moved = SCHEDULES[updates, reuse], "", watch_updates(m)
     for i in range(2 * cycle.count("|")):
@@ -319,11 +448,15 @@ def test_who_moves_when(updates, reuse):  # test 12: five of the critic, then on
         order += "|" + "".join(name[0] for name in moved)
         moved.clear()
     assert order == 2 * cycle and DPDMD.needs(m.config).cycle == cycle.count("|")
-    official = "".join("|s" if (i + 1) % 6 == 0 else "|c" for i in range(2 * cycle.count("|")))  # M = 5
+    official = "".join(
+        "|s" if (i + 1) % 6 == 0 else "|c" for i in range(2 * cycle.count("|"))
+    )  # M = 5
     assert (order == official) == ((updates, reuse) == (5, False))
 
 
-def test_ranks_see_noise_of_their_own(monkeypatch):  # test 12; (h): the official seeds give every GPU the same
+def test_ranks_see_noise_of_their_own(
+    monkeypatch,
+):  # test 12; (h): the official seeds give every GPU the same
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
 
@@ -345,7 +478,13 @@ def test_ranks_see_noise_of_their_own(monkeypatch):  # test 12; (h): the officia
 def test_the_sampler_is_euler_on_the_uniform_grid(variant, n):  # (d)
     m, task = made(variant)
     needs = DPDMD.needs(m.config)
-    assert needs.nfe == (n,) and needs.headline_nfe == n and not needs.data and needs.pairs is None and needs.teacher
+    assert (
+        needs.nfe == (n,)
+        and needs.headline_nfe == n
+        and not needs.data
+        and needs.pairs is None
+        and needs.teacher
+    )
     z, labels = torch.randn(N, *SHAPE), batch().cond.labels
     with task.meter.counting():
         x = m.sample(z, Condition(labels, 3.0), n, Rng(0))
@@ -353,8 +492,12 @@ def test_the_sampler_is_euler_on_the_uniform_grid(variant, n):  # (d)
     expected = z
     for i in range(n):
         expected = expected - m.net(expected, ones(z, 1 - i / n), labels) / n
-    assert close(x, expected) and not close(x, heun(lambda x, t: m.net(x, t, labels), z, n), 1e-3)  # planted
-    m.student.averages["evaluation"].get_submodule("module.0").leave.bias.data += 1  # the average is what is sampled
+    assert close(x, expected) and not close(
+        x, heun(lambda x, t: m.net(x, t, labels), z, n), 1e-3
+    )  # planted
+    m.student.averages["evaluation"].get_submodule(
+        "module.0"
+    ).leave.bias.data += 1  # the average is what is sampled
     assert not close(m.sample(z, Condition(labels), n, Rng(0)), x, 0.01)
 
 
@@ -370,18 +513,28 @@ def test_every_variant_changes_an_update():
         for i in range(12):
             m.train_step(batch(), step(i))
         if name in after:
-            assert torch.equal(weights(m.net), after[name])  # planted: no change of settings, no change of weights
+            assert torch.equal(
+                weights(m.net), after[name]
+            )  # planted: no change of settings, no change of weights
         after[name] = weights(m.net)
     for a, b in combinations(after, 2):
         assert not torch.allclose(after[a], after[b], atol=1e-5), (a, b)
 
 
 def cost(student: int, teacher: int, m: int = 5) -> dict[str, int]:
-    return {"student": student, "student.backward": 1, "teacher": teacher, "critic": 1 + m, "critic.backward": m}
+    return {
+        "student": student,
+        "student.backward": 1,
+        "teacher": teacher,
+        "critic": 1 + m,
+        "critic.backward": m,
+    }
 
 
 COSTS = {
-    **dict.fromkeys([None, "no-detach", "paper-weight", "double-weight", "heavy-anchor"], cost(5 * 4, 1 + 8)),
+    **dict.fromkeys(
+        [None, "no-detach", "paper-weight", "double-weight", "heavy-anchor"], cost(5 * 4, 1 + 8)
+    ),
     **dict.fromkeys(["detach-only", "plain", "plain-half-rate"], cost(5 * 4, 1)),
     "two-step": cost(5 * 2, 1 + 8),
     "anchor-1": cost(5 * 4, 1 + 1),
@@ -401,7 +554,9 @@ def test_no_evaluation_more_than_the_algorithm_needs(name, w):
     with task.meter.counting():
         for i in range(3 * cycle, 4 * cycle):
             m.train_step(batch(w=w), step(i))
-    guided = {} if w == 1 else {"teacher": 2 * COSTS[name]["teacher"]}  # student and critic have no guidance
+    guided = (
+        {} if w == 1 else {"teacher": 2 * COSTS[name]["teacher"]}
+    )  # student and critic have no guidance
     assert dict(task.meter.calls) == COSTS[name] | guided
     # Graphs on the student's turn only, and of its first step only where something is asked of it.
     last = [name != "detach-only"] + [True] * (m.config.steps - 1)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from eval import evaluate, protocol
+from eval.metrics import evaluate
+from eval.report import protocol
 from eval.samples import content_sha256
 from tests.conftest import captured
 from tests.released import run
@@ -16,7 +17,10 @@ from tests.test_cells import edit
 
 def test_draws_are_independent_repeat_and_are_published(checkout, capsys, monkeypatch):
     edit(checkout.folder / "workflows/benchmarks/tiny.yaml", "seeds: [0, 1]", "seeds: [0]")
-    checkout.write("workflows/tables/tiny.yaml", "{name: tiny, title: tiny, benchmarks: [tiny], methods: [dmd], draws: true}\n")
+    checkout.write(
+        "workflows/tables/tiny.yaml",
+        "{name: tiny, title: tiny, benchmarks: [tiny], methods: [dmd], draws: true}\n",
+    )
     scored = captured(monkeypatch, evaluate, "repeated_draws")
     assert run(capsys, "train", "tiny", "dmd")[0] == 0
     (folder,) = Path("results/runs/tiny/dmd").glob("seed0-*")
@@ -40,9 +44,15 @@ def test_draws_are_independent_repeat_and_are_published(checkout, capsys, monkey
     file.unlink()
     assert draw(3) == first and len(scored) == 2  # made again
     more = json.loads(draw(4))
-    assert more["draws"] == 4 and more["rows"][:3] == found["rows"] and more["rows"][3] not in found["rows"]
+    assert (
+        more["draws"] == 4
+        and more["rows"][:3] == found["rows"]
+        and more["rows"][3] not in found["rows"]
+    )
     assert draw(3) == first  # another number is never kept
-    file.write_text(json.dumps(found | {"rows": [], "evaluation": found["evaluation"] | {"key": "0" * 12}}))
+    file.write_text(
+        json.dumps(found | {"rows": [], "evaluation": found["evaluation"] | {"key": "0" * 12}})
+    )
     assert draw(3) == first  # nor are those of another evaluation
 
     for arm in ("teacher", "dmd"):

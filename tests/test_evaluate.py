@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from distillbench import config, scoring
-from distillbench import data as data_sets
-from distillbench.cell import Cell
+from distillbench import config
+from distillbench.cells.cell import Cell
+from distillbench.cli import evaluate
+from distillbench.data import kinds
 from distillbench.errors import UserError
-from eval import evaluate, records
-from eval.evaluate import SCORES, Against, evaluate_images, in_turn
-from eval.metrics import Reference
-from eval.protocol import CROSS_EXTRACTOR, EXTRACTOR, Digits
+from eval.features import weights
+from eval.metrics import evaluate, key
+from eval.metrics.evaluate import SCORES, Against, evaluate_images, in_turn
+from eval.metrics.key import NUMERICAL
+from eval.metrics.scores import Reference
+from eval.report.protocol import CROSS_EXTRACTOR, EXTRACTOR, Digits
 
 EVAL = Path(evaluate.__file__).parent
 
@@ -42,13 +45,19 @@ def in_class_order(images: Tensor, labels: Tensor, n: int) -> Tensor:
 def test_one_pass_per_extractor_all_scores_eight_digits(data, against, monkeypatch):
     passes = []
     true = type(against.extractor).features
-    monkeypatch.setattr(type(against.extractor), "features", lambda self, x: passes.append((self.name, len(x))) or true(self, x))
+    monkeypatch.setattr(
+        type(against.extractor),
+        "features",
+        lambda self, x: passes.append((self.name, len(x))) or true(self, x),
+    )
     images = in_class_order(data.train, data.train_labels, 900)
     scores = evaluate_images(images, in_turn(900, 10), against, images)
     assert passes == [(EXTRACTOR, 900), (CROSS_EXTRACTOR, 900)]
     assert tuple(scores) == SCORES
     assert all(type(value) is float and value == float(f"{value:.8g}") for value in scores.values())
-    assert any(value != float(f"{value:.7g}") for value in scores.values())  # all eight digits are kept
+    assert any(
+        value != float(f"{value:.7g}") for value in scores.values()
+    )  # all eight digits are kept
     assert scores["memorisation"] == scores["class_accuracy"] == 1 and scores["noise_distance"] == 0
     assert abs(scores["fid_teacher"]) < 0.1 < scores["fid"]  # the teacher was the training half
 
@@ -57,19 +66,36 @@ def test_a_part_that_is_missing_leaves_its_scores_none(data, against):
     images, labels = in_class_order(data.train, data.train_labels, 200), in_turn(200, 10)
     full = evaluate_images(images, labels, against, images)
     missing = {
-        "fid_cross": (labels, dataclasses.replace(against, cross_extractor=None, cross_held_out=None), images),
+        "fid_cross": (
+            labels,
+            dataclasses.replace(against, cross_extractor=None, cross_held_out=None),
+            images,
+        ),
         "fid_teacher": (labels, dataclasses.replace(against, teacher=None), images),
         "memorisation": (labels, dataclasses.replace(against, train=None), images),
         "diversity": (labels, dataclasses.replace(against, labels=None), images),
         "noise_distance": (labels, against, None),
-        "class_accuracy label_tv": (labels, dataclasses.replace(against, classes=1000), images),  # a classifier of other classes
+        "class_accuracy label_tv": (
+            labels,
+            dataclasses.replace(against, classes=1000),
+            images,
+        ),  # a classifier of other classes
         "class_accuracy label_tv diversity noise_distance": (None, against, images),
     }
     for names, arguments in missing.items():
         scores = evaluate_images(images, *arguments)
         assert scores == full | dict.fromkeys(names.split())
-    blind = evaluate_images(images, labels, Against.of(data, CROSS_EXTRACTOR, None))  # it has no class head
-    assert {m for m in SCORES if blind[m] is None} == {"fid_cross", "fid_teacher", "is", "class_accuracy", "label_tv", "noise_distance"}
+    blind = evaluate_images(
+        images, labels, Against.of(data, CROSS_EXTRACTOR, None)
+    )  # it has no class head
+    assert {m for m in SCORES if blind[m] is None} == {
+        "fid_cross",
+        "fid_teacher",
+        "is",
+        "class_accuracy",
+        "label_tv",
+        "noise_distance",
+    }
 
 
 def test_scores_under_two_extractors_never_mix(data, against):
@@ -92,10 +118,17 @@ def metrics(monkeypatch: pytest.MonkeyPatch, teacher_itself: bool = False) -> di
     """
     monkeypatch.chdir(EVAL.parent)
     b = config.benchmark("digits")
-    b = b.model_copy(update={"cross_extractor": CROSS_EXTRACTOR, "sampling": b.sampling.model_copy(update={"count": 900})})
+    b = b.model_copy(
+        update={
+            "cross_extractor": CROSS_EXTRACTOR,
+            "sampling": b.sampling.model_copy(update={"count": 900}),
+        }
+    )
     digits = Digits.split()
     student = in_class_order(digits.train, digits.train_labels, 900)
-    blurred = torch.stack([student[c::10].float().mean(0).to(torch.uint8) for c in range(10)])[in_turn(900, 10)]
+    blurred = torch.stack([student[c::10].float().mean(0).to(torch.uint8) for c in range(10)])[
+        in_turn(900, 10)
+    ]
     again = in_class_order(digits.reference, digits.reference_labels, 900)
 
     class Known(Cell):
@@ -106,7 +139,7 @@ def metrics(monkeypatch: pytest.MonkeyPatch, teacher_itself: bool = False) -> di
     stored = {True: ({1: blurred, 32: student}, again), False: ({1: student}, None)}
     monkeypatch.setattr(scoring, "samples_of", lambda cell: stored[cell.arm is None])
     monkeypatch.setattr(Cell, "label", "known", raising=False)
-    return scoring.metrics_of(Known(b, arm, 0))
+    return evaluate.metrics_of(Known(b, arm, 0))
 
 
 def mixed_up(found: dict) -> list[str]:
@@ -114,7 +147,9 @@ def mixed_up(found: dict) -> list[str]:
     row = found["rows"][-1]
     said = {
         "training images are not the training half": row["memorisation"] == 1,
-        "the reference is not held out": row["fid"] > 0.1 and row["c2st"] > 0.3 and row["precision"] < 1,
+        "the reference is not held out": row["fid"] > 0.1
+        and row["c2st"] > 0.3
+        and row["precision"] < 1,
         "second FID: not held out": row["fid_cross"] > 0.1,
         "the teacher's own set is not the held-out images": row["fid_teacher"] > 0.1,
         "labels are not in turn": row["class_accuracy"] == 1 and row["label_tv"] == 0,
@@ -125,22 +160,42 @@ def mixed_up(found: dict) -> list[str]:
 
 def test_every_set_is_where_it_belongs(monkeypatch):
     found = metrics(monkeypatch)
-    assert mixed_up(found) == [] and found["rows"][0]["noise_distance"] == 0 and "fixed" not in found
+    assert (
+        mixed_up(found) == [] and found["rows"][0]["noise_distance"] == 0 and "fixed" not in found
+    )
     about = found["evaluation"]
-    assert about["key"] == records.evaluation_key(EXTRACTOR, CROSS_EXTRACTOR) and about["samples"] == 900 and about["reference"] == 896
+    assert (
+        about["key"] == key.evaluation_key(EXTRACTOR, CROSS_EXTRACTOR)
+        and about["samples"] == 900
+        and about["reference"] == 896
+    )
     assert len({about["extractor_sha256"], about["cross_extractor_sha256"]}) == 2
     own = metrics(monkeypatch, teacher_itself=True)
     assert mixed_up(own) == [] and [row["noise_distance"] for row in own["rows"]] == [None, None]
-    assert [row["name"] for row in own["fixed"]] == ["floor", "class_means", "class_gaussian", "mixup", "memoriser"]
+    assert [row["name"] for row in own["fixed"]] == [
+        "floor",
+        "class_means",
+        "class_gaussian",
+        "mixup",
+        "memoriser",
+    ]
     assert json.loads(json.dumps(found)) == found == metrics(monkeypatch)
 
 
 def test_training_and_reference_exchanged_are_noticed(monkeypatch):
-    load, real = data_sets.load, Against.of
+    load, real = kinds.load, Against.of
     swap = lambda d: dataclasses.replace(
-        d, train=d.reference, train_labels=d.reference_labels, reference=d.train, reference_labels=d.train_labels
+        d,
+        train=d.reference,
+        train_labels=d.reference_labels,
+        reference=d.train,
+        reference_labels=d.train_labels,
     )
-    both = {"training images are not the training half", "the reference is not held out", "second FID: not held out"}
+    both = {
+        "training images are not the training half",
+        "the reference is not held out",
+        "second FID: not held out",
+    }
     with monkeypatch.context() as planted:
         planted.setattr(data_sets, "load", lambda spec: swap(load(spec)))
         assert both <= set(mixed_up(metrics(planted)))
@@ -154,7 +209,11 @@ def test_other_mix_ups_are_noticed(monkeypatch):
 
     def planted(change) -> list[str]:
         with monkeypatch.context() as context:
-            context.setattr(evaluate, "image_metrics", lambda *arguments, **named: real(*change(*arguments), **named))
+            context.setattr(
+                evaluate,
+                "image_metrics",
+                lambda *arguments, **named: real(*change(*arguments), **named),
+            )
             return mixed_up(metrics(context))
 
     assert planted(lambda *a: a) == []
@@ -163,7 +222,10 @@ def test_other_mix_ups_are_noticed(monkeypatch):
     reused = lambda d, e, c, s, t, again, *r: (d, e, c, s, t, t[32], *r)
     assert planted(reused) == ["the teacher's own set is not the held-out images"]
     one_off = lambda d, e, c, s, t, again, *r: (d, e, c, {1: s[1].roll(1, 0)}, t, again, *r)
-    assert set(planted(one_off)) == {"labels are not in turn", "not the teacher's sample of many steps"}
+    assert set(planted(one_off)) == {
+        "labels are not in turn",
+        "not the teacher's sample of many steps",
+    }
 
 
 def imported(module: str) -> set[str]:
@@ -171,21 +233,30 @@ def imported(module: str) -> set[str]:
     found, todo = set(), [module]
     while todo:
         tree = ast.parse((EVAL / f"{(name := todo.pop())}.py").read_text())
-        own = {n.module.removeprefix("eval.") for n in tree.body if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("eval.")}
+        own = {
+            n.module.removeprefix("eval.")
+            for n in tree.body
+            if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("eval.")
+        }
         todo += own - found
         found |= own | {name}
     return found
 
 
 def test_the_key_covers_every_module_that_makes_a_number():
-    covered = {Path(name).stem for name in records.NUMERICAL}
-    needed = imported("evaluate") - {"records", "curves", "reference", "samples"}  # these keep and read, and make no number
+    covered = {Path(name).stem for name in NUMERICAL}
+    needed = imported("evaluate") - {
+        "records",
+        "curves",
+        "reference",
+        "samples",
+    }  # these keep and read, and make no number
     assert needed <= covered
     assert {"conditional", "metrics", "fixed_rows"} <= needed  # so that one left out would be seen
 
 
 def test_another_extractor_in_either_place_is_another_key(monkeypatch, tmp_path):
-    key = records.evaluation_key
+    key = key.evaluation_key
     keys = [
         key(EXTRACTOR, None),
         key(EXTRACTOR, CROSS_EXTRACTOR),
@@ -194,11 +265,15 @@ def test_another_extractor_in_either_place_is_another_key(monkeypatch, tmp_path)
         key(None, None),
     ]
     assert len(set(keys)) == 5
-    weights = {name: records.weight_file(name) for name in (EXTRACTOR, CROSS_EXTRACTOR)}
+    weights = {name: weights.weight_file(name) for name in (EXTRACTOR, CROSS_EXTRACTOR)}
     for name in weights:  # one other byte in the weights of either
         changed = tmp_path / weights[name].name
         changed.write_bytes(weights[name].read_bytes()[:-1] + b"\x00")
-        monkeypatch.setattr(records, "weight_file", lambda n, name=name, changed=changed: changed if n == name else weights[n])
+        monkeypatch.setattr(
+            records,
+            "weight_file",
+            lambda n, name=name, changed=changed: changed if n == name else weights[n],
+        )
         key.cache_clear()
         keys.append(key(EXTRACTOR, CROSS_EXTRACTOR))
     monkeypatch.undo()
@@ -208,16 +283,22 @@ def test_another_extractor_in_either_place_is_another_key(monkeypatch, tmp_path)
 
 def test_metrics_under_another_second_extractor_are_stale(tmp_path):
     file = tmp_path / "metrics.json"
-    file.write_text(json.dumps({"evaluation": {"key": records.evaluation_key(EXTRACTOR, CROSS_EXTRACTOR)}}))
-    assert records.is_evaluated(file, EXTRACTOR, CROSS_EXTRACTOR)
-    assert not records.is_evaluated(file, EXTRACTOR, None) and not records.is_evaluated(file, EXTRACTOR, EXTRACTOR)
+    file.write_text(
+        json.dumps({"evaluation": {"key": key.evaluation_key(EXTRACTOR, CROSS_EXTRACTOR)}})
+    )
+    assert key.is_evaluated(file, EXTRACTOR, CROSS_EXTRACTOR)
+    assert not key.is_evaluated(file, EXTRACTOR, None) and not key.is_evaluated(
+        file, EXTRACTOR, EXTRACTOR
+    )
 
 
 def test_an_unknown_second_extractor_is_one_line(monkeypatch):
     monkeypatch.chdir(EVAL.parent)
     b = config.benchmark("digits").model_copy(update={"cross_extractor": "digits-simclr"})
-    with pytest.raises(UserError, match=r"digits\.yaml: key 'cross_extractor': .*did you mean 'digits-simclr-64'"):
-        scoring.check_extractors([b])
+    with pytest.raises(
+        UserError, match=r"digits\.yaml: key 'cross_extractor': .*did you mean 'digits-simclr-64'"
+    ):
+        evaluate.check_extractors([b])
 
 
 def resident(field: str) -> int:
@@ -226,7 +307,9 @@ def resident(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets the peak as Linux does")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resets the peak as Linux does"
+)
 def test_twenty_thousand_samples_fit_in_little_memory(data, against):
     images = data.train.repeat(23, 1, 1, 1)[:20000]
     Path("/proc/self/clear_refs").write_text("5")  # peak := now

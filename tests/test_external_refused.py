@@ -59,18 +59,27 @@ def _(x):
     folder(x[:3])
 
 
-@kind("another count", "bad: 900 samples, expected 1000: draw as many, or say --count 900 and have the row marked as not comparable")
+@kind(
+    "another count",
+    "bad: 900 samples, expected 1000: draw as many, or say --count 900 and have the row marked as not comparable",
+)
 def _(x):
     folder(x[:900])
 
 
-@kind("not an image", "bad/notes.txt: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there")
+@kind(
+    "not an image",
+    "bad/notes.txt: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there",
+)
 def _(x):
     folder(x)
     Path("bad/notes.txt").write_text("see paper\n")
 
 
-@kind("hidden file", "bad/.DS_Store: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there")
+@kind(
+    "hidden file",
+    "bad/.DS_Store: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there",
+)
 def _(x):
     folder(x)
     Path("bad/.DS_Store").write_bytes(b"\0")
@@ -81,20 +90,27 @@ def _(x):
     folder(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-@kind("mixed sizes", "bad/7.png: 9x8 pixels, expected 8x8, unlike the images before it: nothing is resized here")
+@kind(
+    "mixed sizes",
+    "bad/7.png: 9x8 pixels, expected 8x8, unlike the images before it: nothing is resized here",
+)
 def _(x):
     folder(x)
     picture("bad/7.png", np.zeros((8, 9), np.uint8))
 
 
-@kind("grey stored as RGB", "bad/0.png: mode RGB, expected grey (L): save image.convert('L') where that loses nothing")
+@kind(
+    "grey stored as RGB",
+    "bad/0.png: mode RGB, expected grey (L): save image.convert('L') where that loses nothing",
+)
 def _(x):
     folder(x)
     picture("bad/0.png", np.repeat(x[0, 0].numpy()[..., None], 3, 2))
 
 
 @kind(
-    "mixed modes", "bad/5.png: mode RGBA, expected grey (L), unlike the images before it: save image.convert('L') where that loses nothing"
+    "mixed modes",
+    "bad/5.png: mode RGBA, expected grey (L), unlike the images before it: save image.convert('L') where that loses nothing",
 )
 def _(x):
     folder(x)
@@ -113,7 +129,10 @@ def _(x):
     Image.new("1", (8, 8)).save("bad/0.png")
 
 
-@kind("animation", "bad/2.png: several frames, unlike the images before it: write one opaque image per file")
+@kind(
+    "animation",
+    "bad/2.png: several frames, unlike the images before it: write one opaque image per file",
+)
 def _(x):
     folder(x)
     frames = [Image.new("L", (8, 8), shade) for shade in (0, 90)]
@@ -150,25 +169,37 @@ def _(x):
     file.write_bytes(file.read_bytes()[:-12])
 
 
-@kind("another format than its name", "bad/0.png: no readable PNG: corrupt, or of another format than its name says: write it again")
+@kind(
+    "another format than its name",
+    "bad/0.png: no readable PNG: corrupt, or of another format than its name says: write it again",
+)
 def _(x):
     folder(x)
     os.replace(picture("bad/0.jpg"), "bad/0.png")
 
 
-@kind("empty file", "bad/4.png: no readable PNG: corrupt, or of another format than its name says: write it again")
+@kind(
+    "empty file",
+    "bad/4.png: no readable PNG: corrupt, or of another format than its name says: write it again",
+)
 def _(x):
     folder(x)
     Path("bad/4.png").write_bytes(b"")
 
 
-@kind("endless file", "bad/19.png: 8000000000000 bytes, far more than 8x8 pixels take: write the image again, and nothing else")
+@kind(
+    "endless file",
+    "bad/19.png: 8000000000000 bytes, far more than 8x8 pixels take: write the image again, and nothing else",
+)
 def _(x):
     folder(x)
     os.truncate("bad/19.png", 8 * 10**12)  # sparse
 
 
-@kind("turned JPEG", "bad/0.jpg: stored turned or mirrored (EXIF orientation 6): turn the pixels, drop the tag")
+@kind(
+    "turned JPEG",
+    "bad/0.jpg: stored turned or mirrored (EXIF orientation 6): turn the pixels, drop the tag",
+)
 def _(x):
     folder(x)
     os.unlink("bad/0.png")
@@ -183,7 +214,10 @@ def _(x):
     os.replace("bad/8.png", "bad/007.png")
 
 
-@kind("symlink loop", "bad/0.png: cannot be read (Too many levels of symbolic links): mend that, then rerun")
+@kind(
+    "symlink loop",
+    "bad/0.png: cannot be read (Too many levels of symbolic links): mend that, then rerun",
+)
 def _(x):
     folder(x[1:])
     os.unlink("bad/0.png")
@@ -197,7 +231,10 @@ def _(x):
     os.symlink("../gone.png", "bad/0.png")
 
 
-@kind("folder in itself", "bad/0/0: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there")
+@kind(
+    "folder in itself",
+    "bad/0/0: no image file (.png, .jpg, .jpeg, .webp): remove it, only samples may lie there",
+)
 def _(x):
     Path("bad").mkdir()
     os.symlink(".", "bad/0")
@@ -230,34 +267,52 @@ def _(x):
     os.mkfifo("bad.npz")
 
 
-@kind("unknown suffix", "bad.npy: files ending in '.npy' are not read: give a folder of images, .npz (arr_0) or .safetensors (samples)")
+@kind(
+    "unknown suffix",
+    "bad.npy: files ending in '.npy' are not read: give a folder of images, .npz (arr_0) or .safetensors (samples)",
+)
 def _(x):
     np.save("bad.npy", channels_last(x))
 
 
-@kind("npz without arr_0", "bad.npz: no array 'arr_0' (holds mu, sigma): write the images first, np.savez(path, images, labels)")
+@kind(
+    "npz without arr_0",
+    "bad.npz: no array 'arr_0' (holds mu, sigma): write the images first, np.savez(path, images, labels)",
+)
 def _(x):
     npz(mu=np.zeros(3), sigma=np.eye(3))
 
 
-@kind("pickled objects", "bad.npz: holds pickled objects, which may run code: store plain arrays, x.astype(np.uint8)")
+@kind(
+    "pickled objects",
+    "bad.npz: holds pickled objects, which may run code: store plain arrays, x.astype(np.uint8)",
+)
 def _(x):
     npz(np.array([{"image": 1}], dtype=object))
 
 
-@kind("npz that is no archive", "bad.npz: no .npz archive, or a truncated one: write it again with np.savez(path, images)")
+@kind(
+    "npz that is no archive",
+    "bad.npz: no .npz archive, or a truncated one: write it again with np.savez(path, images)",
+)
 def _(x):
     np.save("bad.npy", channels_last(x))
     os.replace("bad.npy", "bad.npz")
 
 
-@kind("truncated npz", "bad.npz: no .npz archive, or a truncated one: write it again with np.savez(path, images)")
+@kind(
+    "truncated npz",
+    "bad.npz: no .npz archive, or a truncated one: write it again with np.savez(path, images)",
+)
 def _(x):
     npz(channels_last(x))
     Path("bad.npz").write_bytes(Path("bad.npz").read_bytes()[:-100])
 
 
-@kind("corrupt npz", "bad.npz: a corrupt or truncated .npz archive: write it again with np.savez(path, images)")
+@kind(
+    "corrupt npz",
+    "bad.npz: a corrupt or truncated .npz archive: write it again with np.savez(path, images)",
+)
 def _(x):
     npz(channels_last(x))
     content = bytearray(Path("bad.npz").read_bytes())
@@ -265,7 +320,10 @@ def _(x):
     Path("bad.npz").write_bytes(content)
 
 
-@kind("npz of no array", "bad.npz: a corrupt or truncated .npz archive: write it again with np.savez(path, images)")
+@kind(
+    "npz of no array",
+    "bad.npz: a corrupt or truncated .npz archive: write it again with np.savez(path, images)",
+)
 def _(x):
     with zipfile.ZipFile("bad.npz", "w") as f:
         f.writestr("arr_0.npy", b"no array")
@@ -343,7 +401,10 @@ def _(x):
     Path("bad.npz").write_bytes(content)
 
 
-@kind("npz with an array twice", "bad.npz: holds 'arr_0' twice: write it again with np.savez(path, images, labels)")
+@kind(
+    "npz with an array twice",
+    "bad.npz: holds 'arr_0' twice: write it again with np.savez(path, images, labels)",
+)
 def _(x):
     stored = io.BytesIO()
     np.save(stored, channels_last(x))
@@ -379,7 +440,10 @@ def _(x):
     save_file({"samples": (x / 127.5 - 1).bfloat16()}, "bad.safetensors")
 
 
-@kind("NaN", "bad.npz: 'arr_0' has 2 values that are NaN or infinite: the sampler diverged, nothing to score")
+@kind(
+    "NaN",
+    "bad.npz: 'arr_0' has 2 values that are NaN or infinite: the sampler diverged, nothing to score",
+)
 def _(x):
     images = channels_last(x).astype(np.float32) / 255
     images[3, 0, 0, 0], images[9, 1, 1, 0] = np.nan, np.inf
@@ -387,7 +451,8 @@ def _(x):
 
 
 @kind(
-    "integers that are no bytes", "bad.npz: 'arr_0' is int64 from -3 to 300, expected uint8 0 to 255: if it is 0 to 255, x.astype(np.uint8)"
+    "integers that are no bytes",
+    "bad.npz: 'arr_0' is int64 from -3 to 300, expected uint8 0 to 255: if it is 0 to 255, x.astype(np.uint8)",
 )
 def _(x):
     images = channels_last(x).astype(np.int64)
@@ -422,22 +487,34 @@ def _(x):
     npz(x.numpy())
 
 
-@kind("mis-sized npz", "bad.npz: 'arr_0' is [1000,3,16,16] as N,C,H,W, expected [N,1,8,8]: nothing is resized or transposed here")
+@kind(
+    "mis-sized npz",
+    "bad.npz: 'arr_0' is [1000,3,16,16] as N,C,H,W, expected [N,1,8,8]: nothing is resized or transposed here",
+)
 def _(x):
     npz(np.zeros((N, 16, 16, 3), np.uint8))
 
 
-@kind("labels too few", "bad.npz: 'arr_1' is int64 [999], expected [1000] integers, a class per sample")
+@kind(
+    "labels too few",
+    "bad.npz: 'arr_1' is int64 [999], expected [1000] integers, a class per sample",
+)
 def _(x):
     npz(channels_last(x), np.arange(N - 1) % 10)
 
 
-@kind("one-hot labels", "bad.npz: 'arr_1' is float64 [1000,10], expected [1000] integers, a class per sample")
+@kind(
+    "one-hot labels",
+    "bad.npz: 'arr_1' is float64 [1000,10], expected [1000] integers, a class per sample",
+)
 def _(x):
     npz(channels_last(x), np.eye(10)[np.arange(N) % 10])
 
 
-@kind("labels that are words", "bad.npz: 'arr_1' is str32 [1000], expected [1000] integers, a class per sample")
+@kind(
+    "labels that are words",
+    "bad.npz: 'arr_1' is str32 [1000], expected [1000] integers, a class per sample",
+)
 def _(x):
     npz(channels_last(x), np.array(["0"] * N))
 
@@ -447,7 +524,9 @@ def _(x):
     npz(channels_last(x), np.arange(N) % 10 + 1)
 
 
-@kind("safetensors without samples", "bad.safetensors: no tensor 'samples' (holds images): name it so")
+@kind(
+    "safetensors without samples", "bad.safetensors: no tensor 'samples' (holds images): name it so"
+)
 def _(x):
     save_file({"images": x}, "bad.safetensors")
 
@@ -455,7 +534,17 @@ def _(x):
 def safetensors(name: str, dtype: str, shape: list[int], x: Tensor) -> None:
     """bad.safetensors with `samples` and another tensor, of a dtype that torch may lack."""
     size = {"F4": 1, "F8_E4M3": 2}[dtype] * int(np.prod(shape)) // 2
-    header = {"samples": {"dtype": "U8", "shape": list(x.shape), "data_offsets": [size, size + x.numel()]}} if name != "samples" else {}
+    header = (
+        {
+            "samples": {
+                "dtype": "U8",
+                "shape": list(x.shape),
+                "data_offsets": [size, size + x.numel()],
+            }
+        }
+        if name != "samples"
+        else {}
+    )
     header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -463,22 +552,34 @@ def safetensors(name: str, dtype: str, shape: list[int], x: Tensor) -> None:
     Path("bad.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content)
 
 
-@kind("samples of four bits", "bad.safetensors: 'samples' is F4, expected uint8 0 to 255: store it as such")
+@kind(
+    "samples of four bits",
+    "bad.safetensors: 'samples' is F4, expected uint8 0 to 255: store it as such",
+)
 def _(x):
     safetensors("samples", "F4", [N, 1, 8, 8], x)
 
 
-@kind("samples of eight-bit floats", "bad.safetensors: 'samples' is F8_E4M3, expected uint8 0 to 255: store it as such")
+@kind(
+    "samples of eight-bit floats",
+    "bad.safetensors: 'samples' is F8_E4M3, expected uint8 0 to 255: store it as such",
+)
 def _(x):
     safetensors("samples", "F8_E4M3", [N, 1, 8, 8], x)
 
 
-@kind("labels of four bits", "bad.safetensors: 'labels' is F4 [1000], expected [1000] integers, a class per sample")
+@kind(
+    "labels of four bits",
+    "bad.safetensors: 'labels' is F4 [1000], expected [1000] integers, a class per sample",
+)
 def _(x):
     safetensors("labels", "F4", [N], x)
 
 
-@kind("truncated safetensors", "bad.safetensors: no .safetensors file, or a truncated one: write it again")
+@kind(
+    "truncated safetensors",
+    "bad.safetensors: no .safetensors file, or a truncated one: write it again",
+)
 def _(x):
     save_file({"samples": x}, "bad.safetensors")
     Path("bad.safetensors").write_bytes(Path("bad.safetensors").read_bytes()[:-1])
@@ -518,28 +619,56 @@ def test_a_file_that_may_not_be_read(checkout, good, capsys, monkeypatch):
 
     monkeypatch.setattr("builtins.open", opened)
     code, _, err = run(capsys, "evaluate", "bad.npz", *FLAT)
-    assert (code, err) == (2, "distillbench: bad.npz: cannot be read (Permission denied): mend that, then rerun\n")
+    assert (code, err) == (
+        2,
+        "distillbench: bad.npz: cannot be read (Permission denied): mend that, then rerun\n",
+    )
 
 
 @pytest.mark.parametrize(
     "arguments,line",
     [
-        (["tiny"], "evaluate tiny: an arm is missing after the benchmark: `distillbench evaluate tiny teacher`, or `distillbench evaluate "
-         "PATH --benchmark tiny` for samples"),
-        (["tinny"], "evaluate tinny: neither a path (no such file or folder) nor a benchmark followed by an arm (did you mean 'tiny'?)"),
-        (["tiny", "dmd", "--publish"], "--publish belongs to `distillbench evaluate PATH`; 'tiny dmd' names an arm: drop one of them"),
-        (["bad.npz", "--seeds", "0"], "--seeds belongs to `distillbench evaluate BENCHMARK ARM`; 'bad.npz' is a path: drop it"),
-        (["bad.npz", "--publish", "--name", "x", "--who", "me"],
-         "--publish needs --name, --who and --where: a table says whose samples a row is of"),
-        (["bad.npz", "--name", "../x"], "--name: '../x' names a file and a row: letters, digits and . _ + -, at most 64, a letter or digit "
-         "first"),
+        (
+            ["tiny"],
+            "evaluate tiny: an arm is missing after the benchmark: `distillbench evaluate tiny teacher`, or `distillbench evaluate "
+            "PATH --benchmark tiny` for samples",
+        ),
+        (
+            ["tinny"],
+            "evaluate tinny: neither a path (no such file or folder) nor a benchmark followed by an arm (did you mean 'tiny'?)",
+        ),
+        (
+            ["tiny", "dmd", "--publish"],
+            "--publish belongs to `distillbench evaluate PATH`; 'tiny dmd' names an arm: drop one of them",
+        ),
+        (
+            ["bad.npz", "--seeds", "0"],
+            "--seeds belongs to `distillbench evaluate BENCHMARK ARM`; 'bad.npz' is a path: drop it",
+        ),
+        (
+            ["bad.npz", "--publish", "--name", "x", "--who", "me"],
+            "--publish needs --name, --who and --where: a table says whose samples a row is of",
+        ),
+        (
+            ["bad.npz", "--name", "../x"],
+            "--name: '../x' names a file and a row: letters, digits and . _ + -, at most 64, a letter or digit "
+            "first",
+        ),
         (["bad.npz", "--who", "a\nb"], "--who: one line of text expected, got 'a\\nb'"),
         (["bad.npz", "--overwrite"], "--overwrite belongs to --publish: add it or drop this"),
-        (["bad.npz", "--output", "x.txt"], "--output: 'x.txt' must end in .json, in a folder that exists"),
-        (["bad.npz", "--count", "500"], "--count 500: fewer than the 896 held-out images, and scores need equal numbers: draw more"),
+        (
+            ["bad.npz", "--output", "x.txt"],
+            "--output: 'x.txt' must end in .json, in a folder that exists",
+        ),
+        (
+            ["bad.npz", "--count", "500"],
+            "--count 500: fewer than the 896 held-out images, and scores need equal numbers: draw more",
+        ),
     ],
-)  # fmt: skip
-def test_a_bad_command_is_refused_in_one_line(arguments: list[str], line: str, checkout, good, capsys):
+)
+def test_a_bad_command_is_refused_in_one_line(
+    arguments: list[str], line: str, checkout, good, capsys
+):
     npz(channels_last(good))
     flat = FLAT if arguments[0] == "bad.npz" else []
     assert run(capsys, "evaluate", *arguments, *flat) == (2, "", f"distillbench: {line}\n")

@@ -10,12 +10,13 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from eval import records
-from eval import train_digits_extractor as script
-from eval import train_digits_simclr as simclr
-from eval.extractors import WEIGHTS, Extractor, load_extractor, network_of
-from eval.fixed_rows import GENERATORS
-from eval.metrics import frechet_distance
+from eval.features import train_digits_extractor, train_digits_simclr, weights
+from eval.features.extractors import WEIGHTS, Extractor, load_extractor, network_of
+from eval.features.train_digits_simclr import SEED, TEMPERATURE, DigitsMixer
+from eval.features.weights import EXTRACTORS
+from eval.metrics import key
+from eval.metrics.fixed_rows import GENERATORS
+from eval.metrics.scores import frechet_distance
 
 COMMITTED = {
     "digits-gelu-64": "0f59097f58a73ce63da9b8e5e5a88f7ccbb0d394db7f72d3e4fd3690dcf8557a",
@@ -31,7 +32,7 @@ def extractor(request):
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
-    return script.digits_u8()
+    return train_digits_extractor.digits_u8()
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def one_thread():
 
 
 def test_these_are_all_of_them():
-    assert list(COMMITTED) == list(records.EXTRACTORS) == list(WEIGHTS)
+    assert list(COMMITTED) == list(EXTRACTORS) == list(WEIGHTS)
 
 
 def test_committed_weights_are_the_known_ones(extractor):
@@ -69,13 +70,15 @@ def test_weights_of_the_one_are_no_weights_of_the_other(extractor):
 
 
 def test_evaluation_key_knows_both_extractors(monkeypatch, tmp_path):
-    key = records.evaluation_key.__wrapped__  # without its cache
+    key = key.evaluation_key.__wrapped__  # without its cache
     before = {key(), key(NAME), key(NAME, SECOND), key(SECOND, NAME)}
     assert len(before) == 4 and key(NAME, None) == key(NAME)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other weights")
-    true = records.weight_file
-    monkeypatch.setattr(records, "weight_file", lambda name: other if name == SECOND else true(name))
+    true = weights.weight_file
+    monkeypatch.setattr(
+        records, "weight_file", lambda name: other if name == SECOND else true(name)
+    )
     assert key(NAME, SECOND) not in before and key(NAME) in before
 
 
@@ -97,7 +100,11 @@ def test_features_are_normalised_and_complete(extractor, digits):
     assert feat.shape == (1797, 64) and feat.dtype == torch.float32 and not feat.requires_grad
     assert feat.square().mean().sqrt().item() == pytest.approx(1, abs=1e-5)
     assert rank(feat) == 64  # the classifier with ReLU: 57
-    assert rank(feat.index_fill(1, torch.tensor(5), 0)) == rank(torch.cat([feat[:, 1:], feat[:, 1:2]], 1)) == 63
+    assert (
+        rank(feat.index_fill(1, torch.tensor(5), 0))
+        == rank(torch.cat([feat[:, 1:], feat[:, 1:2]], 1))
+        == 63
+    )
 
 
 def test_only_the_classifier_has_classes(digits):
@@ -111,23 +118,43 @@ def test_only_the_classifier_has_classes(digits):
 def looks_at_the_image_alone(extractor: Extractor, images: Tensor) -> bool:
     """Whether an image's features stay as they are in other company, in another order, and the second time."""
     together = extractor.features(images)[0]
-    apart, turned = extractor.features(images, batch=7)[0], extractor.features(images.flip(0))[0].flip(0)
+    apart, turned = (
+        extractor.features(images, batch=7)[0],
+        extractor.features(images.flip(0))[0].flip(0),
+    )
     again = extractor.features(images)[0]
-    return torch.allclose(together, apart, atol=1e-5) and torch.allclose(turned, together, atol=1e-5) and torch.equal(again, together)
+    return (
+        torch.allclose(together, apart, atol=1e-5)
+        and torch.allclose(turned, together, atol=1e-5)
+        and torch.equal(again, together)
+    )
 
 
 def test_features_depend_on_the_image_alone(extractor, digits):
     images, network = digits[0][:100], extractor.network
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     assert looks_at_the_image_alone(extractor, images)
-    assert looks_at_the_image_alone(replace(extractor, network=network_of(extractor.name, network.state_dict()).train()), images)
-    for spoiler in (nn.BatchNorm2d(1), nn.Dropout(0.1)):  # both in training mode, which is the mistake
-        assert not looks_at_the_image_alone(replace(extractor, network=nn.Sequential(spoiler, network)), images)
+    assert looks_at_the_image_alone(
+        replace(extractor, network=network_of(extractor.name, network.state_dict()).train()), images
+    )
+    for spoiler in (
+        nn.BatchNorm2d(1),
+        nn.Dropout(0.1),
+    ):  # both in training mode, which is the mistake
+        assert not looks_at_the_image_alone(
+            replace(extractor, network=nn.Sequential(spoiler, network)), images
+        )
 
 
 def test_only_uint8_digits_are_taken(extractor, digits):
     images = digits[0][:4]
-    for wrong in (images.float() / 255, images[:, 0], images.repeat(1, 3, 1, 1), images[..., :7], images[:0]):
+    for wrong in (
+        images.float() / 255,
+        images[:, 0],
+        images.repeat(1, 3, 1, 1),
+        images[..., :7],
+        images[:0],
+    ):
         with pytest.raises(ValueError, match=f"{extractor.name} takes uint8 \\[N,1,8,8\\], got"):
             extractor.features(wrong)
 
@@ -137,9 +164,14 @@ def test_an_extractor_may_take_any_size():
     network = lambda x: (seen.append(x.dtype) or x.flatten(1).float().mean(1, keepdim=True), None)
     means = Extractor("means", "0", network, shape=(3, None, None), prepare=lambda x: x)
     for size in (5, 9):
-        assert means.features(torch.full((3, 3, size, size), 7, dtype=torch.uint8))[0].tolist() == [[7.0]] * 3
+        assert (
+            means.features(torch.full((3, 3, size, size), 7, dtype=torch.uint8))[0].tolist()
+            == [[7.0]] * 3
+        )
     assert set(seen) == {torch.uint8}
-    with pytest.raises(ValueError, match=r"takes uint8 \[N,3,H,W\], got torch.uint8 \[3, 1, 5, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"takes uint8 \[N,3,H,W\], got torch.uint8 \[3, 1, 5, 5\]"
+    ):
         means.features(torch.zeros(3, 1, 5, 5, dtype=torch.uint8))
 
 
@@ -147,14 +179,22 @@ def test_an_extractor_may_take_any_size():
 def failures(digits) -> dict[str, Tensor]:
     """Training half, trivial generators and gross failures; `reference` to compare with."""
     images, labels = digits
-    even = script.alternate(labels)
+    even = train_digits_extractor.alternate(labels)
     train, classes, rng = images[even], labels[even], np.random.default_rng(1)
-    noisy = (train + 64 * torch.from_numpy(rng.standard_normal(train.shape))).round().clamp(0, 255).byte()
+    noisy = (
+        (train + 64 * torch.from_numpy(rng.standard_normal(train.shape)))
+        .round()
+        .clamp(0, 255)
+        .byte()
+    )
     static = torch.from_numpy(rng.integers(0, 256, train.shape, dtype=np.uint8))
     return {
         "reference": images[~even],
         "floor": train,
-        **{g.__name__: g(train, classes, 2000, np.random.default_rng([0, i])) for i, g in enumerate(GENERATORS)},
+        **{
+            g.__name__: g(train, classes, 2000, np.random.default_rng([0, i]))
+            for i, g in enumerate(GENERATORS)
+        },
         "noisy": noisy,
         "faded": (train * 0.7).round().byte(),
         "one_class": train[classes == 3],
@@ -177,12 +217,19 @@ def test_both_see_gross_failures_each_with_its_own_eyes(failures):
     gross = ("class_means", "noisy", "faded", "one_class", "one_image", "static")
 
     def sees(floors: dict[str, float]) -> bool:
-        return min(floors[name] for name in gross) > 10 and floors["memoriser"] < 2 and floors["class_missing"] > 2
+        return (
+            min(floors[name] for name in gross) > 10
+            and floors["memoriser"] < 2
+            and floors["class_missing"] > 2
+        )
 
     assert sees(first) and sees(second)
     assert spearmanr(list(first.values()), list(second.values())).statistic > 0.85
     # Where they disagree: contrast counts for more without labels, a missing class for less.
-    assert second["faded"] > 2 * first["faded"] and second["class_missing"] < 0.7 * first["class_missing"]
+    assert (
+        second["faded"] > 2 * first["faded"]
+        and second["class_missing"] < 0.7 * first["class_missing"]
+    )
     # Features that have nothing to do with the image would not pass.
     noise = torch.Generator().manual_seed(0)
     blind = Extractor("blind", "0", lambda x: (torch.randn(len(x), 64, generator=noise), None))
@@ -205,12 +252,14 @@ def test_floors_are_where_they_were_measured(extractor, digits):
 def test_pixels_are_spread_over_the_byte(digits):
     images, _ = digits
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8
-    assert images.unique().tolist() == [round(v * 255 / 16) for v in range(17)]  # 0, 16, ..., 128, ..., 255
+    assert images.unique().tolist() == [
+        round(v * 255 / 16) for v in range(17)
+    ]  # 0, 16, ..., 128, ..., 255
 
 
 def test_alternate_takes_every_other_image_of_each_class(digits):
     labels = digits[1]
-    even = script.alternate(labels)
+    even = train_digits_extractor.alternate(labels)
     assert even.sum() == 901
     for c in range(10):
         assert torch.equal(even[labels == c], torch.arange((labels == c).sum()) % 2 == 0)
@@ -219,29 +268,33 @@ def test_alternate_takes_every_other_image_of_each_class(digits):
 def test_shift_moves_by_a_pixel_at_most():
     x = torch.full((400, 1, 8, 8), -1.0)
     x[:, 0, 4, 4] = 1
-    moved = script.shifted(x, torch.Generator().manual_seed(0))
+    moved = train_digits_extractor.shifted(x, torch.Generator().manual_seed(0))
     assert torch.equal(moved.flatten(1).sum(1), x.flatten(1).sum(1))
     places = {tuple(place) for place in (moved == 1).nonzero()[:, 2:].tolist()}
     assert places == {(i, j) for i in (3, 4, 5) for j in (3, 4, 5)}
 
 
 def test_view_is_the_image_where_nothing_moves(digits, monkeypatch):
-    x = simclr.scaled(digits[0][:300])
-    assert not torch.allclose(simclr.view(x, torch.Generator().manual_seed(0)), x, atol=0.1)
+    x = train_digits_simclr.scaled(digits[0][:300])
+    assert not torch.allclose(
+        train_digits_simclr.view(x, torch.Generator().manual_seed(0)), x, atol=0.1
+    )
     for size in ("SHIFT", "TURN", "SCALE"):
         monkeypatch.setattr(simclr, size, 0.0)
-    assert torch.allclose(simclr.view(x, torch.Generator().manual_seed(0)), x, atol=1e-5)
+    assert torch.allclose(
+        train_digits_simclr.view(x, torch.Generator().manual_seed(0)), x, atol=1e-5
+    )
 
 
 def test_view_moves_by_a_pixel_at_most_and_keeps_the_range(digits, monkeypatch):
     rng, place = torch.Generator().manual_seed(0), torch.arange(8.0)
-    seen = simclr.view(simclr.scaled(digits[0]), rng)
+    seen = train_digits_simclr.view(train_digits_simclr.scaled(digits[0]), rng)
     assert seen.min() >= -1 - 1e-5 and seen.max() <= 1 + 1e-5
     dot = torch.full((400, 1, 8, 8), -1.0)
     dot[:, 0, 3:5, 3:5] = 1
     monkeypatch.setattr(simclr, "TURN", 0.0)
     monkeypatch.setattr(simclr, "SCALE", 0.0)
-    light = simclr.view(dot, rng)[:, 0] + 1
+    light = train_digits_simclr.view(dot, rng)[:, 0] + 1
     total = light.sum((1, 2))
     moved = torch.stack([light.sum(2) @ place / total, light.sum(1) @ place / total], 1) - 3.5
     assert 0.95 < moved.abs().max() < 1.001 and (moved.mean(0).abs() < 0.15).all()
@@ -250,10 +303,14 @@ def test_view_moves_by_a_pixel_at_most_and_keeps_the_range(digits, monkeypatch):
 def test_neighbours_are_the_image_moved_by_a_pixel():
     dot = torch.full((1, 1, 8, 8), -1.0)
     dot[..., 4, 2] = 1
-    places = [tuple(x[0, 0].eq(1).nonzero()[0].tolist()) for x in simclr.neighbours(dot)]
+    places = [
+        tuple(x[0, 0].eq(1).nonzero()[0].tolist()) for x in train_digits_simclr.neighbours(dot)
+    ]
     assert sorted(places) == [(i, j) for i in (3, 4, 5) for j in (1, 2, 3) if (i, j) != (4, 2)]
-    at_the_border = torch.cat(simclr.neighbours(dot.roll(-2, 3)))
-    assert at_the_border.eq(1).sum() == 5 and at_the_border.min() == -1  # what leaves does not come in on the other side
+    at_the_border = torch.cat(train_digits_simclr.neighbours(dot.roll(-2, 3)))
+    assert (
+        at_the_border.eq(1).sum() == 5 and at_the_border.min() == -1
+    )  # what leaves does not come in on the other side
 
 
 def test_contrast_loss_is_nt_xent_by_hand():
@@ -262,18 +319,27 @@ def test_contrast_loss_is_nt_xent_by_hand():
     def by_hand(one: Tensor, two: Tensor) -> float:
         z, terms = [v / v.norm() for v in (*one, *two)], []
         for i in range(10):
-            weight = [torch.exp(z[i] @ z[k] / simclr.TEMPERATURE) if k != i else torch.zeros(()) for k in range(10)]
+            weight = [
+                torch.exp(z[i] @ z[k] / TEMPERATURE) if k != i else torch.zeros(())
+                for k in range(10)
+            ]
             terms.append(-torch.log(weight[(i + 5) % 10] / sum(weight)))
         return float(sum(terms)) / 10
 
-    loss = simclr.contrast_loss(one, two).item()
+    loss = train_digits_simclr.contrast_loss(one, two).item()
     assert loss == pytest.approx(by_hand(one, two), rel=1e-9)
-    assert loss != pytest.approx(by_hand(one, two.roll(1, 0)), rel=1e-2)  # views of other images are no pair
+    assert loss != pytest.approx(
+        by_hand(one, two.roll(1, 0)), rel=1e-2
+    )  # views of other images are no pair
 
 
 def trained(module, digits: tuple[Tensor, Tensor], **settings: int) -> nn.Module:
     """By either script; the second is given no labels."""
-    return module.train(*digits, **settings) if module is script else module.train(digits[0], **settings)
+    return (
+        module.train(*digits, **settings)
+        if module is script
+        else module.train(digits[0], **settings)
+    )
 
 
 def weights_after(module, digits: tuple[Tensor, Tensor]) -> bytes:
@@ -282,7 +348,9 @@ def weights_after(module, digits: tuple[Tensor, Tensor]) -> bytes:
 
 
 @pytest.mark.parametrize("module", [script, simclr], ids=COMMITTED)
-def test_training_repeats_to_the_byte_whatever_the_global_stream(module, digits, one_thread, monkeypatch):
+def test_training_repeats_to_the_byte_whatever_the_global_stream(
+    module, digits, one_thread, monkeypatch
+):
     torch.manual_seed(1)
     first, stream = weights_after(module, digits), torch.get_rng_state()
     torch.manual_seed(2)
@@ -297,7 +365,7 @@ def test_training_repeats_to_the_byte_whatever_the_global_stream(module, digits,
 @pytest.mark.parametrize("module, name", [(script, NAME), (simclr, SECOND)])
 def test_retraining_gives_the_committed_extractor(module, name, digits, one_thread, monkeypatch):
     """To the byte on the kind of CPU it was trained on, within rounding on others; another seed is another extractor."""
-    images = simclr.scaled(digits[0])
+    images = train_digits_simclr.scaled(digits[0])
     committed = network_of(name, safetensors.torch.load(WEIGHTS[name].read_bytes()))(images)[0]
 
     def away(network: nn.Module) -> float:
@@ -316,7 +384,11 @@ def test_a_second_thread_is_another_extractor(digits, one_thread):
     few, found = (digits[0][:512], digits[1][:512]), []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
-        found.append(hashlib.sha256(safetensors.torch.save(script.train(*few, epochs=3).state_dict())).hexdigest())
+        found.append(
+            hashlib.sha256(
+                safetensors.torch.save(train_digits_extractor.train(*few, epochs=3).state_dict())
+            ).hexdigest()
+        )
     assert found[0] == found[2] != found[1]
 
 
@@ -324,13 +396,16 @@ def test_a_second_thread_is_another_extractor(digits, one_thread):
 def test_without_labels_unseen_digits_are_recognised_where_they_moved(digits, one_thread):
     """Trained on half of them: of the others, moved by a pixel, 5 nearest neighbours know 80 %; by pixels 49 %, untrained 38 %."""
     images, labels = digits
-    even = script.alternate(labels)
-    torch.manual_seed(simclr.SEED)
-    untrained = simclr.DigitsMixer().requires_grad_(False)
+    even = train_digits_extractor.alternate(labels)
+    torch.manual_seed(SEED)
+    untrained = DigitsMixer().requires_grad_(False)
     ways = {"pixels": lambda x: x.flatten(1), "untrained": lambda x: untrained(x)[0]}
-    network = simclr.train(images[even])
+    network = train_digits_simclr.train(images[even])
     ways["trained"] = lambda x: network(x)[0]
-    found = {way: simclr.recognised(f, images, labels, even)["5 nearest, moved a pixel"] for way, f in ways.items()}
+    found = {
+        way: train_digits_simclr.recognised(f, images, labels, even)["5 nearest, moved a pixel"]
+        for way, f in ways.items()
+    }
     assert found["trained"] > 0.75 and found["pixels"] < 0.55 and found["untrained"] < 0.5
 
 
@@ -338,9 +413,11 @@ def test_write_replaces_all_or_nothing(extractor, tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"old")
     with monkeypatch.context() as broken:
-        broken.setattr(script.safetensors.torch, "save", lambda state: 1 / 0)
+        broken.setattr(train_digits_extractor.safetensors.torch, "save", lambda state: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            script.write(extractor.network, path)
+            train_digits_extractor.write(extractor.network, path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    script.write(extractor.network, path)
-    assert path.read_bytes() == WEIGHTS[extractor.name].read_bytes() and list(tmp_path.iterdir()) == [path]
+    train_digits_extractor.write(extractor.network, path)
+    assert path.read_bytes() == WEIGHTS[extractor.name].read_bytes() and list(
+        tmp_path.iterdir()
+    ) == [path]

@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distillbench import config, features, train
-from distillbench import data as data_sets
-from distillbench.cell import Cell
+from distillbench import config, features
+from distillbench.cells import train
+from distillbench.cells.cell import Cell
+from distillbench.cells.sampling import sample
+from distillbench.cells.setup import furnish, price
 from distillbench.config import DigitsData
+from distillbench.data import kinds
 from distillbench.seeds import Rng
 from tests.conftest import captured
 from tests.test_meter import cell, quiet
 
-DIGITS = data_sets.load(DigitsData(kind="digits"))
+DIGITS = kinds.load(DigitsData(kind="digits"))
 
 
 def weights(module: nn.Module) -> Tensor:
@@ -49,7 +52,12 @@ def test_a_token_is_a_place_in_the_picture():
     changed = x.clone()
     changed[0, 0, 0, 7] = 1.0  # first row, last column
     moved = (network(changed)[0] - network(x)[0])[0].abs().amax(1).nonzero()[:, 0].tolist()
-    assert moved == [6, 7, 14, 15]  # its 3 x 3 neighbourhood, row by row; planted: column by column it would be 48, 49, 56, 57
+    assert moved == [
+        6,
+        7,
+        14,
+        15,
+    ]  # its 3 x 3 neighbourhood, row by row; planted: column by column it would be 48, 49, 56, 57
 
 
 # Views
@@ -73,7 +81,9 @@ def test_a_view_without_magnitude_is_the_image():
 
 def test_a_view_moves_by_a_share_of_half_the_picture():
     x = DIGITS.train[:32]
-    right = features.view(x, Middle(1.0, 0.5, 0.5, 0.5))  # dx = 1: looks a quarter of 4 pixels, one pixel, to the right
+    right = features.view(
+        x, Middle(1.0, 0.5, 0.5, 0.5)
+    )  # dx = 1: looks a quarter of 4 pixels, one pixel, to the right
     expected = torch.cat([x[..., 1:], torch.full_like(x[..., :1], -1)], 3)
     torch.testing.assert_close(right, expected, rtol=0, atol=1e-5)
     assert (right - expected.transpose(2, 3)).abs().max() > 0.5  # planted: up instead
@@ -84,8 +94,13 @@ def test_views_keep_range_and_background():
     seen = features.view(x, Rng(0, "view"))
     assert seen.shape == x.shape and seen.min() >= -1 - 1e-5 and seen.max() <= 1 + 1e-5
     torch.testing.assert_close(features.view(blank, Rng(0, "view")), blank, rtol=0, atol=1e-5)
-    one, two = features.view(x[:1].expand(64, 1, 8, 8), Rng(0, "view")), features.view(x[:1].expand(64, 1, 8, 8), Rng(1, "view"))
-    assert len({tuple(v.flatten().tolist()) for v in torch.cat([one, two])}) == 128  # every row its own
+    one, two = (
+        features.view(x[:1].expand(64, 1, 8, 8), Rng(0, "view")),
+        features.view(x[:1].expand(64, 1, 8, 8), Rng(1, "view")),
+    )
+    assert (
+        len({tuple(v.flatten().tolist()) for v in torch.cat([one, two])}) == 128
+    )  # every row its own
 
 
 # The contrastive loss
@@ -105,7 +120,9 @@ def test_contrast_loss_against_its_formula():
     found = features.contrast_loss(one, two).item()
     assert found == pytest.approx(direct(lambda i: (i + 5) % 10), rel=1e-12)
     assert abs(found - direct(lambda i: (i + 1) % 10)) > 0.05  # planted: the next row as partner
-    assert features.contrast_loss(one, one + 1e-3 * two) < 0.5 * found  # equal views are near each other, others are not
+    assert (
+        features.contrast_loss(one, one + 1e-3 * two) < 0.5 * found
+    )  # equal views are near each other, others are not
     assert features.contrast_loss(one, one[[1, 2, 3, 4, 0]]) > found
 
 
@@ -115,7 +132,9 @@ def test_contrast_loss_against_its_formula():
 def trained(seed: int, updates: int) -> nn.Module:
     torch.manual_seed(seed)
     network = features.untrained((1, 8, 8))
-    features.pretrain(network.requires_grad_(False), DIGITS, Rng(seed, "pretrain"), torch.device("cpu"), updates)
+    features.pretrain(
+        network.requires_grad_(False), DIGITS, Rng(seed, "pretrain"), torch.device("cpu"), updates
+    )
     return network
 
 
@@ -201,24 +220,30 @@ def with_budget(flops: float, name: str = "judged", benchmark: str = "tiny"):
 
 def test_training_of_the_features_is_charged(judged):
     made = with_budget(1e11)
-    plan, prepared = train.price(made, quiet)
+    plan, prepared = price(made, quiet)
     assert 0.04e11 < plan["setup_flops"] <= 0.05e11 * 1.001 and plan["flops"] <= 1e11
     assert plan["rows"]["features"] > 16 * plan["steps"]  # those of its training come on top
-    free, nothing = train.price(with_budget(1e11, "judged@random"), quiet)
+    free, nothing = price(with_budget(1e11, "judged@random"), quiet)
     assert free["setup_flops"] == 0 and not nothing and set(prepared) == {"features"}
     cycle = free["flops"] / free["steps"]
-    assert free["steps"] - plan["steps"] == pytest.approx(plan["setup_flops"] / cycle, abs=1)  # planted: uncharged, they would be equal
+    assert free["steps"] - plan["steps"] == pytest.approx(
+        plan["setup_flops"] / cycle, abs=1
+    )  # planted: uncharged, they would be equal
 
 
 def test_a_rebuilt_run_gets_the_same_features(judged):
     made = with_budget(3e10)
-    _, prepared = train.price(made, quiet)
-    _, again = train.price(made, quiet)
+    _, prepared = price(made, quiet)
+    _, again = price(made, quiet)
     assert all(torch.equal(again["features"][k], v) for k, v in prepared["features"].items())
     raw = train.build(made).task.features
-    run = train.furnish(train.build(made), prepared)
-    assert all(torch.equal(v, prepared["features"][k]) for k, v in run.task.features.state_dict().items())
-    assert not torch.equal(weights(run.task.features), weights(raw))  # planted: a run that is built only
+    run = furnish(train.build(made), prepared)
+    assert all(
+        torch.equal(v, prepared["features"][k]) for k, v in run.task.features.state_dict().items()
+    )
+    assert not torch.equal(
+        weights(run.task.features), weights(raw)
+    )  # planted: a run that is built only
     assert all(not p.requires_grad for p in run.task.features.parameters())
     before = weights(run.task.features)
     train.train(run, {"steps": 3, "updates": {"student": 3}}, quiet)
@@ -227,8 +252,11 @@ def test_a_rebuilt_run_gets_the_same_features(judged):
 
 def test_a_budget_without_room_for_an_update_leaves_them_as_they_are(judged):
     made = with_budget(1.5e9)
-    _, prepared = train.price(made, quiet)
-    assert torch.equal(weights(train.furnish(train.build(made), prepared).task.features), weights(train.build(made).task.features))
+    _, prepared = price(made, quiet)
+    assert torch.equal(
+        weights(furnish(train.build(made), prepared).task.features),
+        weights(train.build(made).task.features),
+    )
 
 
 def test_random_features_repeat_by_seed_and_are_withheld_unless_asked_for(judged):
@@ -236,15 +264,17 @@ def test_random_features_repeat_by_seed_and_are_withheld_unless_asked_for(judged
     one, two = (weights(train.build(made).task.features) for _ in range(2))
     other = Cell(made.benchmark, made.arm, 1)
     other.teacher.folder.mkdir(parents=True, exist_ok=True)
-    (other.teacher.folder / "teacher.safetensors").write_bytes((made.teacher.folder / "teacher.safetensors").read_bytes())
+    (other.teacher.folder / "teacher.safetensors").write_bytes(
+        (made.teacher.folder / "teacher.safetensors").read_bytes()
+    )
     assert torch.equal(one, two) and not torch.equal(one, weights(train.build(other).task.features))
     assert train.build(with_budget(1e11, "judged@without")).task.features is None
 
 
 def test_points_keep_random_features(judged):
     made = with_budget(1e11, benchmark="tiny-ring")
-    plan, prepared = train.price(made, quiet)
+    plan, prepared = price(made, quiet)
     assert prepared == {} and plan["setup_flops"] < 1e-6 * plan["flops"]
     run = train.build(made)
     assert isinstance(run.task.features, features.PointFeatures)
-    assert train.sample(run, 1, 10, quiet).shape == (10, 2)
+    assert sample(run, 1, 10, quiet).shape == (10, 2)

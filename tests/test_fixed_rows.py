@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.evaluate import SCORES, Against, evaluate_images, fixed_rows
-from eval.fixed_rows import (
+from eval.features.train_digits_extractor import digits_u8
+from eval.metrics.evaluate import SCORES, Against, evaluate_images, fixed_rows
+from eval.metrics.fixed_rows import (
     FAILURES,
     GENERATORS,
     class_gaussian,
@@ -17,9 +18,8 @@ from eval.fixed_rows import (
     one_class_missing,
     one_image_repeated,
 )
-from eval.metrics import frechet_distance
-from eval.protocol import CROSS_EXTRACTOR, EXTRACTOR, Digits
-from eval.train_digits_extractor import digits_u8
+from eval.metrics.scores import frechet_distance
+from eval.report.protocol import CROSS_EXTRACTOR, EXTRACTOR, Digits
 
 N = 1800
 
@@ -77,7 +77,9 @@ def test_class_means_are_the_means(digits):
     train, labels, _ = digits
     images = class_means(train, labels, 20, rng())
     for i in (0, 3, 13):
-        assert torch.equal(images[i], train[labels == i % 10].double().mean(0).round().to(torch.uint8))
+        assert torch.equal(
+            images[i], train[labels == i % 10].double().mean(0).round().to(torch.uint8)
+        )
 
 
 def test_gaussian_has_the_moments_of_its_class():
@@ -89,7 +91,9 @@ def test_gaussian_has_the_moments_of_its_class():
     a, b = train.flatten(1).double(), images.flatten(1).double()
     assert torch.allclose(a.mean(0), b.mean(0), atol=0.3)
     assert torch.allclose(torch.cov(a.T), torch.cov(b.T), rtol=0.05, atol=2.5)
-    assert torch.cov(b.T).fill_diagonal_(0).abs().max() > 10  # the full covariance, not its diagonal
+    assert (
+        torch.cov(b.T).fill_diagonal_(0).abs().max() > 10
+    )  # the full covariance, not its diagonal
 
 
 def test_mixup_stays_between_two_images_of_the_class():
@@ -97,10 +101,14 @@ def test_mixup_stays_between_two_images_of_the_class():
     images = mixup(ends, torch.tensor([0, 0, 1, 1]), 20000, rng())
     first, second = images[0::2, 0, 0, 0].double(), images[1::2, 0, 0, 0].double()
     assert (first.min(), first.max(), second.min(), second.max()) == (0, 200, 50, 90)
-    assert torch.equal(images.amin((1, 2, 3)), images.amax((1, 2, 3)))  # one weight per image, not per pixel
+    assert torch.equal(
+        images.amin((1, 2, 3)), images.amax((1, 2, 3))
+    )  # one weight per image, not per pixel
     inside = (first > 0) & (first < 200)  # half of the pairs are of two equal images
     assert inside.double().mean().item() == pytest.approx(0.5, abs=0.02)
-    assert (first[inside] < 50).double().mean().item() == pytest.approx(0.25, abs=0.02)  # a uniform weight
+    assert (first[inside] < 50).double().mean().item() == pytest.approx(
+        0.25, abs=0.02
+    )  # a uniform weight
 
 
 def test_memoriser_draws_with_replacement(digits):
@@ -108,24 +116,40 @@ def test_memoriser_draws_with_replacement(digits):
     images = memoriser(train, labels, 900, rng())
     known = {image.numpy().tobytes() for image in train}
     drawn = [image.numpy().tobytes() for image in images]
-    assert set(drawn) <= known and len(set(drawn)) < 0.75 * len(drawn)  # 1 - 1/e = 0.63 of them distinct
+    assert set(drawn) <= known and len(set(drawn)) < 0.75 * len(
+        drawn
+    )  # 1 - 1/e = 0.63 of them distinct
 
 
 def test_failures_are_what_they_say(digits):
     train, labels, _ = digits
     known = {image.numpy().tobytes(): int(label) for image, label in zip(train, labels)}
-    drawn = torch.tensor([known[image.numpy().tobytes()] for image in one_class_missing(train, labels, 1000, rng())])
+    drawn = torch.tensor(
+        [known[image.numpy().tobytes()] for image in one_class_missing(train, labels, 1000, rng())]
+    )
     asked = torch.arange(1000) % 10
-    assert torch.equal(drawn[asked != 9], asked[asked != 9]) and 9 not in drawn and len(drawn[asked == 9].unique()) == 9
+    assert (
+        torch.equal(drawn[asked != 9], asked[asked != 9])
+        and 9 not in drawn
+        and len(drawn[asked == 9].unique()) == 9
+    )
     repeated = one_image_repeated(train, labels, 50, rng())
     assert len(repeated.unique(dim=0)) == 1 and repeated[0].numpy().tobytes() in known
     grey = noise(train, labels, 5000, rng()).double()
-    assert grey.mean().item() == pytest.approx(127.5, abs=0.5) and grey.std().item() == pytest.approx(62, abs=1)  # cut at 2 sd
+    assert grey.mean().item() == pytest.approx(
+        127.5, abs=0.5
+    ) and grey.std().item() == pytest.approx(62, abs=1)  # cut at 2 sd
 
 
 def test_rows_are_named_complete_and_repeat(data, against, rows):
     small = [fixed_rows(data, against, 200, seed) for seed in (0, 0, 1)]
-    assert [row["name"] for row in small[0]] == ["floor", "class_means", "class_gaussian", "mixup", "memoriser"]
+    assert [row["name"] for row in small[0]] == [
+        "floor",
+        "class_means",
+        "class_gaussian",
+        "mixup",
+        "memoriser",
+    ]
     assert list(rows) == ["floor", *(g.__name__ for g in GENERATORS + FAILURES), "copy"]
     unknown = {"fid_teacher", "noise_distance"}  # there is no teacher
     for name, row in rows.items():
@@ -134,7 +158,13 @@ def test_rows_are_named_complete_and_repeat(data, against, rows):
     with_teacher = Against.of(data, EXTRACTOR, CROSS_EXTRACTOR, data.train)
     assert fixed_rows(data, with_teacher, 200, 0) == small[0]
     assert small[0] == small[1]
-    assert [a == b for a, b in zip(small[0], small[2], strict=True)] == [True, True, False, False, False]
+    assert [a == b for a, b in zip(small[0], small[2], strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_floor_is_where_it_was_calibrated(rows):
@@ -144,7 +174,9 @@ def test_floor_is_where_it_was_calibrated(rows):
     assert floor["precision"] > 0.85 and floor["recall"] > 0.85
     assert floor["density"] == pytest.approx(1, abs=0.1)
     assert floor["coverage"] == pytest.approx(1 - 2**-5, abs=0.03)
-    assert 0.3 < floor["memorisation"] < 0.6  # of unseen images, not of the training half (which would be 1)
+    assert (
+        0.3 < floor["memorisation"] < 0.6
+    )  # of unseen images, not of the training half (which would be 1)
 
 
 def test_random_halves_lie_above_the_stratified_floor(extractor, rows):
@@ -159,41 +191,78 @@ def test_random_halves_lie_above_the_stratified_floor(extractor, rows):
 
 def broken(rows: dict[str, dict]) -> list[str]:
     """What a trivial generator should score and does not, as `docs/protocol.md` reads the table."""
-    floor, copy, means, gaussian = rows["floor"], rows["copy"], rows["class_means"], rows["class_gaussian"]
+    floor, copy, means, gaussian = (
+        rows["floor"],
+        rows["copy"],
+        rows["class_means"],
+        rows["class_gaussian"],
+    )
     mix, memorised, missing = rows["mixup"], rows["memoriser"], rows["one_class_missing"]
     repeated, noisy = rows["one_image_repeated"], rows["noise"]
     said = {
         # the held-out half itself: below the floor of reality, nearest neighbours are its own originals
-        "copy: no distance": all(abs(copy[m]) < 1e-3 for m in ("fid", "fid_cross")) and copy["kid"] < floor["kid"] - 0.002,
-        "copy: all four are 1": all(copy[m] == 1 for m in ("precision", "recall", "density", "coverage")),
-        "copy: C2ST is 0": copy["c2st"] == 0 and copy["diversity"] == 1 and abs(floor["c2st"] - 0.5) < 0.06,
+        "copy: no distance": all(abs(copy[m]) < 1e-3 for m in ("fid", "fid_cross"))
+        and copy["kid"] < floor["kid"] - 0.002,
+        "copy: all four are 1": all(
+            copy[m] == 1 for m in ("precision", "recall", "density", "coverage")
+        ),
+        "copy: C2ST is 0": copy["c2st"] == 0
+        and copy["diversity"] == 1
+        and abs(floor["c2st"] - 0.5) < 0.06,
         "copy: memorisation does not see it": copy["memorisation"] == floor["memorisation"],
         # conditional-mean blur passes precision, density, IS and everything about classes
-        "means: pass": means["precision"] > 0.99 and means["density"] > 1.5 and means["is"] > 9.9 and means["class_accuracy"] == 1,
-        "means: fail": means["recall"] < 0.01 and means["coverage"] < 0.2 and means["fid"] > 20 * floor["fid"],
-        "means: no diversity": means["diversity"] == 0 and means["c2st"] > 0.95 and means["fid_cross"] > 20 * floor["fid_cross"],
+        "means: pass": means["precision"] > 0.99
+        and means["density"] > 1.5
+        and means["is"] > 9.9
+        and means["class_accuracy"] == 1,
+        "means: fail": means["recall"] < 0.01
+        and means["coverage"] < 0.2
+        and means["fid"] > 20 * floor["fid"],
+        "means: no diversity": means["diversity"] == 0
+        and means["c2st"] > 0.95
+        and means["fid_cross"] > 20 * floor["fid_cross"],
         # FID alone likes these two
         "gaussian: FID": (means["fid"] - gaussian["fid"]) / (means["fid"] - floor["fid"]) > 0.7,
-        "gaussian: rest": gaussian["recall"] < floor["recall"] - 0.1 and gaussian["c2st"] > 0.6 and gaussian["class_accuracy"] < 0.98,
-        "mixup: FID": (means["fid"] - mix["fid"]) / (means["fid"] - floor["fid"]) > 0.7 and mix["class_accuracy"] > 0.98,
-        "mixup: rest": mix["recall"] < floor["recall"] - 0.1 and mix["diversity"] < 0.9 and mix["c2st"] > 0.6,
+        "gaussian: rest": gaussian["recall"] < floor["recall"] - 0.1
+        and gaussian["c2st"] > 0.6
+        and gaussian["class_accuracy"] < 0.98,
+        "mixup: FID": (means["fid"] - mix["fid"]) / (means["fid"] - floor["fid"]) > 0.7
+        and mix["class_accuracy"] > 0.98,
+        "mixup: rest": mix["recall"] < floor["recall"] - 0.1
+        and mix["diversity"] < 0.9
+        and mix["c2st"] > 0.6,
         "mixup: near the data": mix["memorisation"] > floor["memorisation"] + 0.2,
         # only memorisation sees what the memoriser does; what repeats cost stands under recall and C2ST
         "memoriser: caught": memorised["memorisation"] == 1,
-        "memoriser: pass": memorised["fid"] < 2 * floor["fid"] and memorised["fid_cross"] < 2 * floor["fid_cross"],
+        "memoriser: pass": memorised["fid"] < 2 * floor["fid"]
+        and memorised["fid_cross"] < 2 * floor["fid_cross"],
         "memoriser: alike": memorised["diversity"] > 0.95 and memorised["class_accuracy"] == 1,
-        "missing: labels": abs(missing["label_tv"] - 0.1) < 0.01 and abs(missing["class_accuracy"] - 0.9) < 0.01,
-        "missing: cover": missing["coverage"] < memorised["coverage"] - 0.06 and missing["recall"] < memorised["recall"] - 0.06,
-        "missing: pass": missing["precision"] > 0.9 and missing["density"] > 0.95 and missing["diversity"] > 1,
-        "missing: the second FID less": missing["fid"] / floor["fid"] > 1.5 * missing["fid_cross"] / floor["fid_cross"] > 3,
+        "missing: labels": abs(missing["label_tv"] - 0.1) < 0.01
+        and abs(missing["class_accuracy"] - 0.9) < 0.01,
+        "missing: cover": missing["coverage"] < memorised["coverage"] - 0.06
+        and missing["recall"] < memorised["recall"] - 0.06,
+        "missing: pass": missing["precision"] > 0.9
+        and missing["density"] > 0.95
+        and missing["diversity"] > 1,
+        "missing: the second FID less": missing["fid"] / floor["fid"]
+        > 1.5 * missing["fid_cross"] / floor["fid_cross"]
+        > 3,
         "repeated: precise": repeated["precision"] == 1 and repeated["density"] > 1,
-        "repeated: the rest": repeated["recall"] < 0.01 and repeated["coverage"] < 0.05 and repeated["diversity"] == 0,
+        "repeated: the rest": repeated["recall"] < 0.01
+        and repeated["coverage"] < 0.05
+        and repeated["diversity"] == 0,
         "repeated: one class": repeated["is"] < 1.001,
-        "repeated: labels": abs(repeated["label_tv"] - 0.9) < 1e-9 and abs(repeated["class_accuracy"] - 0.1) < 1e-9,
-        "noise: far": noisy["precision"] < 0.2 and noisy["recall"] < 0.1 and noisy["density"] < 0.1 and noisy["coverage"] < 0.1,
-        "noise: told apart": noisy["c2st"] > 0.95 and noisy["class_accuracy"] < 0.2 and noisy["fid"] > 3 * means["fid"],
+        "repeated: labels": abs(repeated["label_tv"] - 0.9) < 1e-9
+        and abs(repeated["class_accuracy"] - 0.1) < 1e-9,
+        "noise: far": noisy["precision"] < 0.2
+        and noisy["recall"] < 0.1
+        and noisy["density"] < 0.1
+        and noisy["coverage"] < 0.1,
+        "noise: told apart": noisy["c2st"] > 0.95
+        and noisy["class_accuracy"] < 0.2
+        and noisy["fid"] > 3 * means["fid"],
         "noise: copies nothing": noisy["memorisation"] == 0,
-    }  # fmt: skip
+    }
     return [name for name, kept in said.items() if not kept]
 
 
@@ -210,7 +279,12 @@ def test_swapped_sets_are_noticed(data, rows):
     assert "memoriser: caught" in broken(planted)
     planted = rows | {"copy": evaluate_images(data.reference, data.reference_labels, wrong)}
     assert {"copy: no distance", "copy: C2ST is 0"} <= set(broken(planted))
-    exchanged = rows["class_means"] | {"precision": rows["class_means"]["recall"], "recall": rows["class_means"]["precision"]}
+    exchanged = rows["class_means"] | {
+        "precision": rows["class_means"]["recall"],
+        "recall": rows["class_means"]["precision"],
+    }
     assert {"means: pass", "means: fail"} <= set(broken(rows | {"class_means": exchanged}))
-    turned = evaluate_images(memorised, (torch.arange(N) + 1) % 10, Against.of(data, EXTRACTOR, CROSS_EXTRACTOR))
+    turned = evaluate_images(
+        memorised, (torch.arange(N) + 1) % 10, Against.of(data, EXTRACTOR, CROSS_EXTRACTOR)
+    )
     assert "memoriser: alike" in broken(rows | {"memoriser": turned})

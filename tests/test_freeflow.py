@@ -12,25 +12,43 @@ import yaml
 from torch import Tensor
 from torch.func import jvp
 
-from distillbench import registry, times
-from distillbench.config import merged
+from distillbench import times
 from distillbench.method import Batch, Condition, Step
 from distillbench.paths import noised, over
+from distillbench.reading import merged
+from distillbench.registry import folders
 from distillbench.samplers import euler, heun
 from distillbench.seeds import Rng
 from tests.conftest import captured
 from tests.toys import random_task, shake, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/freeflow"
-FreeFlow = registry.load(SimpleNamespace(name="freeflow", path=FOLDER))
+FreeFlow = folders.load(SimpleNamespace(name="freeflow", path=FOLDER))
 method = sys.modules[FreeFlow.__module__]
-VARIANTS = {name: v["config"] for name, v in yaml.safe_load((FOLDER / "config.yaml").read_text())["variants"].items()}
+VARIANTS = {
+    name: v["config"]
+    for name, v in yaml.safe_load((FOLDER / "config.yaml").read_text())["variants"].items()
+}
 SHAPE, N = (1, 4, 4), 32
 SETTINGS = {
-    "batch": N, "correction": 0.25, "derivative": "discrete", "steps": 8, "solver": "heun", "delta_mean": 0.0, "delta_std": 1.0,
-    "delta_zeros": 0.1, "confident_warmup": 0.0, "k": 1.0, "r_mean": 0.8, "r_std": 1.6, "alpha": 0.3, "alpha_delay": 0.0,
-    "alpha_ramp": 0.0, "student": {"lr": 1e-2}, "critic": {"lr": 1e-2},
-}  # fmt: skip
+    "batch": N,
+    "correction": 0.25,
+    "derivative": "discrete",
+    "steps": 8,
+    "solver": "heun",
+    "delta_mean": 0.0,
+    "delta_std": 1.0,
+    "delta_zeros": 0.1,
+    "confident_warmup": 0.0,
+    "k": 1.0,
+    "r_mean": 0.8,
+    "r_std": 1.6,
+    "alpha": 0.3,
+    "alpha_delay": 0.0,
+    "alpha_ramp": 0.0,
+    "student": {"lr": 1e-2},
+    "critic": {"lr": 1e-2},
+}
 
 
 def made(**changes) -> tuple:
@@ -100,10 +118,16 @@ def test_correction_pulls_the_generator_towards_the_data():  # test 1
     for a in (0.3, 0.5, 0.8):
         m = Gaussian(None, c=0.5, a=a)
         *_, delta = m.noising(a * z, NONE, step())
-        slopes[a] = (-z * delta).mean().item()  # U = (1 - a) z, so dL/da = E[dU/da Delta] = -E[z Delta]
-    assert slopes[0.3] == pytest.approx(-0.070, abs=0.003) and slopes[0.8] == pytest.approx(0.166, abs=0.003)
+        slopes[a] = (
+            (-z * delta).mean().item()
+        )  # U = (1 - a) z, so dL/da = E[dU/da Delta] = -E[z Delta]
+    assert slopes[0.3] == pytest.approx(-0.070, abs=0.003) and slopes[0.8] == pytest.approx(
+        0.166, abs=0.003
+    )
     assert abs(slopes[0.5]) < 1e-6
-    flipped = Gaussian(None, c=0.8, a=0.5).noising(0.5 * z, NONE, step())[2]  # planted: v_q and v exchanged are data of sd 0.8
+    flipped = Gaussian(None, c=0.8, a=0.5).noising(0.5 * z, NONE, step())[
+        2
+    ]  # planted: v_q and v exchanged are data of sd 0.8
     assert (-z * flipped).mean() < 0 < slopes[0.8]
 
 
@@ -129,7 +153,10 @@ def test_signs_of_the_paper_give_the_same_gradient():  # test 2
         torch.testing.assert_close(own, theirs)
         # One factor flipped is ascent, at a loss of the same size.
         torch.testing.assert_close(gradient(leaf, in_the_paper), -theirs)
-        assert method.gradient_form(leaf, in_the_paper).abs() == method.gradient_form(-leaf, in_the_paper).abs()
+        assert (
+            method.gradient_form(leaf, in_the_paper).abs()
+            == method.gradient_form(-leaf, in_the_paper).abs()
+        )
 
 
 @pytest.mark.parametrize("form", ["euler", "heun", "jvp"])
@@ -139,12 +166,23 @@ def test_prediction_pulls_the_map_towards_the_flow(form):
     for eps in (0.05, -0.05):
         if form == "jvp":
             delta = 0.05 + 0.9 * torch.rand(64, dtype=torch.float64)
-            u, du = jvp(lambda s: exact_average(z, s, 0.5), (1 - delta,), (torch.ones(64, dtype=torch.float64),))
-            found = Gaussian(None, derivative="jvp").generating(z, u + eps, du, delta, delta, NONE, step())
+            u, du = jvp(
+                lambda s: exact_average(z, s, 0.5),
+                (1 - delta,),
+                (torch.ones(64, dtype=torch.float64),),
+            )
+            found = Gaussian(None, derivative="jvp").generating(
+                z, u + eps, du, delta, delta, NONE, step()
+            )
         else:
-            net, start = roll_out({"euler": euler, "heun": heun}[form], 8)[0], torch.arange(64, dtype=torch.float64) % 8 / 8
+            net, start = (
+                roll_out({"euler": euler, "heun": heun}[form], 8)[0],
+                torch.arange(64, dtype=torch.float64) % 8 / 8,
+            )
             off = net(z, 1 - start - 1 / 8) + eps
-            found = Gaussian(net, solver=form).generating(z, off, None, start, start + 1 / 8, NONE, step())
+            found = Gaussian(net, solver=form).generating(
+                z, off, None, start, start + 1 / 8, NONE, step()
+            )
         assert (found * eps).min() > 0
 
 
@@ -171,7 +209,9 @@ def roll_out(solver, n: int, c: float = 0.5):
     def net(z: Tensor, s: Tensor) -> Tensor:
         delta = 1 - s
         x = torch.tensor([path[round(d.item() * n)] for d in delta], dtype=z.dtype)
-        return torch.where(over(delta, z) > 0, (z - over(x, z) * z) / over(delta, z).clamp_min(1e-9), 7.0)  # U(z, 1, 1) is never used
+        return torch.where(
+            over(delta, z) > 0, (z - over(x, z) * z) / over(delta, z).clamp_min(1e-9), 7.0
+        )  # U(z, 1, 1) is never used
 
     return net, path[-1]
 
@@ -203,7 +243,9 @@ def test_cotangent_is_the_gradient_of_the_squared_loss():  # test 4, Eq. 14
     x_i = z - over(start, z) * before
     rest = (over(start, z) * (u - before) / h - velocity(x_i, 1 - start, 0.5)).detach()
     squared = (u + rest).square().flatten(1).sum(1).mean()
-    torch.testing.assert_close(torch.autograd.grad(squared, u)[0] / 2, delta / 8, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        torch.autograd.grad(squared, u)[0] / 2, delta / 8, rtol=1e-12, atol=1e-13
+    )
 
 
 def test_starts_as_the_teacher_for_every_delta_and_guidance():  # test 6
@@ -245,7 +287,9 @@ def test_derivative_is_partial_in_s(monkeypatch):  # test 7
     central = (at(z, s + h) - at(z, s - h)) / (2 * h)
     torch.testing.assert_close(du, central, rtol=1e-5, atol=1e-7)
     total = (at(z + h, s + h) - at(z - h, s - h)) / (2 * h)
-    assert not torch.allclose(du, total, rtol=1e-2, atol=1e-3)  # a tangent on z would be another derivative
+    assert not torch.allclose(
+        du, total, rtol=1e-2, atol=1e-3
+    )  # a tangent on z would be another derivative
 
 
 def test_confident_region():  # test 8, App. A.1
@@ -255,12 +299,20 @@ def test_confident_region():  # test 8, App. A.1
     for t, t_c in ((0.2, 0.7), (0.0, 0.3), (0.69, 0.7)):
         x = noised(torch.full((n, 1), x0), torch.randn(n, 1, generator=g), torch.full((n,), t))
         y, time = method.confident(x, torch.full((n,), t), t_c, torch.randn(n, 1, generator=g))
-        assert y.mean().item() == pytest.approx((1 - t_c) * x0, abs=0.01) and y.std().item() == pytest.approx(t_c, abs=0.01)
+        assert y.mean().item() == pytest.approx(
+            (1 - t_c) * x0, abs=0.01
+        ) and y.std().item() == pytest.approx(t_c, abs=0.01)
         assert (time == t_c).all()
-        assert abs(x.mean().item() - (1 - t_c) * x0) > 0.01 or abs(x.std().item() - t_c) > 0.005  # the state as it was is not that
+        assert (
+            abs(x.mean().item() - (1 - t_c) * x0) > 0.01 or abs(x.std().item() - t_c) > 0.005
+        )  # the state as it was is not that
     x, t = torch.randn(4, 1), torch.tensor([0.5, 0.7, 0.9, 1.0])
     y, time = method.confident(x, t, 0.7, torch.randn(4, 1))
-    assert torch.equal(y[1:], x[1:]) and torch.equal(time, torch.tensor([0.7, 0.7, 0.9, 1.0])) and not torch.equal(y[0], x[0])
+    assert (
+        torch.equal(y[1:], x[1:])
+        and torch.equal(time, torch.tensor([0.7, 0.7, 0.9, 1.0]))
+        and not torch.equal(y[0], x[0])
+    )
     assert method.confident(x, t, 1.0, torch.randn(4, 1))[0].isfinite().all()
 
 
@@ -270,7 +322,9 @@ def test_confident_region_lasts_as_long_as_the_settings_say(derivative):
         m = Gaussian(exact_average_at_half, confident_warmup=0.5, derivative=derivative)
         z, start = torch.randn(8, 1), torch.arange(8) / 8
         u = m.net(z, None, None, 1 - start - 1 / 8, None)
-        m.generating(z, u, 0 * u if derivative == "jvp" else None, start, start + 1 / 8, NONE, step(index))
+        m.generating(
+            z, u, 0 * u if derivative == "jvp" else None, start, start + 1 / 8, NONE, step(index)
+        )
         lowest = min(t.min().item() for _, t in m.asked)
         assert lowest == pytest.approx(1 - (index / 10) / 0.5 if everywhere else 0.0)
 
@@ -292,25 +346,51 @@ def test_law_of_delta(mean, std, masses):  # test 9
     found = torch.bincount((start * 8).long(), minlength=8) / len(delta)
     torch.testing.assert_close(found, torch.tensor(masses), atol=0.003, rtol=0)
     torch.testing.assert_close(end - start, torch.full_like(end, 1 / 8))
-    without = torch.bincount((method.on_grid(method.draw_delta(Rng(0, "delta"), 400_000, mean, std, 0.0), 8)[0] * 8).long(), minlength=8)
+    without = torch.bincount(
+        (
+            method.on_grid(method.draw_delta(Rng(0, "delta"), 400_000, mean, std, 0.0), 8)[0] * 8
+        ).long(),
+        minlength=8,
+    )
     assert without[0] / 400_000 < found[0] - 0.05  # the zeros are there
-    assert method.on_grid(torch.tensor([0.0, 0.124, 0.125, 1.0]), 8)[0].tolist() == [0.0, 0.0, 0.125, 0.875]
+    assert method.on_grid(torch.tensor([0.0, 0.124, 0.125, 1.0]), 8)[0].tolist() == [
+        0.0,
+        0.0,
+        0.125,
+        0.875,
+    ]
 
 
 def test_network_is_trained_at_the_end_of_the_interval(monkeypatch):  # test 9
     m, _ = made()
     seen, original = [], m.net.forward
-    monkeypatch.setattr(m.net, "forward", lambda *args, **kw: (seen.append((kw["s"], torch.is_grad_enabled())), original(*args, **kw))[1])
+    monkeypatch.setattr(
+        m.net,
+        "forward",
+        lambda *args, **kw: (
+            seen.append((kw["s"], torch.is_grad_enabled())),
+            original(*args, **kw),
+        )[1],
+    )
     m.train_step(batch(), step())
     with_gradient = torch.cat([s for s, grad in seen if grad])
-    assert with_gradient.max() <= 7 / 8 and (with_gradient[24:] == 0).all()  # never F(z, 0); correction rows at delta = 1
-    assert torch.cat([s for s, grad in seen if not grad]).max() == 1.0  # starts at delta = 0 are evaluated without one
+    assert (
+        with_gradient.max() <= 7 / 8 and (with_gradient[24:] == 0).all()
+    )  # never F(z, 0); correction rows at delta = 1
+    assert (
+        torch.cat([s for s, grad in seen if not grad]).max() == 1.0
+    )  # starts at delta = 0 are evaluated without one
     delta = torch.full((24,), 0.95)
     monkeypatch.setattr(method, "draw_delta", lambda *_: delta)
     seen.clear()
     m.train_step(batch(), step())
-    assert (torch.cat([s for s, grad in seen if grad])[:24] == 0).all()  # prediction trains F(z, 1), which is what is sampled
-    planted = lambda delta, steps: ((delta * steps).floor() / steps - 1 / steps, (delta * steps).floor() / steps)  # trained at the floor
+    assert (
+        torch.cat([s for s, grad in seen if grad])[:24] == 0
+    ).all()  # prediction trains F(z, 1), which is what is sampled
+    planted = lambda delta, steps: (
+        (delta * steps).floor() / steps - 1 / steps,
+        (delta * steps).floor() / steps,
+    )  # trained at the floor
     monkeypatch.setattr(method, "on_grid", planted)
     seen.clear()
     m.train_step(batch(), step())
@@ -321,10 +401,15 @@ def test_law_of_r():  # test 10
     def fits(mean: float, std: float) -> bool:
         r = times.logit_normal(Rng(0, "r"), 400_000, mean, std)
         quantiles = r.quantile(torch.tensor([0.05, 0.5, 0.95]))
-        return abs(r.mean().item() - 0.634) < 0.002 and (quantiles - torch.tensor([0.138, 0.689, 0.969])).abs().max().item() < 0.003
+        return (
+            abs(r.mean().item() - 0.634) < 0.002
+            and (quantiles - torch.tensor([0.138, 0.689, 0.969])).abs().max().item() < 0.003
+        )
 
     assert fits(SETTINGS["r_mean"], SETTINGS["r_std"])
-    assert not fits(-SETTINGS["r_mean"], SETTINGS["r_std"]) and not fits(SETTINGS["r_mean"], 1.0)  # t and 1 - t exchanged
+    assert not fits(-SETTINGS["r_mean"], SETTINGS["r_std"]) and not fits(
+        SETTINGS["r_mean"], 1.0
+    )  # t and 1 - t exchanged
 
 
 @pytest.mark.parametrize("r", [0.2, 0.5, 0.9])
@@ -336,7 +421,9 @@ def test_correction_with_its_dropped_factor_is_the_gradient_of_the_kl(r):  # tes
     x_r = noised(a * z, n, t.expand(4))
     delta = velocity(x_r, t.expand(4), a) - velocity(x_r, t.expand(4), c)
     ours = (-z * delta).mean() * (1 - r) ** 2 / r
-    closed = (1 - r) ** 2 * a * (1 / scale(t, c) ** 2 - 1 / scale(t, a) ** 2)  # d/da KL(N(0, S_a^2) | N(0, S_c^2))
+    closed = (
+        (1 - r) ** 2 * a * (1 / scale(t, c) ** 2 - 1 / scale(t, a) ** 2)
+    )  # d/da KL(N(0, S_a^2) | N(0, S_c^2))
     torch.testing.assert_close(ours, closed[0], rtol=1e-10, atol=0)
     assert abs((-z * delta).mean() / closed[0] - 1) > 0.4  # without the factor it is another number
 
@@ -345,12 +432,19 @@ def test_correction_with_its_dropped_factor_is_the_gradient_of_the_kl(r):  # tes
 def test_power_weight(d):  # test 12
     for rho in (0.003, 0.01, 0.1, 1.0):
         delta = torch.full((2, d), rho)
-        assert method.weighted(delta, 1.0).norm(dim=1)[0].item() == pytest.approx(math.sqrt(d) * rho / (rho**2 + 1e-4), rel=1e-4)
+        assert method.weighted(delta, 1.0).norm(dim=1)[0].item() == pytest.approx(
+            math.sqrt(d) * rho / (rho**2 + 1e-4), rel=1e-4
+        )
         torch.testing.assert_close(method.weighted(delta, 0.0), delta)
-    assert method.weighted(torch.full((1, d), 0.1), 1.0).norm() > method.weighted(torch.full((1, d), 1.0), 1.0).norm()
+    assert (
+        method.weighted(torch.full((1, d), 0.1), 1.0).norm()
+        > method.weighted(torch.full((1, d), 1.0), 1.0).norm()
+    )
 
 
-def test_correction_is_a_tenth_of_the_prediction(monkeypatch):  # test 13, App. A.3: alpha = 0.3 and 75:25 mean about 10 %
+def test_correction_is_a_tenth_of_the_prediction(
+    monkeypatch,
+):  # test 13, App. A.3: alpha = 0.3 and 75:25 mean about 10 %
     m, _ = made(batch=256)
     moved(m)
     calls = captured(monkeypatch, method, "gradient_form")
@@ -359,25 +453,37 @@ def test_correction_is_a_tenth_of_the_prediction(monkeypatch):  # test 13, App. 
     norms = calls[0][0][1].flatten(1).norm(dim=1)
     ratio = norms[192:].sum() / norms[:192].sum()
     assert ratio.item() == pytest.approx(0.1, rel=1e-4)
-    before = raw[0][0][0].flatten(1).norm(dim=1)  # lambda from norms before the weight would give another ratio
+    before = (
+        raw[0][0][0].flatten(1).norm(dim=1)
+    )  # lambda from norms before the weight would give another ratio
     assert abs(before.mean() / norms[:192].mean() - 1) > 0.1
 
 
-@pytest.mark.parametrize("index,share", [(0, 0.0), (2, 0.5), (9, 1.0)])  # before the delay, half way up, after the ramp
+@pytest.mark.parametrize(
+    "index,share", [(0, 0.0), (2, 0.5), (9, 1.0)]
+)  # before the delay, half way up, after the ramp
 def test_an_update_is_wired_as_its_settings_say(monkeypatch, index, share):
     """k, alpha's delay and ramp at this progress, the student's own samples for Eq. 11, and g_psi trained while alpha is 0."""
     m, _ = made(k=0.0, alpha_delay=0.1, alpha_ramp=0.2)
     moved(m)
     outputs, given, noising = [], [], m.noising
-    m.net.register_forward_hook(lambda net, args, out: outputs.append((args[0], out)) if torch.is_grad_enabled() else None)
+    m.net.register_forward_hook(
+        lambda net, args, out: outputs.append((args[0], out)) if torch.is_grad_enabled() else None
+    )
     m.noising = lambda x, cond, step: (given.append(x), noising(x, cond, step))[1]
-    forms, raw, g = captured(monkeypatch, method, "gradient_form"), captured(monkeypatch, method, "weighted"), weights(m.g)
+    forms, raw, g = (
+        captured(monkeypatch, method, "gradient_form"),
+        captured(monkeypatch, method, "weighted"),
+        weights(m.g),
+    )
     scale = m.train_step(batch(), step(index, 10))["lambda"].item()
     (z, u), cotangent, delta_g = outputs[0], forms[0][0][1], raw[0][0][0]
     norm = lambda x: x.flatten(1).norm(dim=1).mean().item()
     assert torch.equal(given[0], (z - u)[24:])  # X(z, 1, 0)
     assert torch.equal(cotangent[:24], delta_g)  # k = 0
-    assert norm(cotangent[24:]) == pytest.approx(share * 0.3 * norm(delta_g), rel=1e-4) and (scale > 0) == (share > 0)
+    assert norm(cotangent[24:]) == pytest.approx(share * 0.3 * norm(delta_g), rel=1e-4) and (
+        scale > 0
+    ) == (share > 0)
     assert not torch.equal(weights(m.g), g)
 
 
@@ -385,8 +491,13 @@ def test_lambda_is_that_of_the_whole_batch_on_any_number_of_ranks(monkeypatch):
     """A ratio of means over all ranks, and not the mean of the ranks' ratios."""
     m, _ = made()
     moved(m)
-    monkeypatch.setattr(Step, "mean_across_ranks", lambda self, value: 2 * value + 1)  # another rank with other norms
-    raw, scaled = captured(monkeypatch, method, "weighted"), captured(monkeypatch, method, "balance")
+    monkeypatch.setattr(
+        Step, "mean_across_ranks", lambda self, value: 2 * value + 1
+    )  # another rank with other norms
+    raw, scaled = (
+        captured(monkeypatch, method, "weighted"),
+        captured(monkeypatch, method, "balance"),
+    )
     found = m.train_step(batch(), step())["lambda"].item()
     assert len(scaled) == 1 and len(raw) == 1
     own = raw[0][1].flatten(1).norm(dim=1).mean().item()
@@ -401,14 +512,19 @@ def test_the_average_is_what_is_sampled():
     z, one, labels = torch.randn(6, *SHAPE), torch.ones(6), torch.arange(6) % 3
     jump = lambda net: z - net(z, one, labels, s=0 * one)
     x = m.sample(z, Condition(labels), 1, None)
-    assert torch.equal(x, jump(m.student.averaged())) and not torch.allclose(x, jump(m.net), atol=1e-4)
+    assert torch.equal(x, jump(m.student.averaged())) and not torch.allclose(
+        x, jump(m.net), atol=1e-4
+    )
 
 
 def test_alpha_schedule():  # test 14: delay and ramp 10K of 100K, decay after 25K
     alpha = lambda p, decay=None: method.alpha_at(p, 0.6, 0.1, 0.1, decay)
     assert [alpha(p) for p in (0.0, 0.0999, 0.15, 0.2, 1.0)] == pytest.approx([0, 0, 0.3, 0.6, 0.6])
     assert [alpha(p, 0.25) for p in (0.15, 0.25, 1.0)] == pytest.approx([0.3, 0.6, 0.3])
-    assert method.alpha_at(0.0, 1.0, 0.0, 0.0, None) == 1.0 and method.alpha_at(0.1, 1.0, 0.2, 0.0, None) == 0.0
+    assert (
+        method.alpha_at(0.0, 1.0, 0.0, 0.0, None) == 1.0
+        and method.alpha_at(0.1, 1.0, 0.2, 0.0, None) == 0.0
+    )
 
 
 @pytest.mark.parametrize("derivative", ["discrete", "jvp"])
@@ -416,12 +532,22 @@ def test_gradients_reach_their_own_player_only(monkeypatch, derivative):  # test
     m, task = made(derivative=derivative)
     moved(m)
     teacher, net, g = weights(task.teacher.network), weights(m.net), weights(m.g)
-    forms, losses = captured(monkeypatch, method, "gradient_form"), captured(monkeypatch, method, "critic_loss")
+    forms, losses = (
+        captured(monkeypatch, method, "gradient_form"),
+        captured(monkeypatch, method, "critic_loss"),
+    )
     update, reached = m.student.update, []
 
     def watched(loss: Tensor) -> None:
-        others = [*m.g.parameters(), *(p.requires_grad_(True) for p in task.teacher.network.parameters())]
-        reached.extend(p for p in torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True) if p is not None)
+        others = [
+            *m.g.parameters(),
+            *(p.requires_grad_(True) for p in task.teacher.network.parameters()),
+        ]
+        reached.extend(
+            p
+            for p in torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True)
+            if p is not None
+        )
         update(loss)
         assert torch.equal(weights(m.g), g)
 
@@ -432,7 +558,12 @@ def test_gradients_reach_their_own_player_only(monkeypatch, derivative):  # test
     (u, _), _ = forms[0]
     assert u.requires_grad
     loss = losses[0][1]
-    assert all(p is None for p in torch.autograd.grad(loss, list(m.net.parameters()), retain_graph=True, allow_unused=True))
+    assert all(
+        p is None
+        for p in torch.autograd.grad(
+            loss, list(m.net.parameters()), retain_graph=True, allow_unused=True
+        )
+    )
     free = lambda u, delta: (u * delta).sum()  # planted: the target keeps its graph
     delta_with_graph = u * 2.0
     a = torch.autograd.grad(method.gradient_form(u, delta_with_graph), u, retain_graph=True)[0]
@@ -449,31 +580,53 @@ def test_auxiliary_network_learns_the_students_noised_velocity_for_each_guidance
         losses = [method.critic_loss(k * noised(a * z, n, r), a * z, n) for a in generators]
         return torch.autograd.grad(sum(losses), k)[0].item()
 
-    exact = {a: velocity(torch.ones(1, 1, dtype=torch.float64), r[:1], a).item() for a in (0.3, 0.9)}
+    exact = {
+        a: velocity(torch.ones(1, 1, dtype=torch.float64), r[:1], a).item() for a in (0.3, 0.9)
+    }
     for a in exact:  # with gamma as an input every generator has its own coefficient
         assert abs(slope(exact[a], (a,))) < 1e-12
-    assert abs(slope(exact[0.3], (0.3, 0.9))) > 0.1 and abs(slope(exact[0.9], (0.3, 0.9))) > 0.1  # one for both cannot be right
+    assert (
+        abs(slope(exact[0.3], (0.3, 0.9))) > 0.1 and abs(slope(exact[0.9], (0.3, 0.9))) > 0.1
+    )  # one for both cannot be right
 
 
 def test_teacher_is_guided_inside_the_interval_only():  # Table 1c
-    cond, r = Condition(torch.tensor([0, 1, 2]), torch.tensor([1.5, 2.0, 1.2])), torch.tensor([0.1, 0.4, 0.41])
+    cond, r = (
+        Condition(torch.tensor([0, 1, 2]), torch.tensor([1.5, 2.0, 1.2])),
+        torch.tensor([0.1, 0.4, 0.41]),
+    )
     assert method.within(cond, r, 0.4).guidance.tolist() == pytest.approx([1.5, 2.0, 1.0])
     assert method.within(Condition(cond.labels, 2.0), r, 0.4).guidance.tolist() == [2.0, 2.0, 1.0]
-    assert method.within(Condition(None, 2.0), r, 0.4).guidance == 2.0 and method.within(Condition(cond.labels), r, 0.4).guidance == 1.0
+    assert (
+        method.within(Condition(None, 2.0), r, 0.4).guidance == 2.0
+        and method.within(Condition(cond.labels), r, 0.4).guidance == 1.0
+    )
     m, task = made(guidance=(1.0, 2.0), guidance_high=0.4)
     moved(m)
     asked, original = [], task.teacher.velocity
-    task.teacher.velocity = lambda x, t, cond: (asked.append((t, cond.guidance)), original(x, t, cond))[1]
+    task.teacher.velocity = lambda x, t, cond: (
+        asked.append((t, cond.guidance)),
+        original(x, t, cond),
+    )[1]
     m.train_step(batch(), step())
     assert len(asked) == 3 and all(len(t) == 24 for t, _ in asked[:2]) and len(asked[2][0]) == 8
     assert all((w > 1).all() for _, w in asked[:2])  # Eq. 9 is guided everywhere
     given = [w for _, w in asked]
     seen = []
-    for net in (m.net, m.g):  # gamma of each row reaches the student and g_psi, which tells the generators apart
-        net.register_forward_pre_hook(lambda net, args, kw: seen.append(kw["guidance"]), with_kwargs=True)
+    for net in (
+        m.net,
+        m.g,
+    ):  # gamma of each row reaches the student and g_psi, which tells the generators apart
+        net.register_forward_pre_hook(
+            lambda net, args, kw: seen.append(kw["guidance"]), with_kwargs=True
+        )
     asked.clear()
     m.train_step(batch(), step())
-    assert torch.equal(seen[0][:24], given[0]) and torch.equal(seen[-1], seen[0][24:]) and len(seen[0].unique()) == N
+    assert (
+        torch.equal(seen[0][:24], given[0])
+        and torch.equal(seen[-1], seen[0][24:])
+        and len(seen[0].unique()) == N
+    )
     r, w = asked[2]
     assert ((w == 1) == (r > 0.4)).all() and (w > 1).any() and (r > 0.4).any()
 
@@ -485,20 +638,38 @@ def test_guidance_of_each_row():
     together = task.teacher.velocity(x, t, Condition(labels, w))
     for i, own in enumerate(w.tolist()):
         cut = slice(i, i + 1)
-        torch.testing.assert_close(together[cut], task.teacher.velocity(x[cut], t[cut], Condition(labels[cut], own)))
+        torch.testing.assert_close(
+            together[cut], task.teacher.velocity(x[cut], t[cut], Condition(labels[cut], own))
+        )
 
 
 @pytest.mark.parametrize(
     "changes,calls",
     [
-        ({}, {"critic": 1, "critic.backward": 1, "student": 2, "student.backward": 1, "teacher": 3}),
-        ({"solver": "euler"}, {"critic": 1, "critic.backward": 1, "student": 2, "student.backward": 1, "teacher": 2}),
+        (
+            {},
+            {"critic": 1, "critic.backward": 1, "student": 2, "student.backward": 1, "teacher": 3},
+        ),
+        (
+            {"solver": "euler"},
+            {"critic": 1, "critic.backward": 1, "student": 2, "student.backward": 1, "teacher": 2},
+        ),
         (
             {"derivative": "jvp"},
-            {"critic": 1, "critic.backward": 1, "student": 1, "student.backward": 1, "student.tangent": 1, "teacher": 2},
+            {
+                "critic": 1,
+                "critic.backward": 1,
+                "student": 1,
+                "student.backward": 1,
+                "student.tangent": 1,
+                "teacher": 2,
+            },
         ),
         ({"correction": 0.0}, {"student": 2, "student.backward": 1, "teacher": 2}),
-        ({"correction": 1.0}, {"critic": 1, "critic.backward": 1, "student": 1, "student.backward": 1, "teacher": 1}),
+        (
+            {"correction": 1.0},
+            {"critic": 1, "critic.backward": 1, "student": 1, "student.backward": 1, "teacher": 1},
+        ),
     ],
 )
 def test_no_evaluation_more_than_the_algorithm_needs(changes, calls):
@@ -516,11 +687,19 @@ def test_a_variant_costs_what_its_objectives_cost(name):
     with task.meter.counting():
         m.train_step(batch(), step())
     alone, _, _ = name.partition("-")
-    student, teacher = (1, 1) if alone == "correction" else (2, 2) if alone == "prediction" else (2, 3)
-    expected = {"student": student, "student.backward": 1, "teacher": teacher - (m.config.solver == "euler")}
+    student, teacher = (
+        (1, 1) if alone == "correction" else (2, 2) if alone == "prediction" else (2, 3)
+    )
+    expected = {
+        "student": student,
+        "student.backward": 1,
+        "teacher": teacher - (m.config.solver == "euler"),
+    }
     if m.config.derivative == "jvp":  # its value and tangent are one call, at one time
         expected |= {"student": 1, "student.tangent": 1, "teacher": teacher - 1}
-    assert dict(task.meter.calls) == expected | ({} if alone == "prediction" else {"critic": 1, "critic.backward": 1})
+    assert dict(task.meter.calls) == expected | (
+        {} if alone == "prediction" else {"critic": 1, "critic.backward": 1}
+    )
 
 
 def test_every_variant_changes_an_update():
@@ -531,5 +710,12 @@ def test_every_variant_changes_an_update():
         for i in range(5, 8):
             m.train_step(batch(), step(i))
         after[name] = weights(m.net)
-    same = {pair for pair in combinations(after, 2) if torch.allclose(after[pair[0]], after[pair[1]], atol=1e-5)}
-    assert same == {(None, "k-1"), ("prediction-only", "prediction-k-1")}  # the default here and on digits; on mixtures it is k = 0
+    same = {
+        pair
+        for pair in combinations(after, 2)
+        if torch.allclose(after[pair[0]], after[pair[1]], atol=1e-5)
+    }
+    assert same == {
+        (None, "k-1"),
+        ("prediction-only", "prediction-k-1"),
+    }  # the default here and on digits; on mixtures it is k = 0

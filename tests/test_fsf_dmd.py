@@ -11,16 +11,17 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from distillbench import registry, times
-from distillbench.config import merged
+from distillbench import times
 from distillbench.matching import matching_gradient, pseudo_loss
 from distillbench.method import Batch, Condition, Step
 from distillbench.paths import denoiser, jump, noised, over
+from distillbench.reading import merged
+from distillbench.registry import folders
 from tests.conftest import captured
 from tests.toys import calls_of_cycle, random_task, shake, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/fsf_dmd"
-FSFDMD = registry.load(SimpleNamespace(name="fsf_dmd", path=FOLDER))
+FSFDMD = folders.load(SimpleNamespace(name="fsf_dmd", path=FOLDER))
 method = sys.modules[FSFDMD.__module__]
 FILE = yaml.safe_load((FOLDER / "config.yaml").read_text())
 VARIANTS = {None: {}} | {name: v["config"] for name, v in FILE["variants"].items()}
@@ -35,7 +36,9 @@ def made(variant: str | None = None, **changes) -> tuple:
     for p in flow_map.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     task._weights["start"] = flow_map.state_dict()
-    settings = merged(merged(FILE["config"], {"batch": N, "student": PLAYER, "critic": PLAYER}), VARIANTS[variant])
+    settings = merged(
+        merged(FILE["config"], {"batch": N, "student": PLAYER, "critic": PLAYER}), VARIANTS[variant]
+    )
     m = FSFDMD(task, FSFDMD.Config.model_validate(merged(settings, changes)))
     if m.critic is not None:
         shake(m.g)
@@ -70,7 +73,9 @@ def exact_average(x: Tensor, t: Tensor, s: Tensor, a: Tensor | float) -> Tensor:
 
 
 TIMES = ((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000).repeat_interleave(4)
-Z = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(2000)[:, None]  # with E: unit variances, no correlation
+Z = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(2000)[
+    :, None
+]  # with E: unit variances, no correlation
 E = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).repeat(2000)[:, None]
 
 
@@ -82,7 +87,11 @@ def slope(a: float, real, fake, on_sample: bool, law=lambda t: torch.ones_like(t
     x = sample.detach()
     x_t = noised(x, E, TIMES)
     delta = over(law(TIMES), x) * (real(x_t, TIMES, x, a) - fake(x_t, TIMES, x, a))
-    loss = pseudo_loss(sample, over(TIMES, x) * delta) if on_sample else method.surrogate_loss(u, delta)
+    loss = (
+        pseudo_loss(sample, over(TIMES, x) * delta)
+        if on_sample
+        else method.surrogate_loss(u, delta)
+    )
     return float(torch.autograd.grad(loss, scale)[0])
 
 
@@ -135,21 +144,34 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("name, real, fake, on_sample, law, expected", TABLE, ids=[row[0] for row in TABLE])
-def test_bias_of_the_surrogate(name, real, fake, on_sample, law, expected):  # the table of (g), tests 1, 2, 5
+@pytest.mark.parametrize(
+    "name, real, fake, on_sample, law, expected", TABLE, ids=[row[0] for row in TABLE]
+)
+def test_bias_of_the_surrogate(
+    name, real, fake, on_sample, law, expected
+):  # the table of (g), tests 1, 2, 5
     found = stationary(real, fake, on_sample, **law)
     assert abs(found - expected) <= 0.01 + 0.01 * expected
     if name == "R1, on samples":
-        on_diagonal = lambda x_t, t, x, a: exact_average(x_t, t, t, a)  # planted: u(x_t, t, t), which here is the exact fake velocity
+        on_diagonal = lambda x_t, t, x, a: exact_average(
+            x_t, t, t, a
+        )  # planted: u(x_t, t, t), which here is the exact fake velocity
         assert abs(stationary(real, on_diagonal, on_sample) - expected) > 0.4  # test 9
-        assert slope(0.2, fake, real, on_sample) > 0 > slope(0.2, real, fake, on_sample)  # planted, test 7: Delta with the other sign
+        assert (
+            slope(0.2, fake, real, on_sample) > 0 > slope(0.2, real, fake, on_sample)
+        )  # planted, test 7: Delta with the other sign
 
 
 def test_the_flow_maps_endpoint_is_the_limit_of_unrolling():  # test 3: at the teacher's own flow map nothing is left
     x, t = torch.randn(200, 1, dtype=torch.float64), TIMES[:800:4].contiguous()
     limit = exact_average(x, t, 0 * t, 1.0)
-    errors = [float((method.unrolled(exact_velocity, x, t, n) - limit).abs().max()) for n in (1, 8, 64, 512)]
-    assert errors[0] > 0.1 and errors[-1] < 5e-3 and errors == sorted(errors, reverse=True)  # test 4: R1 leaves a bias
+    errors = [
+        float((method.unrolled(exact_velocity, x, t, n) - limit).abs().max())
+        for n in (1, 8, 64, 512)
+    ]
+    assert (
+        errors[0] > 0.1 and errors[-1] < 5e-3 and errors == sorted(errors, reverse=True)
+    )  # test 4: R1 leaves a bias
     x_0 = x
     for i in range(8):  # (x_t - Phi) / t with Euler's own steps
         x_0 = x_0 - over(t / 8, x) * exact_velocity(x_0, t * (1 - i / 8))
@@ -158,7 +180,10 @@ def test_the_flow_maps_endpoint_is_the_limit_of_unrolling():  # test 3: at the t
 
 def test_correlation_of_the_endpoint_with_its_own_sample():  # test 11
     for t, expected in ((0.1, 0.99), (0.3, 0.92), (0.5, 0.71), (0.7, 0.39), (0.9, 0.11)):
-        (x, e), at = torch.randn(2, 400_000, 1, dtype=torch.float64), torch.full((400_000,), t, dtype=torch.float64)
+        (x, e), at = (
+            torch.randn(2, 400_000, 1, dtype=torch.float64),
+            torch.full((400_000,), t, dtype=torch.float64),
+        )
         x_t = noised(x, e, at)
         end = jump(x_t, exact_average(x_t, at, 0 * at, 1.0), at, 0 * at)
         assert abs(float(torch.corrcoef(torch.stack([end[:, 0], x[:, 0]]))[0, 1]) - expected) < 0.01
@@ -177,7 +202,10 @@ class Map(nn.Module):
 
 def matched(m, a: float, variant_of=None) -> float:
     """d L_FSF / d a by `FSFDMD.matching` itself, 100,000 samples of one number."""
-    m.net, m.task.teacher = Map(a), SimpleNamespace(velocity=lambda x, t, cond: exact_velocity(x, t))
+    m.net, m.task.teacher = (
+        Map(a),
+        SimpleNamespace(velocity=lambda x, t, cond: exact_velocity(x, t)),
+    )
     z, one = torch.randn(100_000, 1), torch.ones(100_000)
     u = m.net(z, one, s=0 * one)
     loss, _ = m.matching(u, jump(z, u, one, 0 * one), Condition(None), step())
@@ -189,12 +217,16 @@ def test_the_method_itself_has_that_bias(monkeypatch):
     assert matched(m, 0.54) < 0 < matched(m, 0.62)  # 0.58 on velocities
     m, _ = made(unroll=64)
     assert matched(m, 0.95) < 0 < matched(m, 1.02)
-    m, _ = made("diagonal-fake")  # test 9: the diagonal of an exact student is the exact fake velocity
+    m, _ = made(
+        "diagonal-fake"
+    )  # test 9: the diagonal of an exact student is the exact fake velocity
     assert matched(m, 0.95) < 0 < matched(m, 1.05)
     m, _ = made("sds")
     assert matched(m, 0.1) > 0  # contracts to a point
     original = FSFDMD.fake
-    monkeypatch.setattr(FSFDMD, "fake", lambda self, x_t, t, v, cond: -original(self, x_t, t, v, cond))  # planted
+    monkeypatch.setattr(
+        FSFDMD, "fake", lambda self, x_t, t, v, cond: -original(self, x_t, t, v, cond)
+    )  # planted
     m, _ = made()
     assert not matched(m, 0.54) < 0 < matched(m, 0.62)
 
@@ -213,16 +245,32 @@ def test_gradient_of_the_velocity_form_and_its_twin():  # tests 7, 8: the step o
     step_on_sample = -over(tau, u) * -g  # x = start - tau u, u moves by -g
     torch.testing.assert_close(step_on_sample, -over(tau, u) * delta * 2 / 8)
     sample = jump(start, u, tau, 0 * tau)
-    (g_twin,) = torch.autograd.grad(pseudo_loss(sample, matching_gradient(v_real, v_fake, sample.detach(), e, t, "residual")), u)
+    (g_twin,) = torch.autograd.grad(
+        pseudo_loss(sample, matching_gradient(v_real, v_fake, sample.detach(), e, t, "residual")), u
+    )
     cosine = nn.functional.cosine_similarity(g, g_twin, dim=1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
-    assert not torch.allclose(torch.autograd.grad(method.surrogate_loss(u, -delta), u)[0], g)  # planted: the other sign
+    assert not torch.allclose(
+        torch.autograd.grad(method.surrogate_loss(u, -delta), u)[0], g
+    )  # planted: the other sign
 
 
 def test_only_the_generating_evaluation_has_a_gradient(monkeypatch):  # test 6
-    for variant in (None, "residual", "diagonal-fake", "average-surrogate", "initial-map", "explicit-fake", "self-teacher"):
+    for variant in (
+        None,
+        "residual",
+        "diagonal-fake",
+        "average-surrogate",
+        "initial-map",
+        "explicit-fake",
+        "self-teacher",
+    ):
         m, _ = made(variant)
-        losses, pseudo, graphs = captured(monkeypatch, method, "surrogate_loss"), captured(monkeypatch, method, "pseudo_loss"), []
+        losses, pseudo, graphs = (
+            captured(monkeypatch, method, "surrogate_loss"),
+            captured(monkeypatch, method, "pseudo_loss"),
+            [],
+        )
 
         def note(_module, args, out, graphs=graphs):
             value = out if isinstance(out, Tensor) else out.value  # of the pass with tangents
@@ -233,7 +281,9 @@ def test_only_the_generating_evaluation_has_a_gradient(monkeypatch):  # test 6
         hook.remove()
         ((args, loss),) = losses or pseudo
         assert loss.requires_grad and args[0].requires_grad and not args[1].requires_grad
-        assert [rows for rows, graph in graphs if graph] == [2 * N]  # the one pass of both losses; no other keeps a graph
+        assert [rows for rows, graph in graphs if graph] == [
+            2 * N
+        ]  # the one pass of both losses; no other keeps a graph
         monkeypatch.undo()
 
 
@@ -244,10 +294,16 @@ def test_the_matching_term_alone(monkeypatch):
     before.load_state_dict(m.net.state_dict())
     calls = captured(monkeypatch, method, "surrogate_loss")
     data, gradients = batch(), []
-    m.student.update = lambda loss: gradients.extend(torch.autograd.grad(calls[0][1], m.student.parameters))
+    m.student.update = lambda loss: gradients.extend(
+        torch.autograd.grad(calls[0][1], m.student.parameters)
+    )
     m.train_step(data, step())
     again = step()
-    z, t, e = again.rng("z").normal(N, *SHAPE), again.rng("matching t").uniform(N), again.rng("matching e").normal(N, *SHAPE)
+    z, t, e = (
+        again.rng("z").normal(N, *SHAPE),
+        again.rng("matching t").uniform(N),
+        again.rng("matching e").normal(N, *SHAPE),
+    )
     labels, one = data.cond.labels, torch.ones(N)
     u = before(z, one, labels, s=0 * one)
     x = (z - u).detach()
@@ -261,9 +317,15 @@ def test_the_matching_term_alone(monkeypatch):
         loss = (u - (u.detach() + sign * delta)).square().sum((1, 2, 3)).mean()
         return torch.autograd.grad(loss, list(before.parameters()), retain_graph=True)
 
-    close = lambda other: all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(gradients, other))
+    close = lambda other: all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(gradients, other)
+    )
     assert close(gradient(0 * t, 4))
-    assert not close(gradient(t, 4)) and not close(gradient(0 * t, 1)) and not close(gradient(0 * t, 4, -1.0))  # planted
+    assert (
+        not close(gradient(t, 4))
+        and not close(gradient(0 * t, 1))
+        and not close(gradient(0 * t, 4, -1.0))
+    )  # planted
 
 
 def test_backward_simulation():  # test 10, (b.4)
@@ -313,12 +375,18 @@ def test_flow_map_rows_are_meanflows(monkeypatch):
 
 def test_starts():
     m, task = made()
-    assert torch.equal(weights(m.net), torch.cat([v.flatten() for k, v in task._weights["start"].items()]))
+    assert torch.equal(
+        weights(m.net), torch.cat([v.flatten() for k, v in task._weights["start"].items()])
+    )
     m, task = made("from-flow-matching")
     x, t = torch.randn(N, *SHAPE), torch.rand(N)
-    torch.testing.assert_close(m.net(x, t, batch().cond.labels, s=0 * t), task.teacher.velocity(x, t, batch().cond))
+    torch.testing.assert_close(
+        m.net(x, t, batch().cond.labels, s=0 * t), task.teacher.velocity(x, t, batch().cond)
+    )
     m, task = made("self-teacher")
-    assert not FSFDMD.needs(m.config).teacher and not torch.allclose(m.net.enter.weight, task._weights["teacher"]["enter.weight"])
+    assert not FSFDMD.needs(m.config).teacher and not torch.allclose(
+        m.net.enter.weight, task._weights["teacher"]["enter.weight"]
+    )
     (m, task), t = made("self-teacher"), torch.rand(N)
     torch.testing.assert_close(m.real(x, t, batch().cond), m.net(x, t, batch().cond.labels, s=t))
 
@@ -332,7 +400,9 @@ def test_each_variant_changes_the_update():
 
     results = {name: moved(name) for name in VARIANTS}
     equal = {(a, b) for a, b in combinations(results, 2) if torch.equal(results[a], results[b])}
-    assert equal == {("flow-map-only", "equal-updates")}  # they differ in how many updates the budget buys
+    assert equal == {
+        ("flow-map-only", "equal-updates")
+    }  # they differ in how many updates the budget buys
 
 
 def test_without_weight_the_term_moves_nothing():
@@ -365,9 +435,18 @@ def test_settings_that_do_not_fit(changes, words):
 # What it costs: two steps of simulation (one evaluation of the student in all), in each its pass, tangents and the rest.
 
 
-def cost(student: int, teacher: int, passes: int = 2, critic: int = 0, **more: int) -> dict[str, int]:
-    found = {"student": student, "student.tangent": passes, "student.backward": passes, "teacher": teacher} | more
-    return {k: v for k, v in (found | {"critic": 2 * critic, "critic.backward": critic}).items() if v}
+def cost(
+    student: int, teacher: int, passes: int = 2, critic: int = 0, **more: int
+) -> dict[str, int]:
+    found = {
+        "student": student,
+        "student.tangent": passes,
+        "student.backward": passes,
+        "teacher": teacher,
+    } | more
+    return {
+        k: v for k, v in (found | {"critic": 2 * critic, "critic.backward": critic}).items() if v
+    }
 
 
 COSTS = {
@@ -405,4 +484,6 @@ def test_samples_jump_along_a_uniform_grid():
     x = z - 0.5 * m.net(z, one, labels, s=0.5 * one)
     x = x - 0.5 * m.net(x, 0.5 * one, labels, s=0 * one)
     torch.testing.assert_close(m.sample(z, Condition(labels), 2, None), x)
-    torch.testing.assert_close(denoiser(z, m.net(z, one, labels, s=0 * one), one), m.sample(z, Condition(labels), 1, None))
+    torch.testing.assert_close(
+        denoiser(z, m.net(z, one, labels, s=0 * one), one), m.sample(z, Condition(labels), 1, None)
+    )

@@ -9,29 +9,50 @@ from pathlib import Path
 
 import pytest
 
-from distillbench import pages
+from distillbench.registry import source
 
 ROOT = Path(__file__).parents[1]
 OURS = {"distillbench", "eval", "methods", "workflows"}
 TORCH_FREE = (
-    "distillbench.plan", "distillbench.dispatch", "distillbench.cell", "distillbench.registry", "distillbench.launcher",
-    "distillbench.slurm_job", "distillbench.squeue", "distillbench.cluster", "distillbench.work", "eval.records",
-)  # fmt: skip
+    "distillbench.plan",
+    "distillbench.dispatch",
+    "distillbench.cell",
+    "distillbench.registry",
+    "distillbench.launcher",
+    "distillbench.slurm_job",
+    "distillbench.squeue",
+    "distillbench.cluster",
+    "distillbench.work",
+    "eval.records",
+)
 
 
-MAY_IMPORT_EVAL = ("cli.py", "cli_audit.py", "cli_publish.py", "scoring.py", "audit_render.py", "bundles.py")
+MAY_IMPORT_EVAL = (
+    "cli.py",
+    "cli_audit.py",
+    "cli_publish.py",
+    "scoring.py",
+    "audit_render.py",
+    "bundles.py",
+)
 
 
 def violations(root: Path) -> list[str]:
     """Every import that crosses a wall of docs/architecture.md."""
     out = []
-    for path in [p for top in ("methods", "mechanisms", "distillbench", "eval") for p in sorted((root / top).rglob("*.py"))]:
+    for path in [
+        p
+        for top in ("methods", "mechanisms", "distillbench", "eval")
+        for p in sorted((root / top).rglob("*.py"))
+    ]:
         place = path.relative_to(root)
         if place.parts[0] == "methods":
-            siblings = {p.parent.name for p in path.parents[1].glob("*/method.py")} - {place.parts[1]}
-            out += [f"{place} imports {name}" for _, name, _ in pages.forbidden(path, siblings)]
+            siblings = {p.parent.name for p in path.parents[1].glob("*/method.py")} - {
+                place.parts[1]
+            }
+            out += [f"{place} imports {name}" for _, name, _ in source.forbidden(path, siblings)]
             continue
-        for name in sorted({name for _, name in pages.imports(path)}):
+        for name in sorted({name for _, name in source.imports(path)}):
             top = name.partition(".")[0]
             bad = False
             if place.parts[0] == "distillbench":
@@ -75,8 +96,14 @@ def test_a_planted_violation_is_found(tmp_path: Path, path: str, line: str):
 def test_distillbench_knows_no_method_by_name():
     names = [p.parent.name for p in (ROOT / "methods").glob("*/method.py")]
     for path in (ROOT / "distillbench").glob("*.py"):
-        strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-        assert not [s for s in strings if s in names and (s, path.name) != ("add", "jvp.py")], path  # there it is torch's function
+        strings = [
+            n.value
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        ]
+        assert not [s for s in strings if s in names and (s, path.name) != ("add", "jvp.py")], (
+            path
+        )  # there it is torch's function
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from eval import inception
-from eval.evaluate import Against, evaluate_images
-from eval.extractors import Extractor, load_extractor
-from eval.metrics import Reference, frechet_distance, inception_score, kid
-from eval.records import INCEPTION, evaluation_key, known_extractor, weight_file
-from eval.reference import reference_set
+from eval.features import inception
+from eval.features.extractors import Extractor, load_extractor
+from eval.features.weights import INCEPTION, known_extractor, weight_file
+from eval.metrics.evaluate import Against, evaluate_images
+from eval.metrics.key import evaluation_key
+from eval.metrics.reference import reference_set
+from eval.metrics.scores import Reference, frechet_distance, inception_score, kid
 
 TORCH_FIDELITY, CLEAN_FID = "inception-torch-fidelity", "inception-clean-fid"
 
@@ -59,7 +60,11 @@ def random_weights() -> dict[str, Tensor]:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias, std=0.1)
             nn.init.normal_(module.running_mean, std=0.1)
-    return {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    return {
+        name: value
+        for name, value in network.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +91,22 @@ def extractors(folder) -> dict[str, Extractor]:
         return {name: load_extractor(name) for name in (TORCH_FIDELITY, CLEAN_FID)}
 
 
-def images(count: int, size: tuple[int, int] = (32, 32), channels: int = 3, seed: int = 0, contrast: float = 1.0) -> Tensor:
+def images(
+    count: int,
+    size: tuple[int, int] = (32, 32),
+    channels: int = 3,
+    seed: int = 0,
+    contrast: float = 1.0,
+) -> Tensor:
     """Smooth random colours with some noise, uint8 [count,channels,*size]."""
     g = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, channels, 4, 4, generator=g)
     smooth = nn.functional.interpolate(coarse, size, mode="bicubic")
-    return ((contrast * (smooth - 0.5) + 0.5 + 0.1 * torch.rand(smooth.shape, generator=g)) * 235).clamp(0, 255).byte()
+    return (
+        ((contrast * (smooth - 0.5) + 0.5 + 0.1 * torch.rand(smooth.shape, generator=g)) * 235)
+        .clamp(0, 255)
+        .byte()
+    )
 
 
 def png_folder(at: Path, pixels: Tensor) -> Path:
@@ -117,7 +132,9 @@ def clean_fid_model(folder, tmp_path_factory) -> nn.Module:
     class Layers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = inception_pytorch.InceptionV3([3], resize_input=False, normalize_input=False)
+            self.network = inception_pytorch.InceptionV3(
+                [3], resize_input=False, normalize_input=False
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.network(x)[0]
@@ -133,20 +150,30 @@ def clean_fid_model(folder, tmp_path_factory) -> nn.Module:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         patch.setenv("TORCH_HOME", str(home))
-        torch.jit.trace(Base().eval(), torch.zeros(2, 3, 299, 299)).save(str(home / "inception-2015-12-05.pt"))
+        torch.jit.trace(Base().eval(), torch.zeros(2, 3, 299, 299)).save(
+            str(home / "inception-2015-12-05.pt")
+        )
         return InceptionV3W(str(home), download=False).eval()
 
 
 def features_by_clean_fid(at: Path, model: nn.Module) -> Tensor:
-    found = cleanfid.fid.get_folder_features(str(at), model, num_workers=0, device=torch.device("cpu"), mode="clean", verbose=False)
+    found = cleanfid.fid.get_folder_features(
+        str(at), model, num_workers=0, device=torch.device("cpu"), mode="clean", verbose=False
+    )
     return torch.from_numpy(found)
 
 
 def test_torch_fidelity_is_the_package_itself(extractors, folder):
     pixels = images(3, size=(40, 24))
-    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(folder / INCEPTION))
+    theirs = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], str(folder / INCEPTION)
+    )
     features, logits = extractors[TORCH_FIDELITY].features(pixels)
-    assert features.shape == (3, 2048) and logits.shape == (3, 1008) and features.dtype == logits.dtype == torch.float32
+    assert (
+        features.shape == (3, 2048)
+        and logits.shape == (3, 1008)
+        and features.dtype == logits.dtype == torch.float32
+    )
     for ours, other in zip((features, logits), theirs(pixels), strict=True):
         assert torch.equal(ours, other)
 
@@ -159,7 +186,10 @@ def test_clean_fid_is_the_package_itself(extractors, clean_fid_model, tmp_path, 
     assert logits is None and ours.shape == (3, 2048)
     assert moved(ours, theirs) < 1e-5
     network = extractors[CLEAN_FID].network
-    for wrong in ("legacy_pytorch", "clean"):  # planted: another resizer, then clean-fid's with rounding
+    for wrong in (
+        "legacy_pytorch",
+        "clean",
+    ):  # planted: another resizer, then clean-fid's with rounding
         resize = build_resizer(wrong)
         monkeypatch.setattr(network, "resize", lambda x, resize=resize: resize(x).round())
         assert moved(network(pixels)[0], theirs) > 1e-4, wrong
@@ -234,7 +264,9 @@ def test_names_are_known_and_near_misses_answered():
 def test_a_missing_file_is_one_line_that_says_what_to_put_where(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "nowhere"))  # a wrong folder is not made up for by another
+    monkeypatch.setenv(
+        "DISTILLBENCH_WEIGHTS", str(tmp_path / "nowhere")
+    )  # a wrong folder is not made up for by another
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / INCEPTION).symlink_to(folder / INCEPTION)
     for ask in (load_extractor, evaluation_key, weight_file):
@@ -242,7 +274,14 @@ def test_a_missing_file_is_one_line_that_says_what_to_put_where(tmp_path, monkey
             ask(CLEAN_FID)
         line = str(caught.value)
         assert "\n" not in line
-        for part in (CLEAN_FID, INCEPTION, str(tmp_path / "nowhere"), "torch-fidelity", "6726825d", "DISTILLBENCH_WEIGHTS"):
+        for part in (
+            CLEAN_FID,
+            INCEPTION,
+            str(tmp_path / "nowhere"),
+            "torch-fidelity",
+            "6726825d",
+            "DISTILLBENCH_WEIGHTS",
+        ):
             assert part in line
     monkeypatch.delenv("DISTILLBENCH_WEIGHTS")
     assert weight_file(CLEAN_FID) == Path("weights") / INCEPTION
@@ -275,7 +314,10 @@ class Bomb:
 def test_code_in_the_file_is_refused_and_never_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path))
     path, mark = tmp_path / INCEPTION, tmp_path / "ran"
-    bombs = [lambda: torch.save({"fc.weight": Bomb(mark)}, path), lambda: path.write_bytes(pickle.dumps(Bomb(mark)))]
+    bombs = [
+        lambda: torch.save({"fc.weight": Bomb(mark)}, path),
+        lambda: path.write_bytes(pickle.dumps(Bomb(mark))),
+    ]
     for write in bombs:
         write()
         with pytest.raises(ValueError, match="does not load as plain tensors") as caught:
@@ -306,12 +348,22 @@ def test_other_content_is_refused_in_one_line(folder, tmp_path, monkeypatch):
             torch.save(content, tmp_path / INCEPTION)
         with pytest.raises(ValueError, match=message) as caught:
             load_extractor(CLEAN_FID)
-        assert "\n" not in str(caught.value) and INCEPTION in str(caught.value) and len(str(caught.value)) < 500
+        assert (
+            "\n" not in str(caught.value)
+            and INCEPTION in str(caught.value)
+            and len(str(caught.value)) < 500
+        )
 
 
-def test_a_state_dict_with_batch_counters_gives_the_same_features(folder, tmp_path, monkeypatch, extractors):
+def test_a_state_dict_with_batch_counters_gives_the_same_features(
+    folder, tmp_path, monkeypatch, extractors
+):
     good = torch.load(folder / INCEPTION)
-    counters = {name.replace("running_var", "num_batches_tracked"): torch.tensor(0) for name in good if name.endswith("running_var")}
+    counters = {
+        name.replace("running_var", "num_batches_tracked"): torch.tensor(0)
+        for name in good
+        if name.endswith("running_var")
+    }
     full = OrderedDict(good | counters)
     full._metadata = OrderedDict({"": {"version": 1}})
     torch.save(full, tmp_path / INCEPTION)
@@ -326,25 +378,45 @@ def test_a_state_dict_with_batch_counters_gives_the_same_features(folder, tmp_pa
 def test_end_to_end_scores_equal_those_of_torch_fidelity(extractors, folder, tmp_path):
     generated, real = images(12, seed=1, contrast=0.7), images(12, seed=2)
     theirs = calculate_metrics(
-        input1=str(png_folder(tmp_path / "generated", generated)), input2=str(png_folder(tmp_path / "real", real)),
-        cuda=False, isc=True, fid=True, kid=True, isc_splits=1, kid_subsets=1, kid_subset_size=12, verbose=False, cache=False,
-        save_cpu_ram=True, feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(folder / INCEPTION),
-    )  # fmt: skip
+        input1=str(png_folder(tmp_path / "generated", generated)),
+        input2=str(png_folder(tmp_path / "real", real)),
+        cuda=False,
+        isc=True,
+        fid=True,
+        kid=True,
+        isc_splits=1,
+        kid_subsets=1,
+        kid_subset_size=12,
+        verbose=False,
+        cache=False,
+        save_cpu_ram=True,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(folder / INCEPTION),
+    )
     extractor = extractors[TORCH_FIDELITY]
     (features, logits), reference = extractor.features(generated), Reference.of(real, extractor)
-    assert frechet_distance(features, reference.features) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert frechet_distance(features, reference.features) == pytest.approx(
+        theirs["frechet_inception_distance"], rel=1e-6
+    )
     # Their kernel is of order one and in float32, so a KID of 1e-2 has an error of some 1e-7.
-    assert kid(features, reference.features) == pytest.approx(theirs["kernel_inception_distance_mean"], abs=5e-7)
+    assert kid(features, reference.features) == pytest.approx(
+        theirs["kernel_inception_distance_mean"], abs=5e-7
+    )
     assert inception_score(logits) == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     other = extractors[CLEAN_FID]
-    mixed = frechet_distance(other.features(generated)[0], reference.features)  # planted: what the guard forbids
+    mixed = frechet_distance(
+        other.features(generated)[0], reference.features
+    )  # planted: what the guard forbids
     assert mixed != pytest.approx(theirs["frechet_inception_distance"], rel=0.1)
 
 
 @pytest.mark.slow
 def test_end_to_end_fid_equals_that_of_clean_fid(extractors, clean_fid_model, tmp_path):
     generated, real = images(24, seed=1, contrast=0.7), images(24, seed=2)
-    theirs = [features_by_clean_fid(png_folder(tmp_path / name, x), clean_fid_model) for name, x in (("g", generated), ("r", real))]
+    theirs = [
+        features_by_clean_fid(png_folder(tmp_path / name, x), clean_fid_model)
+        for name, x in (("g", generated), ("r", real))
+    ]
     ours = [extractors[CLEAN_FID].features(x)[0] for x in (generated, real)]
     assert moved(ours[0], theirs[0]) < 1e-5 and moved(ours[1], theirs[1]) < 1e-5
     few = [x[:, :: 2048 // 8] for x in theirs]
@@ -364,4 +436,6 @@ def by_singular_values(gen: Tensor, ref: Tensor) -> float:
     """The trace of the square root is the sum of singular values of X Y^T over N - 1, X and Y centred [N,D]: no D x D matrix."""
     (x, y), rows = (f.double() - f.double().mean(0) for f in (gen, ref)), len(gen) - 1
     gap = (gen.double().mean(0) - ref.double().mean(0)).square().sum()
-    return (gap + (x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.T).sum()) / rows).item()
+    return (
+        gap + (x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.T).sum()) / rows
+    ).item()

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, jvp, vmap
 
-from distillbench import paths, registry, times
+from distillbench import paths, times
 from distillbench.meter import Meter
-from distillbench.method import Batch, Condition, Step, Task
-from distillbench.networks import VelocityNetwork
+from distillbench.method import Batch, Condition, Step, Task, Teacher
+from distillbench.networks.mlp import VelocityMLP
+from distillbench.registry import folders
 from distillbench.samplers import jumps
-from distillbench.teachers import Teacher
 from tests.conftest import captured
 
 FOLDER = Path(__file__).parents[1] / "methods/meanflow"
-MeanFlow = registry.load(SimpleNamespace(name="meanflow", path=FOLDER))
+MeanFlow = folders.load(SimpleNamespace(name="meanflow", path=FOLDER))
 method = sys.modules[MeanFlow.__module__]
 C = 0.6  # data N(0, C^2)
 
@@ -40,7 +40,11 @@ def average(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
 def point(n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """x [n, 5], t, s with t - s > 0.05, float64."""
     t = 0.3 + 0.7 * torch.rand(n, dtype=torch.float64)
-    return torch.randn(n, 5, dtype=torch.float64), t, (t - 0.05) * torch.rand(n, dtype=torch.float64)
+    return (
+        torch.randn(n, 5, dtype=torch.float64),
+        t,
+        (t - 0.05) * torch.rand(n, dtype=torch.float64),
+    )
 
 
 def derivative(x: Tensor, t: Tensor, s: Tensor, tangents: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -71,7 +75,9 @@ def test_closed_form_identities():  # section 1, test 1
     assert near(paths.jump(x_m, average(x_m, m, s), m, s), paths.jump(x, u, t, s))  # additivity
     one = lambda f: vmap(jacrev(lambda x, t, s: f(x[None], t[None], s[None])[0]))(x, t, s)
     left = torch.eye(5, dtype=x.dtype) - (t - s)[:, None, None] * one(average)
-    assert near(left, one(lambda x, t, s: paths.jump(x, average(x, t, s), t, s)))  # I - (t-s) d_x u = d_x X
+    assert near(
+        left, one(lambda x, t, s: paths.jump(x, average(x, t, s), t, s))
+    )  # I - (t-s) d_x u = d_x X
 
 
 def test_target_at_the_exact_average_velocity_is_itself():  # Eq. 10-11, test 2
@@ -80,7 +86,12 @@ def test_target_at_the_exact_average_velocity_is_itself():  # Eq. 10-11, test 2
     assert near(method.meanflow_target(v, du, t, s), u)
     assert not near(method.meanflow_target(v, -du, t, s), u, 0.1)  # planted: + (t-s) du/dt
     one, zero = torch.ones_like(t), torch.zeros_like(t)
-    for tangents in ((-v, one, zero), (v, zero, one), (v, one, one), (v, zero, zero)):  # planted: FreeFlow's sign, Table 1b
+    for tangents in (
+        (-v, one, zero),
+        (v, zero, one),
+        (v, one, one),
+        (v, zero, zero),
+    ):  # planted: FreeFlow's sign, Table 1b
         assert not near(method.meanflow_target(v, derivative(x, t, s, tangents), t, s), u, 1e-2)
 
 
@@ -103,7 +114,9 @@ def test_jumps_with_the_exact_average_velocity_agree_for_any_number_of_steps(): 
     assert near(one, C * z)  # x = e - u(e, 1, 0)
     for steps in (2, 4, 7):
         assert near(jumps(average, z, steps), one)
-        assert not near(jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2)  # planted: another s
+        assert not near(
+            jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2
+        )  # planted: another s
 
 
 # The loss
@@ -118,7 +131,9 @@ def test_nothing_flows_through_target_derivative_and_weight():  # test 6
     squared = (u - target).square().sum(1, keepdim=True)
     frozen = (2 * (u - target) / (squared + 1e-2) ** 0.75 / 8).detach()
     torch.testing.assert_close(gradient, frozen)
-    (planted,) = torch.autograd.grad((squared / (squared + 1e-2) ** 0.75).mean(), u)  # planted: weight not detached
+    (planted,) = torch.autograd.grad(
+        (squared / (squared + 1e-2) ** 0.75).mean(), u
+    )  # planted: weight not detached
     assert not torch.allclose(planted, frozen, rtol=1e-2)
 
 
@@ -128,18 +143,24 @@ def test_a_sample_is_summed_not_averaged():  # test 7: replicating the elements 
     many = method.adaptive_loss(u.repeat(1, k), target.repeat(1, k), p, c)
     squared = (u - target).square().sum(1)
     torch.testing.assert_close(many, (k * squared / (k * squared + c) ** p).mean())
-    assert abs(many - method.adaptive_loss(u, target, p, c)) > 0.1  # planted: with a mean it would not change
+    assert (
+        abs(many - method.adaptive_loss(u, target, p, c)) > 0.1
+    )  # planted: with a mean it would not change
     images = method.adaptive_loss(u.reshape(8, 1, 3, 1), target.reshape(8, 1, 3, 1), p, c)
     torch.testing.assert_close(images, method.adaptive_loss(u, target, p, c))
 
 
 def test_power_zero_is_the_squared_error():  # test 7
     u, target = torch.randn(2, 8, 3)
-    torch.testing.assert_close(method.adaptive_loss(u, target, 0.0, 1e-3), (u - target).square().sum(1).mean())
+    torch.testing.assert_close(
+        method.adaptive_loss(u, target, 0.0, 1e-3), (u - target).square().sum(1).mean()
+    )
 
 
 @pytest.mark.parametrize("p", [0.5, 0.75, 1.0])
-def test_gradient_is_that_of_the_power_loss(p):  # 3.1, test 7: |.|^(2(1-p)), whose limit at p = 1 is a logarithm
+def test_gradient_is_that_of_the_power_loss(
+    p,
+):  # 3.1, test 7: |.|^(2(1-p)), whose limit at p = 1 is a logarithm
     u, target = torch.randn(2, 8, 3, dtype=torch.float64)
     u.requires_grad_()
     squared = (u - target).square().sum(1)
@@ -153,7 +174,9 @@ def test_gradient_is_that_of_the_power_loss(p):  # 3.1, test 7: |.|^(2(1-p)), wh
 
     own = gradient(method.adaptive_loss(u, target, p, c))
     torch.testing.assert_close(own, power(p))
-    twice = gradient(squared**2 / (squared**2 + c).detach() ** p)  # planted, test 13: squared before the weight
+    twice = gradient(
+        squared**2 / (squared**2 + c).detach() ** p
+    )  # planted, test 13: squared before the weight
     torch.testing.assert_close(twice, 2 * power(2 * p - 1))
     assert not torch.allclose(twice, own, rtol=1e-2)
 
@@ -163,15 +186,30 @@ def test_gradient_is_that_of_the_power_loss(p):  # 3.1, test 7: |.|^(2(1-p)), wh
 
 def made(**changes) -> tuple:
     """MeanFlow on two-dimensional data with a random teacher network."""
-    teacher = VelocityNetwork((2,), 3, 16, 2)
+    teacher = VelocityMLP((2,), 3, 16, 2)
     for p in teacher.parameters():
         nn.init.normal_(p, std=0.2)
     meter = Meter()
-    task = Task((2,), 3, {"width": 16, "depth": 2}, Teacher(teacher, 3), teacher, 0, torch.device("cpu"), meter)
+    task = Task(
+        (2,),
+        3,
+        {"width": 16, "depth": 2},
+        Teacher(teacher, 3),
+        teacher,
+        0,
+        torch.device("cpu"),
+        meter,
+    )
     settings = {
-        "velocity": "teacher", "batch": 16, "time_mean": -0.4, "time_std": 1.0, "diagonal": 0.25, "p": 0.5, "c": 1e-3,
+        "velocity": "teacher",
+        "batch": 16,
+        "time_mean": -0.4,
+        "time_std": 1.0,
+        "diagonal": 0.25,
+        "p": 0.5,
+        "c": 1e-3,
         "student": {"lr": 1e-3},
-    }  # fmt: skip
+    }
     return MeanFlow(task, MeanFlow.Config.model_validate(settings | changes)), task
 
 
@@ -197,13 +235,15 @@ def test_at_the_start_the_student_is_its_teacher_for_every_s():  # 3.4, test 12
 
 
 @pytest.mark.parametrize("velocity", ["teacher", "data"])
-def test_diagonal_rows_regress_the_velocity_itself(monkeypatch, velocity):  # test 5, and Eq. 10-11 on the others
+def test_diagonal_rows_regress_the_velocity_itself(
+    monkeypatch, velocity
+):  # test 5, and Eq. 10-11 on the others
     m, task = made(velocity=velocity)
     nn.init.normal_(m.net.gap.last.weight, std=0.2)
     for p in m.net.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     data, calls = batch(), captured(monkeypatch, method, "adaptive_loss")
-    reference = VelocityNetwork((2,), 3, 16, 2, second_time=True)
+    reference = VelocityMLP((2,), 3, 16, 2, second_time=True)
     reference.load_state_dict(m.net.state_dict())  # as it was before the update
     m.train_step(data, step())
     (((u, target, p, c), _),) = calls
@@ -220,22 +260,37 @@ def test_diagonal_rows_regress_the_velocity_itself(monkeypatch, velocity):  # te
     du = jvp(f, (x_t, t, s), (v, torch.ones_like(t), torch.zeros_like(s)))[1]
     expected = v - (t - s)[:, None] * du
     torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
-    swapped = v - (t - s)[:, None] * jvp(f, (x_t, t, s), (v, torch.zeros_like(t), torch.ones_like(s)))[1]
-    assert not torch.allclose(target, swapped, atol=1e-2) and not torch.allclose(target, 2 * v - expected, atol=1e-2)  # planted
+    swapped = (
+        v - (t - s)[:, None] * jvp(f, (x_t, t, s), (v, torch.zeros_like(t), torch.ones_like(s)))[1]
+    )
+    assert not torch.allclose(target, swapped, atol=1e-2) and not torch.allclose(
+        target, 2 * v - expected, atol=1e-2
+    )  # planted
 
 
-def test_a_guided_teacher_is_target_and_tangent(monkeypatch):  # 3.4: the path followed must be the guided ODE
+def test_a_guided_teacher_is_target_and_tangent(
+    monkeypatch,
+):  # 3.4: the path followed must be the guided ODE
     m, task = made(diagonal=0.0)
     data, calls = batch(), captured(monkeypatch, method, "meanflow_target")
     guided = Batch(16, Condition(data.cond.labels, 3.0), data.x)
     seen = []
     original = task.jvp
-    task.jvp = lambda net, primals, tangents, *rest: seen.append((primals, tangents)) or original(net, primals, tangents, *rest)
+    task.jvp = lambda net, primals, tangents, *rest: (
+        seen.append((primals, tangents)) or original(net, primals, tangents, *rest)
+    )
     m.train_step(guided, step())
     (((x_t, t, _), (v_tangent, one, zero)),) = seen
     v = task.teacher.velocity(x_t, t, guided.cond)
-    assert torch.equal(v_tangent, v) and torch.equal(calls[0][0][0], v) and (one == 1).all() and (zero == 0).all()
-    assert not torch.allclose(v, task.teacher.velocity(x_t, t, data.cond), atol=1e-3)  # planted: the unguided field
+    assert (
+        torch.equal(v_tangent, v)
+        and torch.equal(calls[0][0][0], v)
+        and (one == 1).all()
+        and (zero == 0).all()
+    )
+    assert not torch.allclose(
+        v, task.teacher.velocity(x_t, t, data.cond), atol=1e-3
+    )  # planted: the unguided field
 
 
 def test_the_exact_student_has_no_loss(monkeypatch):  # MF9: in distillation the loss floor is 0
@@ -261,11 +316,21 @@ def test_the_exact_student_has_no_loss(monkeypatch):  # MF9: in distillation the
 def test_sampling_follows_the_grid_with_as_many_evaluations():  # section 5
     m, task = made()
     seen = []
-    m.net.register_forward_hook(lambda _m, args, kwargs, _o: seen.append((float(args[1][0]), float(kwargs["s"][0]))), with_kwargs=True)
-    for nfe, expected in ((1, [(1.0, 0.0)]), (2, [(1.0, 0.5), (0.5, 0.0)]), (4, [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)])):
+    m.net.register_forward_hook(
+        lambda _m, args, kwargs, _o: seen.append((float(args[1][0]), float(kwargs["s"][0]))),
+        with_kwargs=True,
+    )
+    for nfe, expected in (
+        (1, [(1.0, 0.0)]),
+        (2, [(1.0, 0.5), (0.5, 0.0)]),
+        (4, [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]),
+    ):
         seen.clear()
         x = m.sample(torch.randn(6, 2), Condition(torch.arange(6) % 3), nfe, None)
         assert seen == expected and x.shape == (6, 2)
     z, labels = torch.randn(6, 2), torch.arange(6) % 3
     one = torch.ones(6)
-    torch.testing.assert_close(m.sample(z, Condition(labels), 1, None), z - task.teacher.velocity(z, one, Condition(labels)))
+    torch.testing.assert_close(
+        m.sample(z, Condition(labels), 1, None),
+        z - task.teacher.velocity(z, one, Condition(labels)),
+    )

@@ -5,16 +5,23 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distillbench import config, registry, train
-from distillbench import data as data_sets
-from distillbench.build import row_flops
-from distillbench.cell import Cell
-from distillbench.checkpoint import write_tensors
+from distillbench import config
+from distillbench.cells import train
+from distillbench.cells.build import row_flops
+from distillbench.cells.cell import Cell
+from distillbench.cells.checkpoint import write_tensors
+from distillbench.cells.sampling import sample
+from distillbench.cells.setup import furnish, price
+from distillbench.cells.steps import batch_of, one_step
+from distillbench.cells.train import OverBudget
+from distillbench.data import kinds
 from distillbench.meter import Meter
 from distillbench.method import Condition, Step
-from distillbench.networks import VelocityNetwork
+from distillbench.networks.mlp import VelocityMLP
+from distillbench.registry import folders
+from distillbench.registry.folders import Arm
 from distillbench.seeds import Rng
-from distillbench.teachers import make_pairs
+from distillbench.teachers.pairs import make_pairs
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -24,10 +31,10 @@ def quiet(what: str, done: int, total: int) -> None:
 def cell(arm: str | None, benchmark: str = "tiny", **changes) -> Cell:
     """A cell whose teacher has random weights (all of them: the last layer of a new network is zero)."""
     b = config.benchmark(benchmark).model_copy(update=changes)
-    made = Cell(b, registry.arm(arm) if arm else None, 0)
+    made = Cell(b, folders.arm(arm) if arm else None, 0)
     if arm:
-        data = data_sets.load(b.data)
-        network = VelocityNetwork(data.shape, data.classes, **b.network.model_dump())
+        data = kinds.load(b.data)
+        network = VelocityMLP(data.shape, data.classes, **b.network.model_dump())
         for p in network.parameters():
             nn.init.normal_(p, std=0.1)
         made.teacher.folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +70,10 @@ def test_gradients_in_a_leaf_that_a_module_was_given_are_metered():
     with meter.measured():
         penalty()
     assert meter.flops > 3 * 2 * 4 * 3 * 5
-    with pytest.raises(RuntimeError, match="leaf node"), FlopCounterMode(display=False):  # planted: its tracker of modules
+    with (
+        pytest.raises(RuntimeError, match="leaf node"),
+        FlopCounterMode(display=False),
+    ):  # planted: its tracker of modules
         penalty()
 
 
@@ -71,7 +81,13 @@ CYCLES = {
     "meanflow": {"student": 1, "student.tangent": 1, "student.backward": 1, "teacher": 1},
     "meanflow@scratch": {"student": 1, "student.tangent": 1, "student.backward": 1},
     "dmd": {"student": 1, "student.backward": 1, "teacher": 1, "critic": 2, "critic.backward": 1},
-    "dmd@no-regression": {"student": 1, "student.backward": 1, "teacher": 1, "critic": 2, "critic.backward": 1},
+    "dmd@no-regression": {
+        "student": 1,
+        "student.backward": 1,
+        "teacher": 1,
+        "critic": 2,
+        "critic.backward": 1,
+    },
 }
 
 
@@ -79,16 +95,26 @@ CYCLES = {
 def test_calls_of_a_cycle(checkout, name):
     run = train.build(cell(name))
     if run.needs.pairs:
-        run.pairs = make_pairs(run.task.teacher, run.needs.pairs, run.data.shape, run.data.classes, 1.0, Rng(0, "pairs"))
+        run.pairs = make_pairs(
+            run.task.teacher,
+            run.needs.pairs,
+            run.data.shape,
+            run.data.classes,
+            1.0,
+            Rng(0, "pairs"),
+        )
     assert not run.meter.calls  # nothing is charged outside
     with run.meter.measured():
         for i in range(run.needs.cycle):
-            train.one_step(run, i, run.needs.cycle)
+            one_step(run, i, run.needs.cycle)
     assert run.meter.calls == CYCLES[name]
     n = run.needs.batch
     if name.startswith("meanflow"):
         assert run.meter.rows["student"] == n == 128
-        off = {"meanflow": 96, "meanflow@scratch": 32}  # the rows with s < t only: 75 % and 25 % (cost file, test 10)
+        off = {
+            "meanflow": 96,
+            "meanflow@scratch": 32,
+        }  # the rows with s < t only: 75 % and 25 % (cost file, test 10)
         assert run.meter.rows["student.tangent"] == off[name]
     else:
         assert run.meter.rows["student"] == n + (run.needs.pairs.batch if run.needs.pairs else 0)
@@ -98,48 +124,67 @@ def test_calls_of_a_cycle(checkout, name):
 def test_guidance_is_charged(checkout):
     run = train.build(cell("meanflow", guidance=2.0))
     with run.meter.counting():
-        train.one_step(run, 0, 1)
+        one_step(run, 0, 1)
     assert run.meter.calls["teacher"] == 2
 
 
 @pytest.mark.parametrize("name", ["meanflow", "dmd"])
-def test_the_plan_is_what_the_whole_run_costs(checkout, name):  # design.md: everything a method asks for is charged
+def test_the_plan_is_what_the_whole_run_costs(
+    checkout, name
+):  # design.md: everything a method asks for is charged
     made = cell(name)
-    plan, prepared = train.price(made, quiet)
-    run = train.furnish(train.build(made), prepared)
+    plan, prepared = price(made, quiet)
+    run = furnish(train.build(made), prepared)
     with FlopCounterMode(display=False) as counter, run.meter.counting():
         if run.needs.pairs:
-            again = make_pairs(run.task.teacher, run.needs.pairs, run.data.shape, run.data.classes, 1.0, Rng(made.seed, "pairs"))
+            again = make_pairs(
+                run.task.teacher,
+                run.needs.pairs,
+                run.data.shape,
+                run.data.classes,
+                1.0,
+                Rng(made.seed, "pairs"),
+            )
             assert all(torch.equal(again[k], prepared["pairs"][k]) for k in again)
         train.train(run, plan, quiet)
     assert plan["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert (
-        abs(plan["flops"] - plan["setup_flops"] - counter.get_total_flops()) > 0.01 * plan["flops"] or not run.needs.pairs
+        abs(plan["flops"] - plan["setup_flops"] - counter.get_total_flops()) > 0.01 * plan["flops"]
+        or not run.needs.pairs
     )  # planted: without set-up
     assert plan["rows"] == {role: run.meter.rows[role] for role in plan["rows"]}
-    assert plan["updates"] == {player: run.task.players[player].updates for player in plan["updates"]}
+    assert plan["updates"] == {
+        player: run.task.players[player].updates for player in plan["updates"]
+    }
     cycle = (plan["flops"] - plan["setup_flops"]) / plan["steps"]
-    assert 0 <= made.benchmark.budget.flops - plan["flops"] < cycle * run.needs.cycle  # as many cycles as the budget buys
+    assert (
+        0 <= made.benchmark.budget.flops - plan["flops"] < cycle * run.needs.cycle
+    )  # as many cycles as the budget buys
 
 
 def test_a_from_scratch_method_has_the_budget_of_teacher_and_distillation(checkout):
     made = cell("meanflow@scratch")
-    plan, _ = train.price(made, quiet)
-    assert plan["limit_flops"] == made.benchmark.budget.flops + 1e9 and plan["flops"] > made.benchmark.budget.flops
+    plan, _ = price(made, quiet)
+    assert (
+        plan["limit_flops"] == made.benchmark.budget.flops + 1e9
+        and plan["flops"] > made.benchmark.budget.flops
+    )
 
 
 def test_a_from_scratch_arm_has_no_teacher(checkout, monkeypatch):
     made = cell("meanflow")
-    monkeypatch.setattr(registry.Arm, "attribute", lambda self, name: "from_scratch")
-    with pytest.raises(ValueError, match="group: from_scratch has the teacher's budget on top and so no teacher"):
-        train.price(made, quiet)
+    monkeypatch.setattr(Arm, "attribute", lambda self, name: "from_scratch")
+    with pytest.raises(
+        ValueError, match="group: from_scratch has the teacher's budget on top and so no teacher"
+    ):
+        price(made, quiet)
 
 
 def test_a_budget_below_one_cycle_is_refused(checkout):
     b = config.benchmark("tiny")
     made = cell("dmd", budget=b.budget.model_copy(update={"flops": 1e6}))
-    with pytest.raises(train.OverBudget):
-        train.price(made, quiet)
+    with pytest.raises(OverBudget):
+        price(made, quiet)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
@@ -149,46 +194,68 @@ def test_a_sampler_uses_exactly_its_evaluations(checkout, extra):
     run.method.sample = lambda noise, cond, nfe, rng: original(noise, cond, nfe + extra, rng)
     if extra:
         with pytest.raises(ValueError, match=f"made {2 + extra} network evaluations at nfe=2"):
-            train.sample(run, 2, 10, quiet)
+            sample(run, 2, 10, quiet)
     else:
-        assert train.sample(run, 2, 10, quiet).shape == (10, 1, 8, 8)
+        assert sample(run, 2, 10, quiet).shape == (10, 1, 8, 8)
 
 
 def test_evaluations_of_the_moving_average_count_too(checkout):
     run = train.build(cell("meanflow"))
     assert run.task.players["student"].averaged() is not run.method.net
-    assert train.sample(run, 4, 10, quiet).dtype == torch.uint8
+    assert sample(run, 4, 10, quiet).dtype == torch.uint8
     run.method.sample = lambda noise, cond, nfe, rng: noise
     with pytest.raises(ValueError, match="made 0 network evaluations"):
-        train.sample(run, 1, 10, quiet)
+        sample(run, 1, 10, quiet)
 
 
-def test_a_doubled_batch_is_two_evaluations(checkout):  # design.md: NFE counts every network evaluation, guidance included
+def test_a_doubled_batch_is_two_evaluations(
+    checkout,
+):  # design.md: NFE counts every network evaluation, guidance included
     run = train.build(cell("meanflow"))
 
     def both(noise, cond, nfe, rng):
         """Guidance as most code bases write it: the conditional and the unconditional rows in one call."""
-        two, labels = torch.cat([noise, noise]), torch.cat([cond.labels, torch.full_like(cond.labels, 10)])
+        two, labels = (
+            torch.cat([noise, noise]),
+            torch.cat([cond.labels, torch.full_like(cond.labels, 10)]),
+        )
         ones = two.new_ones(len(two))
         u, null = run.task.players["student"].averaged()(two, ones, labels, s=0 * ones).chunk(2)
         return noise - (null + 2 * (u - null))
 
     run.method.sample = both
     with pytest.raises(ValueError, match="network evaluations at nfe=1"):
-        train.sample(run, 1, 10, quiet)
+        sample(run, 1, 10, quiet)
 
 
-def test_what_is_not_declared_is_withheld(checkout):  # design.md: data, pairs and labels are withheld unless declared
+def test_what_is_not_declared_is_withheld(
+    checkout,
+):  # design.md: data, pairs and labels are withheld unless declared
     def batch(name: str):
         run = train.build(cell(name))
         if run.needs.pairs:
-            run.pairs = make_pairs(run.task.teacher, run.needs.pairs, run.data.shape, run.data.classes, 1.0, Rng(0, "pairs"))
-        return train.batch_of(run, Step(0, 1, 0, torch.device("cpu"))), run
+            run.pairs = make_pairs(
+                run.task.teacher,
+                run.needs.pairs,
+                run.data.shape,
+                run.data.classes,
+                1.0,
+                Rng(0, "pairs"),
+            )
+        return batch_of(run, Step(0, 1, 0, torch.device("cpu"))), run
 
     declared, run = batch("meanflow")
-    assert declared.x.shape == (128, 1, 8, 8) and declared.pairs is None and run.task.teacher is not None
+    assert (
+        declared.x.shape == (128, 1, 8, 8)
+        and declared.pairs is None
+        and run.task.teacher is not None
+    )
     withheld, _ = batch("dmd")
-    assert withheld.x is None and withheld.pairs[0].shape == (64, 1, 8, 8) and withheld.pairs[2].labels.shape == (64,)
+    assert (
+        withheld.x is None
+        and withheld.pairs[0].shape == (64, 1, 8, 8)
+        and withheld.pairs[2].labels.shape == (64,)
+    )
     withheld, _ = batch("dmd@no-regression")
     assert withheld.x is None and withheld.pairs is None
     _, run = batch("meanflow@scratch")
@@ -197,13 +264,17 @@ def test_what_is_not_declared_is_withheld(checkout):  # design.md: data, pairs a
         run.task.network("teacher")
 
 
-def test_the_teacher_of_a_mixture_is_withheld_too(checkout):  # Task: "None when the method does not need one"
+def test_the_teacher_of_a_mixture_is_withheld_too(
+    checkout,
+):  # Task: "None when the method does not need one"
     assert train.build(cell("meanflow@scratch", "tiny-ring")).task.teacher is None
 
 
-def test_the_teacher_of_a_guided_benchmark_can_be_sampled(checkout):  # design.md: NFE counts guidance
+def test_the_teacher_of_a_guided_benchmark_can_be_sampled(
+    checkout,
+):  # design.md: NFE counts guidance
     run = train.build(cell(None, guidance=2.0))
-    assert train.sample(run, run.needs.headline_nfe, 10, quiet).shape == (10, 1, 8, 8)
+    assert sample(run, run.needs.headline_nfe, 10, quiet).shape == (10, 1, 8, 8)
 
 
 def test_a_closed_form_teacher_is_charged_as_the_network_it_stands_for(checkout):
@@ -211,4 +282,6 @@ def test_a_closed_form_teacher_is_charged_as_the_network_it_stands_for(checkout)
     with run.meter.measured():
         run.task.teacher.velocity(torch.randn(5, 2), torch.rand(5), Condition(None))
     network = row_flops(run.task.players["student"].networks[0])
-    assert 5 * network <= run.meter.flops < 5 * network * 1.05  # the closed form's own products are next to nothing
+    assert (
+        5 * network <= run.meter.flops < 5 * network * 1.05
+    )  # the closed form's own products are next to nothing

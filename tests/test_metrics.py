@@ -22,11 +22,19 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from eval import metrics, pairwise
-from eval.evaluate import Against, evaluate_images
-from eval.extractors import load_extractor
-from eval.metrics import Reference, feature_scores, frechet_distance, inception_score, kid, memorisation
-from eval.train_digits_extractor import alternate, digits_u8
+from eval.features.extractors import load_extractor
+from eval.features.train_digits_extractor import alternate, digits_u8
+from eval.metrics.evaluate import Against, evaluate_images
+from eval.metrics.pairwise import Cloud
+from eval.metrics.scores import (
+    Gaussian,
+    Reference,
+    feature_scores,
+    frechet_distance,
+    inception_score,
+    kid,
+    memorisation,
+)
 
 PRDC = ("precision", "recall", "density", "coverage")
 
@@ -102,7 +110,9 @@ def test_fid_laws():
     assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * fid, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(fid, rel=1e-9)
     assert frechet_distance(a, a.clone()) == pytest.approx(0, abs=1e-5)
-    assert frechet_distance(a, b + 1) != pytest.approx(fid, rel=1e-2)  # a shift of one side only is seen
+    assert frechet_distance(a, b + 1) != pytest.approx(
+        fid, rel=1e-2
+    )  # a shift of one side only is seen
 
 
 def test_fid_survives_few_dead_and_constant_features():
@@ -115,13 +125,21 @@ def test_fid_survives_few_dead_and_constant_features():
     assert frechet_distance(constant, ref) == pytest.approx(closed, rel=1e-6)
 
 
-SHAPES = [(500, 500, 64), (300, 300, 512), (1300, 1100, 32), (90, 2100, 16), (40, 40, 2)]  # N, M, D; N < D too
+SHAPES = [
+    (500, 500, 64),
+    (300, 300, 512),
+    (1300, 1100, 32),
+    (90, 2100, 16),
+    (40, 40, 2),
+]  # N, M, D; N < D too
 
 
 @pytest.mark.parametrize("offset", (0, 1e4))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("n, m, d", SHAPES)
-def test_fid_agrees_with_torch_fidelity_and_clean_fid(n: int, m: int, d: int, dtype: torch.dtype, offset: float):
+def test_fid_agrees_with_torch_fidelity_and_clean_fid(
+    n: int, m: int, d: int, dtype: torch.dtype, offset: float
+):
     a, b = skewed(n, d, 0, 0.2, offset).to(dtype), skewed(m, d, 1, 0, offset).to(dtype)
     one, two = (fid_features_to_statistics(x.double()) for x in (a, b))
     found = scores(a, b)["fid"]
@@ -142,8 +160,10 @@ def test_fid_is_computed_in_float64(monkeypatch):
     centred = frechet_distance(a.double() - 1e4, b.double() - 1e4)
     assert frechet_distance(a, b) == pytest.approx(centred, rel=1e-6)
     # Planted error: a covariance in float32, of features as they come.
-    monkeypatch.setattr(pairwise.Cloud, "covariance", lambda self: torch.cov(self.features.T).double())
-    monkeypatch.setattr(metrics.Gaussian, "of", lambda c: metrics.Gaussian(c.features.mean(0).double(), c.covariance()))
+    monkeypatch.setattr(Cloud, "covariance", lambda self: torch.cov(self.features.T).double())
+    monkeypatch.setattr(
+        Gaussian, "of", lambda c: Gaussian(c.features.mean(0).double(), c.covariance())
+    )
     assert frechet_distance(a, b) != pytest.approx(centred, rel=1e-5)
 
 
@@ -170,7 +190,9 @@ def test_inception_score_agrees_with_scipy_entropy():
 def test_inception_score_survives_a_class_that_underflows():
     logits = torch.zeros(20, 10)
     logits[:, 3] = -5000.0
-    assert math.isnan(isc_features_to_metric(logits, splits=1, shuffle=False)["inception_score_mean"])
+    assert math.isnan(
+        isc_features_to_metric(logits, splits=1, shuffle=False)["inception_score_mean"]
+    )
     assert inception_score(logits) == pytest.approx(1)
 
 
@@ -193,18 +215,28 @@ def test_kid_agrees_with_a_double_loop():
     a, b = normal(25, 6, 0), normal(17, 6, 1) * 1.3 + 0.2
     assert kid(a, b) == pytest.approx(unbiased_mmd(a, b), rel=1e-6)
     assert kid(a, b) == pytest.approx(kid(b, a), rel=1e-6)
-    assert kid(3 * a, 3 * b) != pytest.approx(kid(a, b), rel=0.5)  # not scale-free: hence features of RMS 1
+    assert kid(3 * a, 3 * b) != pytest.approx(
+        kid(a, b), rel=0.5
+    )  # not scale-free: hence features of RMS 1
     # The kernel is not shift-invariant: without the terms of the centres it would be.
-    assert kid(a + 1, b + 1) == pytest.approx(unbiased_mmd(a + 1, b + 1), rel=1e-6) != pytest.approx(kid(a, b), rel=0.1)
+    assert (
+        kid(a + 1, b + 1)
+        == pytest.approx(unbiased_mmd(a + 1, b + 1), rel=1e-6)
+        != pytest.approx(kid(a, b), rel=0.1)
+    )
 
 
 # Far from the origin, numbers of size offset^6 cancel: torch-fidelity itself is then off by 3e-6 where the sets differ little.
 @pytest.mark.parametrize("move, offset", [(0, 0), (0.05, 0), (0.05, 100), (1, 1e4)])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("n, d", [(60, 300), (500, 64), (2100, 16)])
-def test_kid_is_torch_fidelitys_on_everything(n: int, d: int, dtype: torch.dtype, move: float, offset: float):
+def test_kid_is_torch_fidelitys_on_everything(
+    n: int, d: int, dtype: torch.dtype, move: float, offset: float
+):
     a, b = skewed(n, d, 0, move, offset).to(dtype), skewed(n, d, 1, 0, offset).to(dtype)
-    theirs = kid_features_to_metric(a.double(), b.double(), kid_subsets=1, kid_subset_size=n, verbose=False)
+    theirs = kid_features_to_metric(
+        a.double(), b.double(), kid_subsets=1, kid_subset_size=n, verbose=False
+    )
     theirs = theirs["kernel_inception_distance_mean"]
     # 1e-9 for estimates that happen to be near 0: a KID of so few samples has itself an error of 1e-4 and more.
     assert scores(a, b)["kid"] == pytest.approx(theirs, rel=1e-6, abs=1e-9 if move == 0 else 0)
@@ -213,7 +245,9 @@ def test_kid_is_torch_fidelitys_on_everything(n: int, d: int, dtype: torch.dtype
 
 def test_kid_of_unequal_sizes_is_over_all_pairs():
     a, b = skewed(2500, 6, 0, 0.1).float(), skewed(1100, 6, 1).float()
-    k_aa, k_bb, k_ab = ((x.double() @ y.double().T / 6 + 1).pow(3) for x, y in ((a, a), (b, b), (a, b)))
+    k_aa, k_bb, k_ab = (
+        (x.double() @ y.double().T / 6 + 1).pow(3) for x, y in ((a, a), (b, b), (a, b))
+    )
     of_a, of_b = ((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (k_aa, k_bb))
     assert scores(a, b)["kid"] == pytest.approx((of_a + of_b - 2 * k_ab.mean()).item(), rel=1e-6)
     biased = k_aa.mean() + k_bb.mean() - 2 * k_ab.mean()
@@ -243,7 +277,10 @@ def brute_force(gen: Tensor, ref: Tensor) -> dict[str, float]:
         d = squared(part, ref)
         few = ref[: len(part)]
         taken = []
-        for own, other in ((radius(part, 1), squared(part, few).amin(1)), (radius(few, 1), squared(part, few).amin(0))):
+        for own, other in (
+            (radius(part, 1), squared(part, few).amin(1)),
+            (radius(few, 1), squared(part, few).amin(0)),
+        ):
             taken.append(((other < own).double() + 0.5 * (other == own)).mean())
         found.append(
             [
@@ -263,10 +300,15 @@ def test_prdc_agrees_with_the_two_packages(seed: int):
     gen, ref = normal(n, d, seed) * (0.6 + 0.02 * seed) + 0.02 * seed, normal(n, d, 100 + seed)
     found = scores(gen, ref)
     with contextlib.redirect_stdout(io.StringIO()):
-        theirs = {k: prdc.compute_prdc(real_features=ref.numpy(), fake_features=gen.numpy(), nearest_k=k) for k in (3, 5)}
+        theirs = {
+            k: prdc.compute_prdc(real_features=ref.numpy(), fake_features=gen.numpy(), nearest_k=k)
+            for k in (3, 5)
+        }
     assert found["density"] == pytest.approx(theirs[5]["density"], abs=1e-12)
     assert found["coverage"] == pytest.approx(theirs[5]["coverage"], abs=1e-12)
-    assert (found["precision"], found["recall"]) == pytest.approx((theirs[3]["precision"], theirs[3]["recall"]), abs=1e-12)
+    assert (found["precision"], found["recall"]) == pytest.approx(
+        (theirs[3]["precision"], theirs[3]["recall"]), abs=1e-12
+    )
     if d == 5:  # planted error: another k is another number
         assert found["density"] != pytest.approx(theirs[3]["density"], abs=1e-12)
         assert found["precision"] != pytest.approx(theirs[5]["precision"], abs=1e-12)
@@ -284,10 +326,14 @@ def few_tight(n: int, seed: int) -> Tensor:
 SETS = {
     # Small whole numbers: distances are exact and tie everywhere.
     "ties": lambda n, seed: normal(n, 3, seed).round().clamp(-2, 2),
-    "repeated rows": lambda n, seed: normal(1 + n // 4, 12, 3)[(torch.arange(n) * (seed + 1)) % (1 + n // 4)],
+    "repeated rows": lambda n, seed: normal(1 + n // 4, 12, 3)[
+        (torch.arange(n) * (seed + 1)) % (1 + n // 4)
+    ],
     "tight clusters": few_tight,
     "shifted": lambda n, seed: skewed(n, 24, seed, 0, 1e4),
-    "one far row": lambda n, seed: torch.cat([normal(n - 1, 24, seed), torch.full((1, 24), 1e7).double()]),
+    "one far row": lambda n, seed: torch.cat(
+        [normal(n - 1, 24, seed), torch.full((1, 24), 1e7).double()]
+    ),
     "tiny": lambda n, seed: normal(n, 24, seed) * 1e-25,
     "huge": lambda n, seed: normal(n, 24, seed) * 1e14,
 }
@@ -296,7 +342,9 @@ SETS = {
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("n, m", [(300, 300), (770, 300), (50, 300), (90, 20)])
 @pytest.mark.parametrize("name", SETS)
-def test_degenerate_sets_are_decided_in_float64(name: str, n: int, m: int, dtype: torch.dtype, monkeypatch):
+def test_degenerate_sets_are_decided_in_float64(
+    name: str, n: int, m: int, dtype: torch.dtype, monkeypatch
+):
     monkeypatch.setattr(pairwise, "ROWS", 128)  # several blocks, and pieces across them
     gen, ref = SETS[name](n, 0).to(dtype), SETS[name](m, 1).to(dtype)
     expected = brute_force(gen, ref)
@@ -332,7 +380,12 @@ def test_prdc_of_copies_is_one_and_of_strangers_nought():
 def test_prdc_of_a_collapse_has_precision_without_recall():
     ref = normal(500, 64, 0).float()
     found = prdc_scores(torch.zeros(500, 64), ref)
-    assert found == {"precision": 1, "recall": 0, "density": 100, "coverage": pytest.approx(1, abs=0.05)}
+    assert found == {
+        "precision": 1,
+        "recall": 0,
+        "density": 100,
+        "coverage": pytest.approx(1, abs=0.05),
+    }
     # One image of the reference, repeated: its own ball (radius 0) still holds that image, by <= .
     assert prdc_scores(ref[:1].repeat(500, 1), ref)["recall"] == pytest.approx(1 / 500)
 
@@ -348,14 +401,18 @@ def test_swapped_inputs_exchange_precision_and_recall():
     a, b = normal(300, 8, 0) * 0.7, normal(300, 8, 1)
     one, other = prdc_scores(a, b), prdc_scores(b, a)
     assert (one["precision"], one["recall"]) == (other["recall"], other["precision"])
-    assert one["precision"] > one["recall"] + 0.1  # narrower than the reference: this order and not the other
+    assert (
+        one["precision"] > one["recall"] + 0.1
+    )  # narrower than the reference: this order and not the other
 
 
 def test_prdc_stands_a_shift_of_the_features():
     a, b = normal(300, 64, 0), normal(300, 64, 1)
     assert prdc_scores(a + 1e4, b + 1e4) == prdc_scores(a, b)
     # Planted error: float32 distances from inner products, as torch-fidelity has them, swallow the shift.
-    theirs = prc_features_to_metric(a.float() + 1e4, b.float() + 1e4, save_cpu_ram=True, verbose=False)
+    theirs = prc_features_to_metric(
+        a.float() + 1e4, b.float() + 1e4, save_cpu_ram=True, verbose=False
+    )
     assert theirs["precision"] != pytest.approx(prdc_scores(a, b)["precision"], abs=0.1)
 
 
@@ -367,7 +424,9 @@ def test_prdc_of_many_samples_is_the_mean_over_equal_n():
         assert value == pytest.approx((parts[0][name] + parts[1][name]) / 2, rel=1e-12)
     # Without equal N recall would grow with the number of samples alone.
     few, many = normal(100, 8, 2), normal(1000, 8, 2)
-    assert prdc_scores(many, ref)["recall"] == pytest.approx(prdc_scores(few, ref)["recall"], abs=0.1)
+    assert prdc_scores(many, ref)["recall"] == pytest.approx(
+        prdc_scores(few, ref)["recall"], abs=0.1
+    )
 
 
 # C2ST
@@ -375,13 +434,19 @@ def test_prdc_of_many_samples_is_the_mean_over_equal_n():
 
 def test_c2st_of_the_same_of_strangers_and_of_copies():
     ref = normal(1000, 8, 0)
-    assert scores(normal(1000, 8, 1), ref)["c2st"] == pytest.approx(0.5, abs=0.04)  # sd of 2000 votes: 0.011
-    assert scores(normal(300, 8, 1), ref)["c2st"] == pytest.approx(0.5, abs=0.07)  # equal numbers: 300 against 300
+    assert scores(normal(1000, 8, 1), ref)["c2st"] == pytest.approx(
+        0.5, abs=0.04
+    )  # sd of 2000 votes: 0.011
+    assert scores(normal(300, 8, 1), ref)["c2st"] == pytest.approx(
+        0.5, abs=0.07
+    )  # equal numbers: 300 against 300
     assert scores(ref + 100, ref)["c2st"] == 1
     assert scores(ref.clone(), ref)["c2st"] == 0
     half = torch.cat([ref[:500], normal(500, 8, 2)])
     assert 0.1 < scores(half, ref)["c2st"] < 0.4
-    assert scores(ref[:1].repeat(1000, 1), ref[1:].repeat(2, 1)[:1000])["c2st"] > 0.4  # a row as near to both counts half
+    assert (
+        scores(ref[:1].repeat(1000, 1), ref[1:].repeat(2, 1)[:1000])["c2st"] > 0.4
+    )  # a row as near to both counts half
     # Planted error: with 300 against 1000 the larger set would win most votes.
     assert brute_votes(normal(300, 8, 1), ref) > 0.6
 
@@ -412,7 +477,11 @@ def test_a_reference_whose_features_changed_is_refused(monkeypatch):
     stale = Reference(features.clone(), "")
     frechet_distance(gen, stale)
     stale.features.mul_(2)
-    assert frechet_distance(gen, stale) == pytest.approx(first["fid"], rel=1e-12) != pytest.approx(fresh["fid"], rel=0.1)
+    assert (
+        frechet_distance(gen, stale)
+        == pytest.approx(first["fid"], rel=1e-12)
+        != pytest.approx(fresh["fid"], rel=0.1)
+    )
 
 
 def test_reference_factors_are_computed_once(monkeypatch):
@@ -438,20 +507,31 @@ def test_train_and_reference_mixed_up_would_be_seen(halves, extractor):
     train, held_out = (Reference.of(half, extractor) for half in halves)
     right, wrong = feature_scores(train.features, held_out), feature_scores(train.features, train)
     assert 0.05 < right["fid"] < 1 and right["recall"] < 0.97 and 0.4 < right["c2st"] < 0.6
-    assert wrong["fid"] < 1e-3 and wrong["recall"] == 1 and wrong["c2st"] == 0 and wrong["kid"] < right["kid"]
+    assert (
+        wrong["fid"] < 1e-3
+        and wrong["recall"] == 1
+        and wrong["c2st"] == 0
+        and wrong["kid"] < right["kid"]
+    )
 
 
 def test_swapped_inputs_are_seen_on_class_means(extractor):
     """Class means, the typical failure of distillation: precision high, recall nought; the other way round if swapped."""
     images, labels = digits_u8()
     even = alternate(labels)
-    means = torch.stack([images[even & (labels == c)].double().mean(0) for c in range(10)]).round().to(torch.uint8)
+    means = (
+        torch.stack([images[even & (labels == c)].double().mean(0) for c in range(10)])
+        .round()
+        .to(torch.uint8)
+    )
     held_out = extractor.features(images[~even])[0]
     blurred = extractor.features(means.repeat(90, 1, 1, 1)[: len(held_out)])[0]
     right, swapped = scores(blurred, held_out), scores(held_out, blurred)
     assert right["precision"] > 0.5 and right["recall"] == 0 and right["coverage"] < 0.3
     assert (right["precision"], right["recall"]) == (swapped["recall"], swapped["precision"])
-    assert right["fid"] == pytest.approx(swapped["fid"], rel=1e-5) and right["c2st"] == swapped["c2st"]
+    assert (
+        right["fid"] == pytest.approx(swapped["fid"], rel=1e-5) and right["c2st"] == swapped["c2st"]
+    )
     assert right["density"] > 0.5 and swapped["density"] == 0
 
 
@@ -502,7 +582,9 @@ class DigitsFidelity(FeatureExtractorBase):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         type(self).seen += len(images)
-        found = dict(zip(self.get_provided_features_list(), self.extractor.features(images), strict=True))
+        found = dict(
+            zip(self.get_provided_features_list(), self.extractor.features(images), strict=True)
+        )
         # In the requested order, which comes from a set; torch-fidelity's docstring says otherwise.
         return tuple(found[name] for name in self.features_list)
 
@@ -556,11 +638,22 @@ def test_one_pass_equals_torch_fidelity_end_to_end(halves, extractor, tmp_path):
     torch_fidelity.register_feature_extractor("distillbench-digits", DigitsFidelity)
     torch_fidelity.register_feature_extractor("distillbench-careless", Careless)
     settings = {
-        "input1": Bare(train), "input2": Bare(ref), "feature_extractor": "distillbench-digits",
-        "fid": True, "isc": True, "isc_splits": 1, "prc": True,
-        "kid": True, "kid_subsets": 1, "kid_subset_size": 896,
-        "cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True, "batch_size": 512,
-    }  # fmt: skip
+        "input1": Bare(train),
+        "input2": Bare(ref),
+        "feature_extractor": "distillbench-digits",
+        "fid": True,
+        "isc": True,
+        "isc_splits": 1,
+        "prc": True,
+        "kid": True,
+        "kid_subsets": 1,
+        "kid_subset_size": 896,
+        "cuda": False,
+        "cache": False,
+        "verbose": False,
+        "save_cpu_ram": True,
+        "batch_size": 512,
+    }
     theirs = fidelity(**settings)
     assert DigitsFidelity.seen == 2 * 896  # one pass for all metrics on their side too
     ours = evaluate_images(train, None, Against(extractor, Reference.of(ref, extractor)))
@@ -569,12 +662,18 @@ def test_one_pass_equals_torch_fidelity_end_to_end(halves, extractor, tmp_path):
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     for name in ("precision", "recall"):
-        assert round(ours[name] * 896) == pytest.approx(theirs[name] * 896, abs=1e-3)  # the same count
-    assert round(ours["precision"] * 896) != round(ours["recall"] * 896)  # so that a swap would be seen
+        assert round(ours[name] * 896) == pytest.approx(
+            theirs[name] * 896, abs=1e-3
+        )  # the same count
+    assert round(ours["precision"] * 896) != round(
+        ours["recall"] * 896
+    )  # so that a swap would be seen
     with pytest.raises(TypeError, match="kid_subset_sise"):
         fidelity(**settings, kid_subset_sise=896)
     careless = fidelity(**settings | {"feature_extractor": "distillbench-careless"})
-    assert careless["frechet_inception_distance"] != pytest.approx(theirs["frechet_inception_distance"], rel=0.5)
+    assert careless["frechet_inception_distance"] != pytest.approx(
+        theirs["frechet_inception_distance"], rel=0.5
+    )
     # Their cache goes by names alone: other data under an old name are not looked at. Hence cache=False here, and hashes in ours.
     cached = settings | {
         "cache": True,
@@ -594,7 +693,16 @@ def test_bad_features_are_refused(metric):
     broken, large = good.clone(), good.clone()
     broken[3, 2] = float("nan")
     large[3, 2] = 1e16  # its square leaves float32
-    for bad in (broken, large, good[:, :3], good[:1], good[0], good[:, :0], good.half(), (10 * good).long()):
+    for bad in (
+        broken,
+        large,
+        good[:, :3],
+        good[:1],
+        good[0],
+        good[:, :0],
+        good.half(),
+        (10 * good).long(),
+    ):
         for pair in ((bad, good), (good, bad)):
             with pytest.raises(ValueError):
                 metric(*pair)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.mixtures import evaluate_mixture, sliced_wasserstein
+from eval.metrics.mixtures import evaluate_mixture, sliced_wasserstein
 
 N, K, SIGMA = 8000, 8, 0.1
 EQUAL = torch.full((K,), 1 / K)
@@ -37,8 +37,14 @@ def scores(samples: Tensor, weights: Tensor = EQUAL) -> dict[str, float | int]:
 def test_exact_samples_score_at_the_floor(dimension: int):
     found = scores(draw(ring(dimension), [20000 // K] * K, 0))
     assert list(found) == [
-        "sliced_w2", "sliced_w2_floor", "weight_tv", "outside", "outside_exact", "modes", "modes_total"
-    ]  # fmt: skip
+        "sliced_w2",
+        "sliced_w2_floor",
+        "weight_tv",
+        "outside",
+        "outside_exact",
+        "modes",
+        "modes_total",
+    ]
     assert found["sliced_w2"] == pytest.approx(found["sliced_w2_floor"], rel=0.5)
     assert found["sliced_w2"] < 0.02
     assert found["modes"] == found["modes_total"] == K
@@ -94,9 +100,15 @@ def test_sliced_wasserstein_of_a_shift_and_of_a_scale():
     a = torch.randn(5000, 2, generator=rng)
     shift = torch.tensor([3.0, -1.0])
     assert sliced_wasserstein(a, a + shift) == pytest.approx(math.sqrt(10 / 2), rel=1e-5)
-    assert sliced_wasserstein(a, 3 * a) == pytest.approx(2 * a.square().mean().sqrt().item(), rel=1e-5)
-    assert sliced_wasserstein(5 * a, 5 * (a + shift)) == pytest.approx(5 * math.sqrt(10 / 2), rel=1e-5)
-    assert sliced_wasserstein(a, a[torch.randperm(5000, generator=rng)]) == pytest.approx(0, abs=1e-9)
+    assert sliced_wasserstein(a, 3 * a) == pytest.approx(
+        2 * a.square().mean().sqrt().item(), rel=1e-5
+    )
+    assert sliced_wasserstein(5 * a, 5 * (a + shift)) == pytest.approx(
+        5 * math.sqrt(10 / 2), rel=1e-5
+    )
+    assert sliced_wasserstein(a, a[torch.randperm(5000, generator=rng)]) == pytest.approx(
+        0, abs=1e-9
+    )
     # Planted error: paired rows instead of sorted ones see a distance in that permutation.
     assert (a - a[torch.randperm(5000, generator=rng)]).square().mean().sqrt() > 1
 
@@ -106,7 +118,9 @@ def test_sliced_wasserstein_in_many_dimensions_is_seeded_and_near_its_mean():
     a, shift = torch.randn(1000, 64, generator=rng), torch.randn(64, generator=rng)
     b = a + shift
     assert sliced_wasserstein(a, b) == sliced_wasserstein(a, b) != sliced_wasserstein(a, b, seed=1)
-    assert sliced_wasserstein(a, b, projections=2000) == pytest.approx(shift.norm().item() / 8, rel=0.05)
+    assert sliced_wasserstein(a, b, projections=2000) == pytest.approx(
+        shift.norm().item() / 8, rel=0.05
+    )
 
 
 def test_bad_samples_are_refused():

@@ -26,7 +26,9 @@ def test_the_velocity_of_a_pair_gives_back_its_data_and_noise(rows):  # 'Target 
     x_t = paths.noised(x, e, t)
     assert close(paths.denoiser(x_t, e - x, t), x) and close(paths.noise(x_t, e - x, t), e)
     assert close(paths.score(x_t, e - x, t), -(x_t - (1 - t[:, None]) * x) / t[:, None] ** 2)
-    assert not close(paths.denoiser(x_t, x - e, t), x)  # planted: the sign of v (the FreeFlow / rectified-flow convention)
+    assert not close(
+        paths.denoiser(x_t, x - e, t), x
+    )  # planted: the sign of v (the FreeFlow / rectified-flow convention)
 
 
 @pytest.mark.parametrize("name", ["denoiser", "noise", "score"])
@@ -43,14 +45,18 @@ def test_jump_and_average_velocity_are_inverse(rows):
     s = 0.5 * t
     assert close(paths.average_velocity(x, paths.jump(x, u, t, s), t, s), u)
     assert close(paths.jump(x, u, t, t), x)
-    assert not close(paths.average_velocity(x, paths.jump(x, u, s, t), t, s), u)  # planted: t and s swapped
+    assert not close(
+        paths.average_velocity(x, paths.jump(x, u, s, t), t, s), u
+    )  # planted: t and s swapped
 
 
 @pytest.mark.parametrize("process", ["edm", "vp"])
 def test_change_of_schedule(rows, process):  # 'Change of schedule', test 1
     x, e, eps, _, t = rows
     angle = t * math.pi / 2
-    alpha, sigma = (torch.ones_like(t), t / (1 - t)) if process == "edm" else (angle.cos(), angle.sin())
+    alpha, sigma = (
+        (torch.ones_like(t), t / (1 - t)) if process == "edm" else (angle.cos(), angle.sin())
+    )
     state = alpha[:, None] * x + sigma[:, None] * e
     x_t, time = paths.to_flow(state, alpha, sigma)
     assert close(x_t, paths.noised(x, e, time)) and close(time / (1 - time), sigma / alpha)
@@ -75,7 +81,16 @@ def test_stable_diffusion_steps_in_flow_time():  # 'Noise-level distributions', 
 def test_karras_grid_in_flow_time():  # 'Noise-level distributions', test 5
     sigma = torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 1000, dtype=torch.float64) ** 7
     _, t = paths.to_flow(sigma, torch.ones_like(sigma), sigma)
-    expected = {0: 0.002, 20: 0.0032, 100: 0.0165, 250: 0.146, 500: 0.716, 750: 0.946, 980: 0.9863, 999: 0.9877}
+    expected = {
+        0: 0.002,
+        20: 0.0032,
+        100: 0.0165,
+        250: 0.146,
+        500: 0.716,
+        750: 0.946,
+        980: 0.9863,
+        999: 0.9877,
+    }
     assert all(abs(t[i] - value) < 6e-4 for i, value in expected.items())
     used, edges = t[20:981], torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
     mass = torch.bincount(torch.bucketize(used, edges), minlength=6) / len(used)
@@ -95,7 +110,9 @@ def test_five_difference_identities(rows):  # 'Differences between two networks'
         (x - x0_r, tt * (v_r - (e - x))),
     ]
     assert all(close(left, right) for left, right in identities)
-    assert not any(close(left, -right) for left, right in identities)  # planted: real and fake swapped
+    assert not any(
+        close(left, -right) for left, right in identities
+    )  # planted: real and fake swapped
 
 
 def test_guidance_commutes(rows):  # 'Target convention', test 4
@@ -105,7 +122,9 @@ def test_guidance_commutes(rows):  # 'Target convention', test 4
     for name in ("denoiser", "noise", "score"):
         f = getattr(paths, name)
         assert close(f(x_t, guided, t), paths.guided(f(x_t, v_null, t), f(x_t, v_cond, t), 3.0))
-        assert not close(f(x_t, guided, t), paths.guided(f(x_t, v_null, t), f(x_t, v_cond, t), 2.0))  # planted: w - 1
+        assert not close(
+            f(x_t, guided, t), paths.guided(f(x_t, v_null, t), f(x_t, v_cond, t), 2.0)
+        )  # planted: w - 1
 
 
 def test_score_is_the_gradient_of_a_gaussian_log_density(rows):
@@ -127,4 +146,6 @@ def test_denoising_losses_are_weighted_velocity_losses(rows):  # 'Denoising-loss
     x0 = (paths.denoiser(x_t, v, t) - x).square()
     edm = (((1 - tt) / tt) ** 2 + 1 / sd**2) * x0
     assert close(edm, ((1 - tt) ** 2 + tt**2 / sd**2) * squared)
-    assert close((paths.noise(x_t, v, t) - e).square(), (1 - tt) ** 2 * squared) and close(x0, tt**2 * squared)
+    assert close((paths.noise(x_t, v, t) - e).square(), (1 - tt) ** 2 * squared) and close(
+        x0, tt**2 * squared
+    )

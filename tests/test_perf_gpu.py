@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from distillbench import registry
 from distillbench.method import Needs
+from distillbench.registry import folders
 from perf import gpu
 
 
@@ -22,32 +22,62 @@ def run(folder, *arguments: str) -> tuple[dict, str]:
 
 def test_every_method_has_a_row(tmp_path):
     result, page = run(tmp_path, "--precisions", "tf32", "bf16")
-    methods = {gpu.BASELINE, *registry.discover()}
+    methods = {gpu.BASELINE, *folders.discover()}
     rows = {(r["method"], r["precision"]): r for r in result["rows"]}
     assert set(rows) == {(m, p) for m in methods for p in ("tf32", "bf16")}
     assert not {k: r for k, r in rows.items() if r["status"] not in ("measured", "fp32 only")}
     for (method, precision), row in rows.items():
         if row["status"] == "fp32 only":
-            assert precision == "bf16" and any(".tangent" in role for role in rows[method, "tf32"]["evaluated_rows_per_cycle"])
+            assert precision == "bf16" and any(
+                ".tangent" in role for role in rows[method, "tf32"]["evaluated_rows_per_cycle"]
+            )
             continue
         moved = row["updates_per_cycle"]["teacher" if method == gpu.BASELINE else "student"]
-        assert row["ms_per_step"] * row["cycle"] == pytest.approx(row["ms_per_student_update"] * moved, rel=1e-2)
-        assert row["tflop_per_cycle"] > 0 and row["batch"] == gpu.TINY.batch and len(row["cycle_ms"]) == gpu.TINY.timed
-    assert all(f"| {m} |" in page for m in methods) and rows["meanflow", "bf16"]["status"] == "fp32 only" and "fp32 only" in page
+        assert row["ms_per_step"] * row["cycle"] == pytest.approx(
+            row["ms_per_student_update"] * moved, rel=1e-2
+        )
+        assert (
+            row["tflop_per_cycle"] > 0
+            and row["batch"] == gpu.TINY.batch
+            and len(row["cycle_ms"]) == gpu.TINY.timed
+        )
+    assert (
+        all(f"| {m} |" in page for m in methods)
+        and rows["meanflow", "bf16"]["status"] == "fp32 only"
+        and "fp32 only" in page
+    )
     flow = rows[gpu.BASELINE, "tf32"]
-    assert flow["evaluated_rows_per_cycle"] == {"teacher": gpu.TINY.batch} and flow["updates_per_cycle"] == {"teacher": 1}
-    assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+    assert flow["evaluated_rows_per_cycle"] == {"teacher": gpu.TINY.batch} and flow[
+        "updates_per_cycle"
+    ] == {"teacher": 1}
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(
+        "cpu"
+    )
 
 
 def test_the_whole_scale_is_the_papers():
-    arm = registry.arm("dmd")
+    arm = folders.arm("dmd")
     cls, settings = gpu.configured(arm, gpu.FULL.batch)
     needs = cls.needs(settings)
-    assert needs.batch == needs.pairs.batch == gpu.FULL.batch == 32, "every batch of a method is set"
+    assert needs.batch == needs.pairs.batch == gpu.FULL.batch == 32, (
+        "every batch of a method is set"
+    )
     with torch.device("meta"):
-        assert sum(p.numel() for p in gpu.DiT(gpu.FULL.shape, gpu.FULL.classes, **gpu.FULL.network).parameters()) > 125e6
-    batch = gpu.random_batch(Needs(batch=4, nfe=(1,), headline_nfe=1, data=True), gpu.TINY, torch.device("cpu"))
-    assert batch.x.shape == (4, *gpu.TINY.shape) and batch.pairs is None and batch.cond.labels.max() < gpu.TINY.classes
+        assert (
+            sum(
+                p.numel()
+                for p in gpu.DiT(gpu.FULL.shape, gpu.FULL.classes, **gpu.FULL.network).parameters()
+            )
+            > 125e6
+        )
+    batch = gpu.random_batch(
+        Needs(batch=4, nfe=(1,), headline_nfe=1, data=True), gpu.TINY, torch.device("cpu")
+    )
+    assert (
+        batch.x.shape == (4, *gpu.TINY.shape)
+        and batch.pairs is None
+        and batch.cond.labels.max() < gpu.TINY.classes
+    )
 
 
 def test_a_failure_costs_its_own_row(tmp_path, monkeypatch):
@@ -64,8 +94,17 @@ def test_a_failure_costs_its_own_row(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "measured", measured)
     result, page = run(tmp_path, "--arms", "meanflow", "sid", "tvm", "--precisions", "tf32")
     rows = {r["method"]: r for r in result["rows"]}
-    assert rows["meanflow"]["status"] == "failed" and "planted" in rows["meanflow"]["error"] and "RuntimeError: planted" in page
-    assert batches == [8] and rows["sid"]["status"] == "measured" and rows["sid"]["batch"] == 4 and "at batch 4" in page
+    assert (
+        rows["meanflow"]["status"] == "failed"
+        and "planted" in rows["meanflow"]["error"]
+        and "RuntimeError: planted" in page
+    )
+    assert (
+        batches == [8]
+        and rows["sid"]["status"] == "measured"
+        and rows["sid"]["batch"] == 4
+        and "at batch 4" in page
+    )
     assert rows["tvm"]["status"] == rows[gpu.BASELINE]["status"] == "measured"
 
 
@@ -85,23 +124,34 @@ def test_a_counter_that_fails_does_not_end_the_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr("distillbench.meter.FlopCounterMode", Broken)
     result, page = run(tmp_path, "--arms", "meanflow", "--precisions", "tf32")
-    assert all(r["status"] == "measured" and "planted" in r["flops"] and r["updates_per_cycle"] for r in result["rows"])
+    assert all(
+        r["status"] == "measured" and "planted" in r["flops"] and r["updates_per_cycle"]
+        for r in result["rows"]
+    )
     assert "| meanflow |" in page
 
 
 def test_time_runs_out_between_rows(tmp_path):
     result, page = run(tmp_path, "--seconds", "0", "--arms", "meanflow", "--precisions", "tf32")
-    assert {r["status"] for r in result["rows"]} == {"not begun: no time left"} and "no time left" in page
+    assert {r["status"] for r in result["rows"]} == {
+        "not begun: no time left"
+    } and "no time left" in page
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    folder = registry.discover()["meanflow"]
+    folder = folders.discover()["meanflow"]
     monkeypatch.setattr(registry, "discover", lambda: (_ for _ in ()).throw(ValueError("planted")))
-    real = registry.read_folder
+    real = folders.read_folder
     monkeypatch.setattr(
-        registry, "read_folder", lambda path: real(path) if path == folder.path else (_ for _ in ()).throw(ValueError("broken"))
+        registry,
+        "read_folder",
+        lambda path: (
+            real(path) if path == folder.path else (_ for _ in ()).throw(ValueError("broken"))
+        ),
     )
     found, broken = gpu.folders()
     assert set(found) == {"meanflow"} and "sid" in broken and "broken" in broken["sid"]
     result, page = run(tmp_path, "--precisions", "tf32")
-    assert {r["status"] for r in result["rows"] if r["method"] == "sid"} == {"unreadable"} and "sid, any: unreadable" in page
+    assert {r["status"] for r in result["rows"] if r["method"] == "sid"} == {
+        "unreadable"
+    } and "sid, any: unreadable" in page

@@ -49,7 +49,9 @@ def test_an_update_differentiates_its_own_parameters_only():  # a loss may pass 
     own.load_state_dict(before)
     own(x).square().mean().backward()
     torch.testing.assert_close(gradient, own.weight.grad)
-    own(student(x)).square().mean().backward()  # planted: loss.backward() of the student reaches the critic as well
+    own(
+        student(x)
+    ).square().mean().backward()  # planted: loss.backward() of the student reaches the critic as well
     assert not torch.allclose(gradient, own.weight.grad)
 
 
@@ -79,12 +81,18 @@ def test_schedule_over_the_players_own_updates():
         positions.append(-float(net.p.detach()))
     rates = [b - a for a, b in pairwise(positions)]  # the lr that was really used
     cosine = lambda i: 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / 100))
-    assert rates[0] == pytest.approx(0.1, rel=1e-6)  # linear warm-up over the first tenth: 1/10, 2/10, ...
+    assert rates[0] == pytest.approx(
+        0.1, rel=1e-6
+    )  # linear warm-up over the first tenth: 1/10, 2/10, ...
     assert rates[4] == pytest.approx(0.5 * cosine(4), rel=1e-6)
     assert rates[9] == pytest.approx(cosine(9), rel=1e-6)
     assert rates[50] == pytest.approx(0.51, rel=1e-6)
-    assert rates[99] == pytest.approx(0.02, abs=1e-3) and made.learning_rate() == pytest.approx(0.02)
-    assert rates[9] != pytest.approx(0.9 * cosine(9), rel=1e-3)  # planted: a warm-up that starts at 0
+    assert rates[99] == pytest.approx(0.02, abs=1e-3) and made.learning_rate() == pytest.approx(
+        0.02
+    )
+    assert rates[9] != pytest.approx(
+        0.9 * cosine(9), rel=1e-3
+    )  # planted: a warm-up that starts at 0
 
 
 def test_default_rate_is_constant():
@@ -94,15 +102,21 @@ def test_default_rate_is_constant():
 
 
 @pytest.mark.parametrize(("clip", "factor"), [(0.5, 0.1), (10.0, 1.0), (None, 1.0)])
-def test_clipping(clip, factor):  # AdamW forgets the scale of a gradient, but its first moment does not
+def test_clipping(
+    clip, factor
+):  # AdamW forgets the scale of a gradient, but its first moment does not
     net = Scalar()
     made = player(net, clip=clip, betas=(0.9, 0.99))
     made.update(5 * net.p.sum())
-    assert float(made.optimizer.state[net.p]["exp_avg"]) == pytest.approx(0.1 * 5 * factor, rel=1e-4)
+    assert float(made.optimizer.state[net.p]["exp_avg"]) == pytest.approx(
+        0.1 * 5 * factor, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("half_life", [0.01, 0.03, 0.1, 0.2])
-def test_half_life_at_the_end(half_life):  # a share of the player's own updates: half of the weight is on the last such share
+def test_half_life_at_the_end(
+    half_life,
+):  # a share of the player's own updates: half of the weight is on the last such share
     net, total = Scalar(), 1000
     made = player(net, total=total, half_lives={"evaluation": half_life, "double": 2 * half_life})
     for i in range(total):
@@ -110,7 +124,9 @@ def test_half_life_at_the_end(half_life):  # a share of the player's own updates
             net.p.data.fill_(1.0)
         made.update(0 * net.p.sum())
     assert float(made.averaged("evaluation").p) == pytest.approx(0.5, abs=2e-3)
-    assert float(made.averaged("double").p) == pytest.approx(1 - 0.5**0.5, abs=2e-3)  # planted: twice the half-life is not 0.5
+    assert float(made.averaged("double").p) == pytest.approx(
+        1 - 0.5**0.5, abs=2e-3
+    )  # planted: twice the half-life is not 0.5
 
 
 @pytest.mark.parametrize("half_life", [0.01, 0.03])
@@ -128,7 +144,9 @@ def test_the_first_average_is_the_network_itself():
     net = Scalar()
     made = player(net, lr=1.0, half_lives={"evaluation": 0.5})
     made.update(net.p.sum())
-    assert torch.equal(made.averaged().p, net.p) and made.averaged().p.data_ptr() != net.p.data_ptr()
+    assert (
+        torch.equal(made.averaged().p, net.p) and made.averaged().p.data_ptr() != net.p.data_ptr()
+    )
     assert made.averaged("none such") is net
 
 
@@ -137,7 +155,14 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4))
 
 
-CONFIG = {"lr": 1e-2, "warmup": 0.2, "final_lr": 0.1, "clip": 0.5, "half_lives": {"evaluation": 0.2, "short": 0.05}, "weight_decay": 0.01}
+CONFIG = {
+    "lr": 1e-2,
+    "warmup": 0.2,
+    "final_lr": 0.1,
+    "clip": 0.5,
+    "half_lives": {"evaluation": 0.2, "short": 0.05},
+    "weight_decay": 0.01,
+}
 
 
 def move(made: Player, start: int, end: int) -> None:
@@ -157,8 +182,14 @@ def test_a_state_dict_continues_bit_for_bit():
     resumed.load_state_dict(copy.deepcopy(state))
     move(resumed, 9, 20)
     one, two = whole.state_dict(), resumed.state_dict()
-    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one) and int(two["updates"]) == 20
-    without = {k: v for k, v in state.items() if not k.startswith("optimizer.")}  # planted: moments forgotten
+    assert (
+        one.keys() == two.keys()
+        and all(torch.equal(one[k], two[k]) for k in one)
+        and int(two["updates"]) == 20
+    )
+    without = {
+        k: v for k, v in state.items() if not k.startswith("optimizer.")
+    }  # planted: moments forgotten
     forgetful.load_state_dict(without)
     move(forgetful, 9, 20)
     assert not torch.equal(forgetful.networks[0][0].weight, whole.networks[0][0].weight)
@@ -182,7 +213,9 @@ def train(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+        )
     made, local = player(network(), total=5, **CONFIG), network()
     optimizer = torch.optim.AdamW(local.parameters(), lr=1e-2)
     seen, means = [], []
@@ -196,12 +229,17 @@ def train(rank: int, world: int, folder: str) -> None:
         optimizer.zero_grad()
         (local(x) - x.flip(1)).square().mean().backward()
         optimizer.step()
-    torch.save({"state": made.state_dict(), "rows": seen, "means": means, "local": local.state_dict()}, f"{folder}/{world}-{rank}.pt")
+    torch.save(
+        {"state": made.state_dict(), "rows": seen, "means": means, "local": local.state_dict()},
+        f"{folder}/{world}-{rank}.pt",
+    )
     if world > 1:
         dist.destroy_process_group()
 
 
-def test_two_ranks_are_one_rank(tmp_path: Path):  # meanflow.md test 14; design.md: 1 rank and 2 ranks see the same batch
+def test_two_ranks_are_one_rank(
+    tmp_path: Path,
+):  # meanflow.md test 14; design.md: 1 rank and 2 ranks see the same batch
     torch.multiprocessing.spawn(train, (2, str(tmp_path)), nprocs=2)
     train(0, 1, str(tmp_path))
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
@@ -212,4 +250,6 @@ def test_two_ranks_are_one_rank(tmp_path: Path):  # meanflow.md test 14; design.
         torch.testing.assert_close(first["state"][k], value, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.stack(first["means"]), torch.stack(one["means"]))
     assert torch.equal(torch.stack(first["means"]), torch.stack(second["means"]))
-    assert not torch.allclose(first["local"]["0.weight"], second["local"]["0.weight"], atol=1e-4)  # planted: no averaging
+    assert not torch.allclose(
+        first["local"]["0.weight"], second["local"]["0.weight"], atol=1e-4
+    )  # planted: no averaging

@@ -23,15 +23,23 @@ def ranks(checkout: Checkout, arm: str, seed: int = 0) -> list[subprocess.Popen]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    place = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    place = {
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     command = [sys.executable, "-m", "distillbench.cli", "train", "tiny", arm, "--seeds", str(seed)]
     return [
         subprocess.Popen(
-            command, cwd=checkout.folder, env=checkout.environment | place | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE, text=True,
+            command,
+            cwd=checkout.folder,
+            env=checkout.environment | place | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for r in range(WORLD)
-    ]  # fmt: skip
+    ]
 
 
 def folder(checkout: Checkout, arm: str) -> Path:
@@ -43,16 +51,27 @@ def folder(checkout: Checkout, arm: str) -> Path:
 def test_two_ranks_are_one_rank(checkout: Checkout, arm: str):
     assert checkout.run("distillbench", "train", "tiny", arm, "--seeds", "0").returncode == 0
     alone = folder(checkout, arm)
-    one, record = load_file(alone / "student.safetensors"), json.loads((alone / "result.json").read_text())
+    one, record = (
+        load_file(alone / "student.safetensors"),
+        json.loads((alone / "result.json").read_text()),
+    )
     (alone / "result.json").unlink()
     for process in (started := ranks(checkout, arm)):
         errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors
     assert len(started) == WORLD
-    two, again = load_file(alone / "student.safetensors"), json.loads((alone / "result.json").read_text())
+    two, again = (
+        load_file(alone / "student.safetensors"),
+        json.loads((alone / "result.json").read_text()),
+    )
     assert again["status"] == "done" and again["cost"]["steps"] == record["cost"]["steps"] >= 50
-    assert again["cost"]["flops"] == record["cost"]["flops"] and again["cost"]["rows"] == record["cost"]["rows"]
-    assert any(not v.equal(two[k]) for k, v in one.items())  # another order of sums: they did share the work
+    assert (
+        again["cost"]["flops"] == record["cost"]["flops"]
+        and again["cost"]["rows"] == record["cost"]["rows"]
+    )
+    assert any(
+        not v.equal(two[k]) for k, v in one.items()
+    )  # another order of sums: they did share the work
     for k, v in one.items():
         assert (two[k] - v).abs().max() <= 1e-5 * max(1.0, v.abs().max().item()), k
 
@@ -87,27 +106,41 @@ class Lossy(Method):
 
 def lossy(checkout: Checkout, fault: str) -> list[subprocess.Popen]:
     checkout.write("methods/lossy/method.py", METHOD.replace("{fault}", fault))
-    checkout.write("methods/lossy/config.yaml", "title: Lossy\nfidelity: reconstruction\npaper: none\nconfig: {}\n")
+    checkout.write(
+        "methods/lossy/config.yaml",
+        "title: Lossy\nfidelity: reconstruction\npaper: none\nconfig: {}\n",
+    )
     assert checkout.run("distillbench", "train", "tiny", "teacher", "--seeds", "0").returncode == 0
     return ranks(checkout, "lossy")
 
 
 def test_an_error_of_one_rank_is_the_records_reason(checkout: Checkout):
     first, second = lossy(checkout, 'raise ValueError("rank one fell over")')
-    assert second.wait(timeout=300) == 2 and "rank 1 ended: failed: ValueError: rank one fell over" in second.stderr.read()
+    assert (
+        second.wait(timeout=300) == 2
+        and "rank 1 ended: failed: ValueError: rank one fell over" in second.stderr.read()
+    )
     assert first.wait(timeout=300) == 2 and "lost another rank" in first.stderr.read()
     record = json.loads((folder(checkout, "lossy") / "result.json").read_text())
-    assert record["status"] == "failed" and record["reason"].startswith("ValueError: rank one fell over")
+    assert record["status"] == "failed" and record["reason"].startswith(
+        "ValueError: rank one fell over"
+    )
 
 
 def test_a_rank_that_dies_at_the_same_step_again_is_the_methods_doing(checkout: Checkout):
     both = lossy(checkout, "os._exit(3)")
     for again in (False, True):
         first, second = ranks(checkout, "lossy") if again else both
-        assert second.wait(timeout=300) == 1 and first.wait(timeout=300) == 2 and "lost another rank" in first.stderr.read()
+        assert (
+            second.wait(timeout=300) == 1
+            and first.wait(timeout=300) == 2
+            and "lost another rank" in first.stderr.read()
+        )
         assert (folder(checkout, "lossy") / "result.json").exists() == again
     record = json.loads((folder(checkout, "lossy") / "result.json").read_text())
-    assert record["status"] == "failed" and record["reason"].startswith("the process died 2 times: exit code 3 in training")
+    assert record["status"] == "failed" and record["reason"].startswith(
+        "the process died 2 times: exit code 3 in training"
+    )
 
 
 def test_a_rank_that_is_killed_leaves_no_record(checkout: Checkout):
@@ -115,5 +148,8 @@ def test_a_rank_that_is_killed_leaves_no_record(checkout: Checkout):
     first, second = lossy(checkout, "os.kill(os.getpid(), 9)")
     assert second.wait(timeout=300) == 2 and "was killed (SIGKILL)" in second.stderr.read()
     assert first.wait(timeout=300) == 2 and "lost another rank" in first.stderr.read()
-    assert not (folder(checkout, "lossy") / "result.json").exists() and time.monotonic() - started < 280
+    assert (
+        not (folder(checkout, "lossy") / "result.json").exists()
+        and time.monotonic() - started < 280
+    )
     assert os.environ.get("WORLD_SIZE") is None

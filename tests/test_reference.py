@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval import reference
-from eval.extractors import Extractor, load_extractor
-from eval.metrics import Reference, frechet_distance
-from eval.reference import reference_set
+from eval.features.extractors import Extractor, load_extractor
+from eval.metrics import reference
+from eval.metrics.reference import reference_set
+from eval.metrics.scores import Reference, frechet_distance
 
 
 class Counting(nn.Module):
@@ -73,10 +73,15 @@ def test_computed_once_and_read_back_exactly(extractor, sets, tmp_path):
     assert seen(extractor) == 0
     direct = Reference.of(sets[0], extractor)
     for found in (first, again):
-        assert torch.equal(found.features, direct.features) and found.extractor_sha256 == extractor.sha256
+        assert (
+            torch.equal(found.features, direct.features)
+            and found.extractor_sha256 == extractor.sha256
+        )
     assert one_file(folder).name.startswith("digits-gelu-64-")
     generated = extractor.features(sets[1])[0]
-    assert frechet_distance(generated, again.features) == frechet_distance(generated, direct.features)
+    assert frechet_distance(generated, again.features) == frechet_distance(
+        generated, direct.features
+    )
 
 
 @pytest.mark.usefixtures("quiet")
@@ -87,7 +92,12 @@ def test_other_images_never_hit(what, extractor, sets, tmp_path):
     seen(extractor)
     other = images.clone()
     other[3, 0, 0, 0] ^= 1
-    changed = {"order": images.flip(0), "one pixel": other, "fewer": images[:-1], "shape": images.transpose(2, 3)}[what]
+    changed = {
+        "order": images.flip(0),
+        "one pixel": other,
+        "fewer": images[:-1],
+        "shape": images.transpose(2, 3),
+    }[what]
     found = reference_set(changed, extractor, tmp_path)
     assert seen(extractor) == len(changed)
     assert torch.equal(found.features, extractor.features(changed)[0])
@@ -99,7 +109,9 @@ def test_same_path_with_other_images_never_hits(extractor, sets, tmp_path, monke
     path, folder = tmp_path / "reference.npz", tmp_path / "cache"
     for images in sets:
         np.savez(path, images.permute(0, 2, 3, 1).numpy())
-        assert torch.equal(reference_set(path, extractor, folder).features, extractor.features(images)[0])
+        assert torch.equal(
+            reference_set(path, extractor, folder).features, extractor.features(images)[0]
+        )
     monkeypatch.setattr(reference, "content_sha256", lambda images: path.name)  # planted
     stale = []
     for images in sets:
@@ -114,7 +126,9 @@ def test_other_weights_under_the_same_name_never_hit(extractor, sets, tmp_path):
     planted = replace(other, sha256=extractor.sha256)
     first = reference_set(sets[0], extractor, tmp_path)
     assert torch.equal(reference_set(sets[0], other, tmp_path).features, 2 * first.features)
-    assert torch.equal(reference_set(sets[0], planted, tmp_path).features, first.features)  # the hash is what protects
+    assert torch.equal(
+        reference_set(sets[0], planted, tmp_path).features, first.features
+    )  # the hash is what protects
 
 
 @pytest.mark.usefixtures("quiet")
@@ -139,8 +153,12 @@ def test_a_file_moved_under_another_name_is_found_out(extractor, sets, tmp_path,
     reference_set(sets[1], extractor, other)  # and was replaced
     assert seen(extractor) == 0
     shutil.copy(one_file(one), one_file(other))
-    monkeypatch.setattr(reference, "read", lambda path, made_of: original(path, reference_of(path)))  # planted: believe the name
-    assert torch.equal(reference_set(sets[1], extractor, other).features, extractor.features(sets[0])[0])
+    monkeypatch.setattr(
+        reference, "read", lambda path, made_of: original(path, reference_of(path))
+    )  # planted: believe the name
+    assert torch.equal(
+        reference_set(sets[1], extractor, other).features, extractor.features(sets[0])[0]
+    )
 
 
 original = reference.read
@@ -163,7 +181,9 @@ def test_a_damaged_file_is_computed_again_with_one_line(keep, extractor, sets, t
     assert torch.equal(found.features, good.features)
     one_file(tmp_path)
     seen(extractor)
-    assert torch.equal(reference_set(sets[0], extractor, tmp_path).features, good.features)  # mended
+    assert torch.equal(
+        reference_set(sets[0], extractor, tmp_path).features, good.features
+    )  # mended
     assert seen(extractor) == 0
 
 
@@ -201,7 +221,10 @@ def test_no_folder_is_said_before_any_work(extractor, sets, tmp_path):
 def test_adm_batches_give_their_images_and_nothing_else(extractor, sets, tmp_path):
     """mu and sigma are of another network: here they are pickles, so merely reading them would raise."""
     images, path, folder = sets[0], tmp_path / "VIRTUAL.npz", tmp_path / "cache"
-    poison = {name: np.array([{"not": "read"}], dtype=object) for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    poison = {
+        name: np.array([{"not": "read"}], dtype=object)
+        for name in ("mu", "sigma", "mu_s", "sigma_s")
+    }
     np.savez(path, images.permute(0, 2, 3, 1).numpy(), np.arange(40), **poison)
     with np.load(path, allow_pickle=False) as stored, pytest.raises(ValueError):
         stored["mu"]

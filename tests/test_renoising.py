@@ -101,8 +101,12 @@ def test_a_posterior_mean_has_the_variance_of_its_recursion(steps):
         gain = ((1 - t) * S**2 / spread(t) ** 2).item()
         variance = gain**2 * ((1 - t.item()) ** 2 * variance + t.item() ** 2)
     assert moments_fit(renoising, posterior, steps, M, variance**0.5)
-    assert steps < 4 or not moments_fit(stale, posterior, steps, M, variance**0.5)  # the first output is M: nothing to correlate with
-    assert not moments_fit(renoising, posterior, steps, M, S)  # the mean of all data is not a sample
+    assert steps < 4 or not moments_fit(
+        stale, posterior, steps, M, variance**0.5
+    )  # the first output is M: nothing to correlate with
+    assert not moments_fit(
+        renoising, posterior, steps, M, S
+    )  # the mean of all data is not a sample
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -121,14 +125,22 @@ def test_evaluations_times_and_draws(steps):  # test 7: the last re-noise is not
 @pytest.mark.parametrize("done", [1, 2, 3, 4])
 def test_the_first_evaluations_alone(done):
     calls = []
-    renoising(lambda x, t: (calls.append(t[0].item()), x)[1], torch.zeros(1, 1), 4, lambda: torch.zeros(1, 1), done)
+    renoising(
+        lambda x, t: (calls.append(t[0].item()), x)[1],
+        torch.zeros(1, 1),
+        4,
+        lambda: torch.zeros(1, 1),
+        done,
+    )
     assert calls == [1.0, 0.75, 0.5, 0.25][:done]
 
 
 def test_noise_is_fresh_at_every_step():  # issue 9 of the official repository: reused noise shows
     z, fresh = noise()
     drawn, seen = [], []
-    renoising(lambda x, t: (seen.append(x), 0 * x)[1], z, 4, lambda: (drawn.append(fresh()), drawn[-1])[1])
+    renoising(
+        lambda x, t: (seen.append(x), 0 * x)[1], z, 4, lambda: (drawn.append(fresh()), drawn[-1])[1]
+    )
     inputs = [x / (1 - i / 4) for i, x in enumerate(seen)]  # with x0 = 0 the input is t e
     assert all(torch.allclose(a, b) for a, b in zip(inputs, [z, *drawn]))
     correlation = torch.corrcoef(torch.cat(inputs, 1).T)
@@ -147,29 +159,42 @@ def test_a_simulated_input_is_what_the_sampler_meets(k, start):  # test 6
     z, fresh = noise()
     renoising(lambda x, t: (inputs.append((x, t)), transport(x, t))[1], z, 4, fresh, start=start)
     z, fresh = noise()
-    x, t = simulated_input(lambda x, t: (calls.append(t), transport(x, t))[1], z, 4, k, fresh, start)
+    x, t = simulated_input(
+        lambda x, t: (calls.append(t), transport(x, t))[1], z, 4, k, fresh, start
+    )
     assert torch.equal(x, inputs[k][0]) and torch.equal(t, inputs[k][1]) and len(calls) == k
-    assert not any(torch.equal(x, inputs[j][0]) for j in range(4) if j != k)  # planted: a neighbour's input
+    assert not any(
+        torch.equal(x, inputs[j][0]) for j in range(4) if j != k
+    )  # planted: a neighbour's input
     assert t.unique().item() == start * (1 - k / 4)
     if start < 1:  # its first input is start z, which is no draw of x_t: noise alone, of that size
         assert not torch.equal(inputs[0][0], z) and torch.equal(inputs[0][0], start * z)
         return
-    law = lambda x: abs(x.mean().item() - (k / 4) * M) < 0.005 and abs(x.std().item() - spread(t[0]).item()) < 0.005
+    law = lambda x: (
+        abs(x.mean().item() - (k / 4) * M) < 0.005
+        and abs(x.std().item() - spread(t[0]).item()) < 0.005
+    )
     assert law(x)
     assert k == 0 or not law(transport(x, t))  # planted: the clean sample, not noised again
 
 
 def test_the_first_input_is_pure_noise():  # test 6, k = 0
     z = torch.randn(5, 2)
-    x, t = simulated_input(lambda x, t: pytest.fail("evaluated"), z, 4, 0, lambda: pytest.fail("drawn"))
+    x, t = simulated_input(
+        lambda x, t: pytest.fail("evaluated"), z, 4, 0, lambda: pytest.fail("drawn")
+    )
     assert torch.equal(x, z) and (t == 1).all()
 
 
 def test_one_step_has_no_path():  # test 6: with N = 1 simulated and noised real inputs are one law
     z, real = torch.randn(5, 2), torch.full((5, 2), 3.0)
-    x, t = simulated_input(lambda x, t: pytest.fail("evaluated"), z, 1, 0, lambda: pytest.fail("drawn"))
+    x, t = simulated_input(
+        lambda x, t: pytest.fail("evaluated"), z, 1, 0, lambda: pytest.fail("drawn")
+    )
     assert torch.equal(x, noised(real, z, t))
-    assert not torch.equal(simulated_input(lambda x, t: x, z, 2, 1, lambda: z)[0], noised(real, z, at(0.5, z)))  # planted: N = 2
+    assert not torch.equal(
+        simulated_input(lambda x, t: x, z, 2, 1, lambda: z)[0], noised(real, z, at(0.5, z))
+    )  # planted: N = 2
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -181,9 +206,15 @@ def test_no_gradient_through_the_simulated_path(k):  # test 6
     assert not x.requires_grad
     own = torch.autograd.grad(layer(x).sum(), layer.weight)[0]
     torch.testing.assert_close(own, x.sum(0).expand(2, 2))  # the last evaluation's own
-    planted = noised(renoising(denoise, z, 4, lambda: torch.ones(5, 2), done=k), torch.ones(5, 2), at(1 - k / 4, z))
+    planted = noised(
+        renoising(denoise, z, 4, lambda: torch.ones(5, 2), done=k),
+        torch.ones(5, 2),
+        at(1 - k / 4, z),
+    )
     torch.testing.assert_close(planted.detach(), x)
-    assert planted.requires_grad and not torch.allclose(torch.autograd.grad(layer(planted).sum(), layer.weight)[0], own, atol=1e-3)
+    assert planted.requires_grad and not torch.allclose(
+        torch.autograd.grad(layer(planted).sum(), layer.weight)[0], own, atol=1e-3
+    )
 
 
 def test_gradient_is_left_on_after_the_path():

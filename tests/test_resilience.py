@@ -19,14 +19,32 @@ from typing import Any
 import pytest
 import torch
 
-from distillbench import journal, memory, plan, progress, train, watch
-from distillbench.cell import LAST, PREVIOUS, Cell, describe, is_locked, lock, provenance, write_atomically, write_json
-from distillbench.checkpoint import Damaged, checksum, read_tensors, save_progress, write_tensors
+from distillbench.cells import journal, memory, progress, train, validate
+from distillbench.cells.cell import Cell
+from distillbench.cells.checkpoint import (
+    Damaged,
+    checksum,
+    read_tensors,
+    save_progress,
+    write_tensors,
+)
+from distillbench.cells.disk import LAST, PREVIOUS, is_locked, lock, write_atomically, write_json
+from distillbench.cells.jobs import Job
+from distillbench.cells.journal import NAME
+from distillbench.cells.pulse import TRAINING, Pulse, TimedOut
+from distillbench.cells.record import describe, finish, provenance
+from distillbench.cells.steps import one_step
+from distillbench.cells.supervisor import supervise
+from distillbench.cells.train import CHECKPOINTS, MACHINE
 from distillbench.errors import UserError
 from tests.conftest import RING, ROOT, Checkout
 from tests.test_cells import cell, edit
 
-STALL, TIMEOUT, AT = 10, 15, 7  # seconds, longer than a set-up on a busy machine; the step at which the broken methods break
+STALL, TIMEOUT, AT = (
+    10,
+    15,
+    7,
+)  # seconds, longer than a set-up on a busy machine; the step at which the broken methods break
 FIRST = "        c, n, labels = self.config, batch.size, batch.cond.labels\n"
 LOSS = "        self.student.update(loss)\n"
 NEEDS = "        pairs = Pairs(config.pairs,"
@@ -41,43 +59,79 @@ def before(line: str, *code: str) -> tuple[str, str]:
 
 
 LINE = r"\(method\.py:\d+\)"
-OURS = "|".join(p.stem for p in (ROOT / "distillbench").glob("*.py"))  # where the time may be up between two of a method's steps
+OURS = "|".join(
+    p.stem for p in (ROOT / "distillbench").glob("*.py")
+)  # where the time may be up between two of a method's steps
 LAST_ONE = "        return self.generate(self.student.averaged(), noise, cond.labels)\n"
 INIT = "        self.task, self.config = task, config\n"
 # name: (edit, status, pattern of the reason). All in one process, since none harms it.
 RAISED = {
-    "raise": (before(FIRST, TRIGGER + "raise ValueError('step seven')"), "failed", rf"ValueError: step seven {LINE}"),
-    "keyboard": (before(FIRST, TRIGGER + "raise KeyboardInterrupt('mine')"), "failed", rf"^KeyboardInterrupt: mine {LINE}$"),
-    "stop": (
-        before(FIRST, "class Stop(BaseException): pass", TRIGGER + "raise Stop('enough')"), "failed", rf"^Stop: enough {LINE}$",
+    "raise": (
+        before(FIRST, TRIGGER + "raise ValueError('step seven')"),
+        "failed",
+        rf"ValueError: step seven {LINE}",
     ),
-    "stop_at_import": (before("import torch\n", "raise GeneratorExit('no')"), "failed", rf"^GeneratorExit: no {LINE}$"),
-    "sys_exit": (before(FIRST, TRIGGER + "raise SystemExit(0)"), "failed", rf"SystemExit: 0 {LINE}"),
+    "keyboard": (
+        before(FIRST, TRIGGER + "raise KeyboardInterrupt('mine')"),
+        "failed",
+        rf"^KeyboardInterrupt: mine {LINE}$",
+    ),
+    "stop": (
+        before(FIRST, "class Stop(BaseException): pass", TRIGGER + "raise Stop('enough')"),
+        "failed",
+        rf"^Stop: enough {LINE}$",
+    ),
+    "stop_at_import": (
+        before("import torch\n", "raise GeneratorExit('no')"),
+        "failed",
+        rf"^GeneratorExit: no {LINE}$",
+    ),
+    "sys_exit": (
+        before(FIRST, TRIGGER + "raise SystemExit(0)"),
+        "failed",
+        rf"SystemExit: 0 {LINE}",
+    ),
     "nan_loss": (
         before(LOSS, TRIGGER + "g = v_real / 0 * 0; loss = loss * g.mean()"),
-        "diverged", "^student: loss is nan at update 7, step 7, first in `g`$",
+        "diverged",
+        "^student: loss is nan at update 7, step 7, first in `g`$",
     ),
     "nan_gradient": (
         before(LOSS, TRIGGER + "loss = loss + (x * 0).sum().abs().sqrt()"),
-        "diverged", "^student: gradient norm is nan at update 7, step 7$",
+        "diverged",
+        "^student: gradient norm is nan at update 7, step 7$",
     ),
     "nan_scalar": (
         before(FIRST, TRIGGER + "return {'fine': torch.ones(()), 'spread': torch.ones(()) / 0}"),
-        "diverged", "^spread is inf at step 7$",
+        "diverged",
+        "^spread is inf at step 7$",
     ),
     "nan_weights": (
-        before(LOSS, "if step.index == step.total - 1 > 0: [p.data.fill_(float('nan')) for p in self.student.averaged().parameters()]"),
-        "diverged", "samples at nfe=1 are not finite",
+        before(
+            LOSS,
+            "if step.index == step.total - 1 > 0: [p.data.fill_(float('nan')) for p in self.student.averaged().parameters()]",
+        ),
+        "diverged",
+        "samples at nfe=1 are not finite",
     ),
     "shape": ((LAST_ONE, "        return noise[:, :1]\n"), "failed", "sample returned"),
     "oom": (before(FIRST, TRIGGER + "torch.empty(1 << 50)"), "oom", rf"allocate memory.*{LINE}"),
     "oom_python": (before(FIRST, TRIGGER + "bytearray(1 << 60)"), "oom", "^MemoryError"),
-    "refused_needs": (before(NEEDS, "from distillbench.errors import Refused as R; raise R('no labels')"), "refused", "^no labels$"),
-    "refused_init": (
-        before(INIT, "from distillbench.errors import Refused", "if not task.classes: raise Refused('no classes')"),
-        "refused", "^no classes$",
+    "refused_needs": (
+        before(NEEDS, "from distillbench.errors import Refused as R; raise R('no labels')"),
+        "refused",
+        "^no labels$",
     ),
-}  # fmt: skip
+    "refused_init": (
+        before(
+            INIT,
+            "from distillbench.errors import Refused",
+            "if not task.classes: raise Refused('no classes')",
+        ),
+        "refused",
+        "^no classes$",
+    ),
+}
 
 # Through the command line, since these need a watcher.
 DEADLY = {
@@ -86,32 +140,73 @@ DEADLY = {
         "failed",
         "^the process died 2 times: exit code 0 in training after 7 steps$",
     ),
-    "os_exit_2": (before(FIRST, TRIGGER + "import os; os._exit(2)"), "failed", "exit code 2 in training after 7 steps"),
-    "segfault": (before(FIRST, TRIGGER + "import ctypes; ctypes.string_at(0)"), "failed", rf"SIGSEGV in training after 7 steps {LINE}$"),
-    "abort": (before(FIRST, TRIGGER + "import os; os.abort()"), "failed", rf"SIGABRT in training after 7 steps {LINE}$"),
-    "dies_at_import": (before("import torch\n", "import os; os._exit(3)"), "failed", "exit code 3 in set-up"),
+    "os_exit_2": (
+        before(FIRST, TRIGGER + "import os; os._exit(2)"),
+        "failed",
+        "exit code 2 in training after 7 steps",
+    ),
+    "segfault": (
+        before(FIRST, TRIGGER + "import ctypes; ctypes.string_at(0)"),
+        "failed",
+        rf"SIGSEGV in training after 7 steps {LINE}$",
+    ),
+    "abort": (
+        before(FIRST, TRIGGER + "import os; os.abort()"),
+        "failed",
+        rf"SIGABRT in training after 7 steps {LINE}$",
+    ),
+    "dies_at_import": (
+        before("import torch\n", "import os; os._exit(3)"),
+        "failed",
+        "exit code 3 in set-up",
+    ),
 }
 # Through the command line too, all at once, since they take long.
 SLOW = {
-    "hang": (before(FIRST, TRIGGER + SLEEP), "hung", rf"^nothing ended for {STALL} s in training after 7 steps {LINE}$"),
-    "hang_in_sampling": (before(LAST_ONE, SLEEP), "hung", rf"^nothing ended for {STALL} s in sampling after 0 batches {LINE}$"),
+    "hang": (
+        before(FIRST, TRIGGER + SLEEP),
+        "hung",
+        rf"^nothing ended for {STALL} s in training after 7 steps {LINE}$",
+    ),
+    "hang_in_sampling": (
+        before(LAST_ONE, SLEEP),
+        "hung",
+        rf"^nothing ended for {STALL} s in sampling after 0 batches {LINE}$",
+    ),
     "hang_native": (  # a loop in C that neither releases the interpreter's lock nor looks for signals
-        before(FIRST, TRIGGER + "import itertools, collections; collections.deque(itertools.repeat(0), maxlen=0)"),
-        "hung", rf"^nothing ended for {STALL} s in training after 7 steps {LINE}$",
+        before(
+            FIRST,
+            TRIGGER
+            + "import itertools, collections; collections.deque(itertools.repeat(0), maxlen=0)",
+        ),
+        "hung",
+        rf"^nothing ended for {STALL} s in training after 7 steps {LINE}$",
     ),
     "hang_stubborn": (
-        before(FIRST, TRIGGER.strip(), "    while True:", "        try:", f"            {SLEEP}", "        except BaseException: pass"),
-        "hung", rf"in training after 7 steps {LINE}$",
+        before(
+            FIRST,
+            TRIGGER.strip(),
+            "    while True:",
+            "        try:",
+            f"            {SLEEP}",
+            "        except BaseException: pass",
+        ),
+        "hung",
+        rf"in training after 7 steps {LINE}$",
     ),
     "own_alarm": (
-        before(FIRST, "import signal; signal.signal(signal.SIGALRM, lambda *_: None)", TRIGGER + SLEEP),
-        "hung", rf"in training after 7 steps {LINE}$",
+        before(
+            FIRST, "import signal; signal.signal(signal.SIGALRM, lambda *_: None)", TRIGGER + SLEEP
+        ),
+        "hung",
+        rf"in training after 7 steps {LINE}$",
     ),
     "timeout": (
         before(FIRST, "import time; time.sleep(0.5 * (step.total > 9))"),
-        "timeout", rf"^more than {TIMEOUT} s, in training after \d+ steps \(({OURS})\.py:\d+\)$",
+        "timeout",
+        rf"^more than {TIMEOUT} s, in training after \d+ steps \(({OURS})\.py:\d+\)$",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +215,17 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     made = Checkout(tmp_path_factory.mktemp("ground"))
     trained = made.run("distillbench", "train", "tiny-ring", "teacher", "--seeds", "0")
     assert trained.returncode == 0, trained.stderr
-    for name, limit in (("limited", f"stall_s: {STALL}"), ("short", f"timeout_s: {TIMEOUT}")):  # the keys are those of tiny-ring
-        made.write(f"workflows/benchmarks/{name}.yaml", RING.replace("tiny-ring", name).replace("timeout_s: 60", limit))
-        shutil.copytree(made.folder / "results/runs/tiny-ring", made.folder / f"results/runs/{name}")
+    for name, limit in (
+        ("limited", f"stall_s: {STALL}"),
+        ("short", f"timeout_s: {TIMEOUT}"),
+    ):  # the keys are those of tiny-ring
+        made.write(
+            f"workflows/benchmarks/{name}.yaml",
+            RING.replace("tiny-ring", name).replace("timeout_s: 60", limit),
+        )
+        shutil.copytree(
+            made.folder / "results/runs/tiny-ring", made.folder / f"results/runs/{name}"
+        )
     for name, (change, _, _) in (RAISED | DEADLY | SLOW).items():
         shutil.copytree(made.folder / "methods/dmd", made.folder / f"methods/{name}")
         edit(made.folder / f"methods/{name}/method.py", *change)
@@ -144,7 +247,9 @@ def record_of(made: Cell) -> dict:
 
 
 @pytest.mark.parametrize("name", list(RAISED))
-def test_what_a_method_raises_costs_its_own_row(here: Checkout, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_what_a_method_raises_costs_its_own_row(
+    here: Checkout, monkeypatch: pytest.MonkeyPatch, name: str
+):
     monkeypatch.setattr(watch, "limit_memory", quiet)  # of this process
     monkeypatch.setattr(torch, "set_flush_denormal", quiet)
     _, status, reason = RAISED[name]
@@ -155,14 +260,21 @@ def test_what_a_method_raises_costs_its_own_row(here: Checkout, monkeypatch: pyt
     assert record["status"] == status and re.search(reason, record["reason"]), record["reason"]
     assert not list(made.folder.glob(".*"))
     if name == "stop_at_import":
-        assert "does not import (GeneratorExit: no)" in str(plan.check(plan.Job((made,))))
+        assert "does not import (GeneratorExit: no)" in str(validate.check(Job((made,))))
 
 
 @pytest.mark.parametrize("name", list(DEADLY))
 def test_what_kills_the_process_costs_its_own_row(here: Checkout, name: str):
     """A record, exit code 0, no traceback on the terminal."""
     _, status, reason = DEADLY[name]
-    done = here.run("distillbench", "train", "tiny-ring", name, "--seeds", "0,1" if name == "dies_at_import" else "0")
+    done = here.run(
+        "distillbench",
+        "train",
+        "tiny-ring",
+        name,
+        "--seeds",
+        "0,1" if name == "dies_at_import" else "0",
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     record = record_of(cell(arm=name))
     assert record["status"] == status and re.search(reason, record["reason"]), record["reason"]
@@ -171,13 +283,17 @@ def test_what_kills_the_process_costs_its_own_row(here: Checkout, name: str):
         assert record_of(cell(arm=None, seed=1))["status"] == "done", "its teacher is not blamed"
         return
     starts = [line["start"] for line in journal.read(cell(arm=name).folder) if "start" in line]
-    assert starts == [0, AT, AT], "it is tried again from its checkpoint until it dies twice at one step"
+    assert starts == [0, AT, AT], (
+        "it is tried again from its checkpoint until it dies twice at one step"
+    )
     if name in ("segfault", "abort"):  # faulthandler's own words
         assert f"methods/{name}/method.py" in (cell(arm=name).folder / "traceback.txt").read_text()
 
 
 def test_what_hangs_or_takes_too_long_costs_its_own_row(here: Checkout):
-    running = {name: launched(here, "short" if name == "timeout" else "limited", name) for name in SLOW}
+    running = {
+        name: launched(here, "short" if name == "timeout" else "limited", name) for name in SLOW
+    }
     with ExitStack() as stack:
         for process in running.values():
             stack.enter_context(until_end(process))
@@ -187,7 +303,10 @@ def test_what_hangs_or_takes_too_long_costs_its_own_row(here: Checkout):
             _, status, reason = SLOW[name]
             made = cell("short" if name == "timeout" else "limited", name)
             record = record_of(made)
-            assert record["status"] == status and re.search(reason, record["reason"]), (name, record["reason"])
+            assert record["status"] == status and re.search(reason, record["reason"]), (
+                name,
+                record["reason"],
+            )
             assert [line["start"] for line in journal.read(made.folder) if "start" in line] == [0]
             if name in ("hang_native", "hang_stubborn", "own_alarm"):
                 assert f"methods/{name}/method.py" in (made.folder / "traceback.txt").read_text()
@@ -218,7 +337,7 @@ def brief(tmp_path: Path, seed: int = 0) -> Cell:
     return made
 
 
-def waits_for_the_lock(pulse: watch.Pulse) -> None:
+def waits_for_the_lock(pulse: Pulse) -> None:
     pulse.enter(0)
     with pulse.limits():
         pass
@@ -226,7 +345,7 @@ def waits_for_the_lock(pulse: watch.Pulse) -> None:
     pulse.enter(0)
 
 
-def is_stopped(pulse: watch.Pulse) -> None:
+def is_stopped(pulse: Pulse) -> None:
     """By Ctrl-Z, and then fg."""
     pulse.enter(0)
     with pulse.limits(), subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"]):
@@ -234,40 +353,44 @@ def is_stopped(pulse: watch.Pulse) -> None:
 
 
 @pytest.mark.parametrize("idle", [waits_for_the_lock, is_stopped])
-def test_time_in_which_nothing_can_happen_is_not_counted(here: Checkout, tmp_path: Path, idle: Callable[[watch.Pulse], None]):
+def test_time_in_which_nothing_can_happen_is_not_counted(
+    here: Checkout, tmp_path: Path, idle: Callable[[Pulse], None]
+):
     made = brief(tmp_path)
 
-    def work(pulse: watch.Pulse) -> None:
+    def work(pulse: Pulse) -> None:
         idle(pulse)
         with pulse.limits():
             time.sleep(0.5)
         if pulse.seconds() < 2:
             finished(made)
 
-    watch.supervise([made], work)
+    supervise([made], work)
     assert made.result() == {"status": "done"}
 
 
 def test_earlier_processes_count_for_the_time_limit(here: Checkout, tmp_path: Path):
-    def work(pulse: watch.Pulse) -> None:
+    def work(pulse: Pulse) -> None:
         pulse.enter(0)
         pulse.earlier = 1.9
-        with pytest.raises(watch.TimedOut), pulse.limits():
+        with pytest.raises(TimedOut), pulse.limits():
             time.sleep(1.5)
         finished(made)
 
     made = brief(tmp_path)
-    watch.supervise([made], work)
+    supervise([made], work)
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_deaths_outside_of_a_cell_end_the_command_and_leave_no_record(here: Checkout, tmp_path: Path, capsys, recorded: bool):
+def test_deaths_outside_of_a_cell_end_the_command_and_leave_no_record(
+    here: Checkout, tmp_path: Path, capsys, recorded: bool
+):
     """A worker that dies importing torch, say, once or again and again."""
     first, second = brief(tmp_path), brief(tmp_path, 1)
     if recorded:
         finished(first)
 
-    def work(pulse: watch.Pulse) -> None:
+    def work(pulse: Pulse) -> None:
         if recorded:
             pulse.enter(0)
         if os.environ.get("ONCE") and (tmp_path / "died").exists():
@@ -277,14 +400,16 @@ def test_deaths_outside_of_a_cell_end_the_command_and_leave_no_record(here: Chec
         (tmp_path / "died").touch()
         os._exit(3)
 
-    with pytest.raises(UserError, match=r"^the process died 2 times before any cell began: exit code 3: "):
-        watch.supervise([first, second], work)
+    with pytest.raises(
+        UserError, match=r"^the process died 2 times before any cell began: exit code 3: "
+    ):
+        supervise([first, second], work)
     assert second.result() is None and (first.result() is None) != recorded
     assert capsys.readouterr().err.count("starting it again") == 1
     (tmp_path / "died").unlink()
     with pytest.MonkeyPatch.context() as m:
         m.setenv("ONCE", "1")
-        watch.supervise([first, second], work)
+        supervise([first, second], work)
     assert second.result() == {"status": "done"}
 
 
@@ -301,14 +426,18 @@ class Gone:
         return False
 
 
-@pytest.mark.parametrize("error,code", [(UserError("no"), 2), (KeyboardInterrupt(), 130), (GeneratorExit(), 1)])
-def test_a_worker_ends_in_order_without_a_terminal(here: Checkout, tmp_path: Path, error: BaseException, code: int):
-    def work(pulse: watch.Pulse) -> None:
+@pytest.mark.parametrize(
+    "error,code", [(UserError("no"), 2), (KeyboardInterrupt(), 130), (GeneratorExit(), 1)]
+)
+def test_a_worker_ends_in_order_without_a_terminal(
+    here: Checkout, tmp_path: Path, error: BaseException, code: int
+):
+    def work(pulse: Pulse) -> None:
         sys.stderr = Gone()  # type: ignore[assignment]
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        watch.supervise([brief(tmp_path)], work)
+        supervise([brief(tmp_path)], work)
     assert ended.value.code == code
 
 
@@ -321,23 +450,29 @@ def test_progress_without_a_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_command_whose_reader_is_gone_goes_on(here: Checkout):
-    done = here.run("bash", "-c", "distillbench train tiny-ring meanflow --seeds 0 2> >(exec true); echo $?")
+    done = here.run(
+        "bash", "-c", "distillbench train tiny-ring meanflow --seeds 0 2> >(exec true); echo $?"
+    )
     assert done.stdout == "0\n" and record_of(cell())["status"] == "done"
     shutil.rmtree(cell().folder)
 
 
-@pytest.mark.parametrize("number", train.MACHINE)
-def test_an_error_of_the_machine_leaves_no_record(here: Checkout, monkeypatch: pytest.MonkeyPatch, number: int):
+@pytest.mark.parametrize("number", MACHINE)
+def test_an_error_of_the_machine_leaves_no_record(
+    here: Checkout, monkeypatch: pytest.MonkeyPatch, number: int
+):
     def broken(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(train, "price", broken)
-    leaves_no_record(monkeypatch, watch.Pulse(), UserError, re.escape(os.strerror(number)))
+    leaves_no_record(monkeypatch, Pulse(), UserError, re.escape(os.strerror(number)))
 
 
 @pytest.mark.parametrize("method", ["swallows", "converts"])
-def test_what_a_method_makes_of_ctrl_c_leaves_no_record(here: Checkout, monkeypatch: pytest.MonkeyPatch, method: str):
-    original, pulse = train.one_step, watch.Pulse()
+def test_what_a_method_makes_of_ctrl_c_leaves_no_record(
+    here: Checkout, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    original, pulse = one_step, Pulse()
 
     def step(*args: Any) -> dict[str, torch.Tensor]:
         pulse.interrupted = 1
@@ -349,13 +484,17 @@ def test_what_a_method_makes_of_ctrl_c_leaves_no_record(here: Checkout, monkeypa
     leaves_no_record(monkeypatch, pulse, KeyboardInterrupt, "^$")
 
 
-def leaves_no_record(monkeypatch: pytest.MonkeyPatch, pulse: watch.Pulse, error: type[BaseException], words: str) -> None:
+def leaves_no_record(
+    monkeypatch: pytest.MonkeyPatch, pulse: Pulse, error: type[BaseException], words: str
+) -> None:
     monkeypatch.setattr(watch, "limit_memory", quiet)
     monkeypatch.setattr(torch, "set_flush_denormal", quiet)
     made = cell()
     with made.locked(), pytest.raises(error, match=words):
         train.run_cell(made, quiet, pulse)
-    assert made.result() is None and not list(made.folder.glob("checkpoint*")), "a step that was cut short is not saved"
+    assert made.result() is None and not list(made.folder.glob("checkpoint*")), (
+        "a step that was cut short is not saved"
+    )
 
 
 def test_a_process_that_a_method_forks_does_not_keep_the_lock(tmp_path: Path):
@@ -376,18 +515,29 @@ def test_a_process_that_a_method_forks_does_not_keep_the_lock(tmp_path: Path):
 
 def test_a_failed_teacher_costs_the_rows_of_its_seed(checkout: Checkout):
     """Its students are refused, those of other seeds are not, and the table says so."""
-    checkout.write("workflows/tables/tiny-ring.yaml", "{name: tiny-ring, title: t, benchmarks: [tiny-ring], methods: [dmd]}\n")
+    checkout.write(
+        "workflows/tables/tiny-ring.yaml",
+        "{name: tiny-ring, title: t, benchmarks: [tiny-ring], methods: [dmd]}\n",
+    )
     teacher, student = cell(arm=None), cell(arm="dmd")
     teacher.folder.mkdir(parents=True)
-    watch.finish(teacher, describe(teacher) | {"status": "hung", "reason": "nothing ended"}, None, 1, None)
+    finish(
+        teacher, describe(teacher) | {"status": "hung", "reason": "nothing ended"}, None, 1, None
+    )
     done = checkout.run("distillbench", "train", "tiny-ring", "dmd")
     assert done.returncode == 0, done.stderr
     reason = "its teacher ended as hung: nothing ended"
     assert (record_of(student)["status"], record_of(student)["reason"]) == ("refused", reason)
-    assert f"REFUSED: {reason} in " in done.stderr and f"; to try again delete {teacher.record} and {student.record}\n" in done.stderr
+    assert (
+        f"REFUSED: {reason} in " in done.stderr
+        and f"; to try again delete {teacher.record} and {student.record}\n" in done.stderr
+    )
     other = cell(arm="dmd", seed=1)
     assert record_of(other)["status"] == "done"
-    assert re.search(r"tiny-ring/dmd +REFUSED +trained", checkout.run("distillbench", "status", "tiny-ring").stdout)
+    assert re.search(
+        r"tiny-ring/dmd +REFUSED +trained",
+        checkout.run("distillbench", "status", "tiny-ring").stdout,
+    )
     for arm in ("teacher", "dmd"):
         assert checkout.run("distillbench", "evaluate", "tiny-ring", arm).returncode == 0
     assert checkout.run("distillbench", "table", "tiny-ring").returncode == 0
@@ -417,12 +567,17 @@ def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: st
         assert process.returncode == (2 if whom == "worker" else -9)
         assert "continues" in errors or whom == "watcher"
     else:
-        assert process.returncode == 130 and errors.strip() == "distillbench: interrupted; the same command continues"
+        assert (
+            process.returncode == 130
+            and errors.strip() == "distillbench: interrupted; the same command continues"
+        )
     assert (folder / LAST).is_file() and not list(folder.glob(".*"))
     lines = journal.read(folder)
     checkpoints = [line["checkpoint"] for line in lines if "checkpoint" in line]
     if number in (signal.SIGTERM, signal.SIGUSR2):
-        assert lines[-1] == {"checkpoint": lines[-2]["step"] + 1}  # not one of the twenty: nothing is repeated
+        assert lines[-1] == {
+            "checkpoint": lines[-2]["step"] + 1
+        }  # not one of the twenty: nothing is repeated
     done = here.run("distillbench", "train", "tiny-ring", f"{whom}{number}", "--seeds", "0")
     assert done.returncode == 0 and record_of(cell(arm=f"{whom}{number}"))["status"] == "done"
     starts = [line["start"] for line in journal.read(folder) if "start" in line]
@@ -439,8 +594,12 @@ def started(here: Checkout, name: str, every_step: str) -> tuple[subprocess.Pope
 def launched(here: Checkout, benchmark: str, name: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["distillbench", "train", benchmark, name, "--seeds", "0"],
-        cwd=here.folder, env=here.environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        cwd=here.folder,
+        env=here.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 class until_end:
@@ -468,7 +627,9 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 def wait_for_no(path: Path, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     with suppress(FileNotFoundError, ProcessLookupError):  # gone between two looks
-        while (state := (path / "status").read_text().partition("State:")[2][:4]) and "Z" not in state:
+        while (
+            state := (path / "status").read_text().partition("State:")[2][:4]
+        ) and "Z" not in state:
             assert time.monotonic() < end, path
             time.sleep(0.01)
 
@@ -489,16 +650,26 @@ cli.main()
 def test_a_kill_for_lack_of_memory_is_told_from_a_kill_by_somebody(here: Checkout):
     """By the kernel's count of such kills; without it even ten deaths at one step make no record."""
     shutil.copytree(here.folder / "methods/dmd", here.folder / "methods/kills_itself")
-    edit(here.folder / "methods/kills_itself/method.py", *before(FIRST, TRIGGER + "import os; os.kill(os.getpid(), 9)"))
+    edit(
+        here.folder / "methods/kills_itself/method.py",
+        *before(FIRST, TRIGGER + "import os; os.kill(os.getpid(), 9)"),
+    )
     made = cell(arm="kills_itself")
     for _ in range(3):
         done = here.run(sys.executable, "-c", OOM.format(counted=False))
-        assert done.returncode == 2 and "was killed (SIGKILL); the same command continues" in done.stderr
+        assert (
+            done.returncode == 2
+            and "was killed (SIGKILL); the same command continues" in done.stderr
+        )
         assert not made.record.exists() and len(done.stderr.strip().splitlines()) == 1
     done = here.run(sys.executable, "-c", OOM.format(counted=True))
     assert done.returncode == 0, done.stderr
     record = record_of(made)
-    assert record["status"] == "oom" and record["reason"] == "killed by the kernel for lack of memory 2 times, in training after 7 steps"
+    assert (
+        record["status"] == "oom"
+        and record["reason"]
+        == "killed by the kernel for lack of memory 2 times, in training after 7 steps"
+    )
 
 
 LIMITED = """
@@ -518,44 +689,64 @@ layer(torch.randn(8, 64)).sum().backward()
 def test_a_greedy_process_gets_an_error_and_its_neighbours_live(here: Checkout):
     code = LIMITED.format(limit=True)
     assert here.run(sys.executable, "-c", code).stdout == "True\n"
-    assert here.run(sys.executable, "-c", code.replace("if True", "if False").replace(".fill_(0)", "")).stdout == ""  # planted: no limit
+    assert (
+        here.run(
+            sys.executable, "-c", code.replace("if True", "if False").replace(".fill_(0)", "")
+        ).stdout
+        == ""
+    )  # planted: no limit
 
 
-def test_memory_that_is_left_is_that_of_the_machine_and_of_the_control_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    texts = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  1000 kB\nSwapFree: 24 kB\n", "/proc/self/cgroup": ""}
+def test_memory_that_is_left_is_that_of_the_machine_and_of_the_control_groups(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    texts = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  1000 kB\nSwapFree: 24 kB\n",
+        "/proc/self/cgroup": "",
+    }
     monkeypatch.setattr(memory, "_text", lambda path: texts.get(str(path), ""))
     assert memory.available() == 1 << 20
     texts["/proc/self/cgroup"] = "0::/slurm/job_1/step_0\n"
-    texts |= {"/sys/fs/cgroup/slurm/job_1/memory.max": "500000", "/sys/fs/cgroup/slurm/job_1/memory.current": "300000"}
+    texts |= {
+        "/sys/fs/cgroup/slurm/job_1/memory.max": "500000",
+        "/sys/fs/cgroup/slurm/job_1/memory.current": "300000",
+    }
     assert memory.available() == 200000
-    texts["/sys/fs/cgroup/slurm/job_1/memory.stat"] = "anon 1\ninactive_file 100000\n"  # cache of files is given back
+    texts["/sys/fs/cgroup/slurm/job_1/memory.stat"] = (
+        "anon 1\ninactive_file 100000\n"  # cache of files is given back
+    )
     texts["/sys/fs/cgroup/slurm/job_1/step_0/memory.max"] = "max"
     assert memory.available() == 300000
     texts["/proc/self/cgroup"] = "5:cpu:/a\n4:memory:/a\n"
-    texts |= {"/sys/fs/cgroup/memory/a/memory.limit_in_bytes": "70000", "/sys/fs/cgroup/memory/a/memory.usage_in_bytes": "60000"}
+    texts |= {
+        "/sys/fs/cgroup/memory/a/memory.limit_in_bytes": "70000",
+        "/sys/fs/cgroup/memory/a/memory.usage_in_bytes": "60000",
+    }
     assert memory.available() == 10000
     texts.clear()
     assert memory.available() is None
 
 
 def test_a_beat_is_cheap():
-    pulse, start = watch.Pulse.shared(), time.perf_counter()
+    pulse, start = Pulse.shared(), time.perf_counter()
     for i in range(100_000):
-        pulse.beat(watch.TRAINING, i)
+        pulse.beat(TRAINING, i)
     assert (time.perf_counter() - start) / 100_000 < 1e-5  # 1 % of a step of a millisecond
 
 
 # What was on disk when the process ended
 
 
-def interrupt(pulse: watch.Pulse) -> None:
+def interrupt(pulse: Pulse) -> None:
     """As the worker's handler of Ctrl-C does."""
     pulse.interrupted = 1
     raise KeyboardInterrupt
 
 
 @pytest.fixture
-def interrupted(here: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cell, list[dict[str, float]]]]:
+def interrupted(
+    here: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Cell, list[dict[str, float]]]]:
     """meanflow, killed after 30 steps with a checkpoint every step, and the step lines of the uninterrupted run."""
     monkeypatch.setattr(watch, "limit_memory", quiet)
     monkeypatch.setattr(torch, "set_flush_denormal", quiet)
@@ -565,7 +756,7 @@ def interrupted(here: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[tup
         train.run_cell(made, quiet)
         expected = [line for line in journal.read(made.folder) if "step" in line]
         shutil.rmtree(made.folder)
-        original, pulse = train.one_step, watch.Pulse()
+        original, pulse = one_step, Pulse()
 
         def killed(*args):
             if args[1] == 30:
@@ -586,12 +777,14 @@ def resumed(made: Cell) -> tuple[list[int], list[dict[str, float]]]:
     with made.locked():
         assert train.run_cell(made, quiet)["status"] == "done"
     lines = journal.read(made.folder)
-    return [line["start"] for line in lines if "start" in line], [line for line in lines if "step" in line]
+    return [line["start"] for line in lines if "start" in line], [
+        line for line in lines if "step" in line
+    ]
 
 
 def save_every(made: Cell) -> int:
     (start,) = [line for line in journal.read(made.folder) if "start" in line]
-    return max(1, start["steps"] // train.CHECKPOINTS)
+    return max(1, start["steps"] // CHECKPOINTS)
 
 
 def test_a_resumed_cell_repeats_what_came_after_its_checkpoint_and_nothing_else(interrupted):
@@ -599,24 +792,28 @@ def test_a_resumed_cell_repeats_what_came_after_its_checkpoint_and_nothing_else(
     k = 30 // save_every(made) * save_every(made)
     starts, steps = resumed(made)
     assert starts == [0, k]
-    assert steps == expected[:30] + expected[k:], "lines of steps after the checkpoint come again, and are equal"
+    assert steps == expected[:30] + expected[k:], (
+        "lines of steps after the checkpoint come again, and are equal"
+    )
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 29, "lo', b"{", b'{"step": 30, "loss": 1.5}'])
 def test_an_unfinished_last_line_is_cut(interrupted, torn: bytes):
     made, expected = interrupted
     k = 30 // save_every(made) * save_every(made)
-    with open(made.folder / journal.NAME, "ab") as f:
+    with open(made.folder / NAME, "ab") as f:
         f.write(torn)
     assert journal.read(made.folder)  # status reads it too
     _, steps = resumed(made)
     assert steps == expected[:30] + expected[k:]
-    assert all(json.loads(line) for line in (made.folder / journal.NAME).read_text().splitlines())
+    assert all(json.loads(line) for line in (made.folder / NAME).read_text().splitlines())
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "missing"])
 @pytest.mark.parametrize("which", ["last", "both"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(interrupted, capsys, damage: str, which: str):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    interrupted, capsys, damage: str, which: str
+):
     made, expected = interrupted
     every = save_every(made)
     k = 30 // every * every - every if which == "last" else 0
@@ -653,17 +850,24 @@ def test_a_resumed_cell_has_the_seconds_of_all_its_processes(interrupted):
     assert not (made.folder / "traceback.txt").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_costs_none(interrupted, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_that_cannot_be_written_costs_none(
+    interrupted, monkeypatch: pytest.MonkeyPatch
+):
     made, _ = interrupted
     before = {p.name: p.read_bytes() for p in made.folder.glob("checkpoint*")}
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(UserError, match=r"checkpoint\.safetensors: cannot be written"):
         save_progress(made.folder, made.key, 31, 1.0, {}, {})
-    assert len(before) == 2 and {p.name: p.read_bytes() for p in made.folder.glob("*checkpoint*")} == before
+    assert (
+        len(before) == 2
+        and {p.name: p.read_bytes() for p in made.folder.glob("*checkpoint*")} == before
+    )
 
 
 def test_a_state_of_other_things_than_tensors_is_named(tmp_path):
-    with pytest.raises(TypeError, match=r"state_dict\(\)\['seen'\] is of type int: keep tensors there"):
+    with pytest.raises(
+        TypeError, match=r"state_dict\(\)\['seen'\] is of type int: keep tensors there"
+    ):
         save_progress(tmp_path, "key", 1, 1.0, {}, {"seen": 3})
 
 
@@ -671,12 +875,16 @@ def test_a_kill_between_record_and_end_leaves_no_checkpoint(here: Checkout):
     made = cell()
     finished(made)
     (made.folder / LAST).touch()
-    assert here.run("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0").returncode == 0
+    assert (
+        here.run("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0").returncode == 0
+    )
     assert not (made.folder / LAST).exists()
     shutil.rmtree(made.folder)
 
 
-def test_a_kill_between_training_and_record_does_not_train_again(interrupted, monkeypatch: pytest.MonkeyPatch):
+def test_a_kill_between_training_and_record_does_not_train_again(
+    interrupted, monkeypatch: pytest.MonkeyPatch
+):
     made, _ = interrupted
     with monkeypatch.context() as m:
         m.setattr(train, "sample", lambda *_, pulse: interrupt(pulse))
@@ -687,9 +895,13 @@ def test_a_kill_between_training_and_record_does_not_train_again(interrupted, mo
     assert len(steps) == trained and starts[-1] == journal.read(made.folder)[0]["steps"]
 
 
-def test_ctrl_c_in_the_middle_of_a_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_in_the_middle_of_a_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "a").write_bytes(b"before")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "a", b"after")
-    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (
+        tmp_path / "a"
+    ).read_bytes() == b"before"

@@ -10,24 +10,29 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from distillbench import config, registry, times, train
-from distillbench.data import Mixture
+from distillbench import config, reading, times
+from distillbench.cells import train
+from distillbench.cells.sampling import sample
+from distillbench.cells.setup import furnish, price
+from distillbench.config import MethodFile
+from distillbench.data.mixture import Mixture
 from distillbench.matching import matching_gradient
 from distillbench.meter import Meter
-from distillbench.method import Batch, Condition, Step, Task
-from distillbench.networks import VelocityNetwork
+from distillbench.method import Batch, Condition, Step, Task, Teacher
+from distillbench.networks.mlp import VelocityMLP
 from distillbench.paths import denoiser, noised, over
+from distillbench.registry import folders
 from distillbench.seeds import Rng
-from distillbench.teachers import MixtureVelocity, Teacher
-from eval.mixtures import sliced_wasserstein
+from distillbench.teachers.exact import MixtureVelocity
+from eval.metrics.mixtures import sliced_wasserstein
 from tests.conftest import captured
 from tests.test_meter import cell, quiet
 from tests.toys import random_task, shake, watch_updates, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/sid"
-SiD = registry.load(SimpleNamespace(name="sid", path=FOLDER))
+SiD = folders.load(SimpleNamespace(name="sid", path=FOLDER))
 method = sys.modules[SiD.__module__]
-FILE = config.read(FOLDER / "config.yaml", config.MethodFile)
+FILE = reading.read(FOLDER / "config.yaml", MethodFile)
 SHAPE, N = (1, 4, 4), 16
 SIDA = FILE.variants["sida"].config
 PLAYERS = {"student": {"lr": 1e-2}, "critic": {"lr": 1e-2}}
@@ -71,7 +76,11 @@ def still(player) -> None:
 
 Z, E = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
 MIDPOINTS = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-ZZ, EE, TT = Z.repeat_interleave(4000)[:, None], E.repeat_interleave(4000)[:, None], MIDPOINTS.repeat(4)
+ZZ, EE, TT = (
+    Z.repeat_interleave(4000)[:, None],
+    E.repeat_interleave(4000)[:, None],
+    MIDPOINTS.repeat(4),
+)
 ONE = torch.ones(1, 1, dtype=torch.float64)
 ALPHAS = (-0.25, 0.0, 0.5, 1.0, 1.2, 1.5)
 
@@ -86,7 +95,11 @@ def parts(x: Tensor, critic: float) -> tuple[Tensor, Tensor, Tensor]:
     """delta, x and D_real for samples x and the optimal critic of N(0, critic^2)."""
     x_t = noised(x, EE, TT)
     v_real = velocity(x_t, TT, 0.0, 1.0)
-    return method.difference(velocity(x_t, TT, 0.0, critic), v_real, TT), x, denoiser(x_t, v_real, TT)
+    return (
+        method.difference(velocity(x_t, TT, 0.0, critic), v_real, TT),
+        x,
+        denoiser(x_t, v_real, TT),
+    )
 
 
 def slope(loss, a: float) -> float:
@@ -120,10 +133,16 @@ def test_half_the_exact_gradient_at_alpha_one_half(a):  # test 3
 def test_oracle_table_of_alpha():  # test 4, SID-2
     table = lambda a: [slope(projected(alpha), a) for alpha in ALPHAS]
     assert table(0.2) == pytest.approx([-0.023, -0.038, -0.068, -0.098, -0.110, -0.128], abs=7e-4)
-    assert table(4.0)[:5] == pytest.approx([1.67, 1.44, 0.96, 0.48, 0.29], abs=7e-3) and table(4.0)[5] == pytest.approx(0.007, abs=5e-4)
+    assert table(4.0)[:5] == pytest.approx([1.67, 1.44, 0.96, 0.48, 0.29], abs=7e-3) and table(4.0)[
+        5
+    ] == pytest.approx(0.007, abs=5e-4)
     assert slope(projected(2.0), 4.0) < -0.1  # from too wide a generator a large alpha diverges
-    swapped = [slope(lambda d, *rest, alpha=alpha: projected(alpha)(-d, *rest), 0.2) for alpha in ALPHAS]
-    assert all(abs(s / found - 1) > 0.1 for s, found in zip(swapped, table(0.2)))  # planted: D_fake - D_real
+    swapped = [
+        slope(lambda d, *rest, alpha=alpha: projected(alpha)(-d, *rest), 0.2) for alpha in ALPHAS
+    ]
+    assert all(
+        abs(s / found - 1) > 0.1 for s, found in zip(swapped, table(0.2))
+    )  # planted: D_fake - D_real
 
 
 def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
@@ -131,7 +150,15 @@ def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
         assert slope(naive, a) >= 0  # descent shrinks every generator
         for alpha in (-0.25, 0.0, 0.5, 0.75, 1.0, 1.2):
             assert slope(projected(alpha), a) * (a - 1) > 0
-    for alpha in (-0.25, 0.0, 0.5, 0.75, 1.0, 1.2, 1.5):  # stationary at the teacher, whatever alpha
+    for alpha in (
+        -0.25,
+        0.0,
+        0.5,
+        0.75,
+        1.0,
+        1.2,
+        1.5,
+    ):  # stationary at the teacher, whatever alpha
         assert abs(slope(projected(alpha), 1.0)) < 1e-12
     ends = []
     for loss in (naive, projected(1.0), projected(0.5)):
@@ -139,15 +166,23 @@ def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
         for _ in range(300):
             a -= slope(loss, a)
         ends.append(a)
-    assert ends[0] < 0.1 and ends[1] == pytest.approx(1, abs=1e-3) and ends[2] == pytest.approx(1, abs=2e-2)
+    assert (
+        ends[0] < 0.1
+        and ends[1] == pytest.approx(1, abs=1e-3)
+        and ends[2] == pytest.approx(1, abs=2e-2)
+    )
 
 
 def test_gradient_is_linear_in_alpha():  # test 5: (1 - alpha) A + B / 2
     for a in (0.2, 0.9, 4.0):
         big_a = slope(naive, a)
-        big_b = slope(lambda delta, x, d_real: 2 * (delta * (d_real - delta - x)).mean(), a)  # D_fake = D_real - delta
+        big_b = slope(
+            lambda delta, x, d_real: 2 * (delta * (d_real - delta - x)).mean(), a
+        )  # D_fake = D_real - delta
         for alpha in (*ALPHAS, 0.75):
-            assert slope(projected(alpha), a) == pytest.approx((1 - alpha) * big_a + big_b / 2, rel=1e-9)
+            assert slope(projected(alpha), a) == pytest.approx(
+                (1 - alpha) * big_a + big_b / 2, rel=1e-9
+            )
         wrong = (1 - 1.5) * big_a + big_b  # planted: B whole
         assert abs(slope(projected(1.5), a) / wrong - 1) > 1e-2
 
@@ -157,7 +192,12 @@ def test_identity_on_a_mixture():
     mixture = Mixture(torch.tensor([[-1.0], [1.2]]), 0.5, torch.tensor([0.3, 0.7]), None, 0)
     teacher = MixtureVelocity(mixture).double()
     nodes = torch.linspace(-6, 6, 81, dtype=torch.float64)
-    z, e, t = (v.flatten() for v in torch.meshgrid(nodes, nodes, (torch.arange(12, dtype=torch.float64) + 0.5) / 12, indexing="ij"))
+    z, e, t = (
+        v.flatten()
+        for v in torch.meshgrid(
+            nodes, nodes, (torch.arange(12, dtype=torch.float64) + 0.5) / 12, indexing="ij"
+        )
+    )
     mass = torch.exp(-(z**2 + e**2) / 2)
     w = (mass.mean() / mass)[:, None]  # 1/W is the row's weight
     z, e = z[:, None], e[:, None]
@@ -166,7 +206,11 @@ def test_identity_on_a_mixture():
         x = m + a * z
         x_t = noised(x, e, t)
         v_real = teacher(x_t, t)
-        return method.difference(velocity(x_t, t, m.detach(), a.detach()), v_real, t), x, denoiser(x_t, v_real, t)
+        return (
+            method.difference(velocity(x_t, t, m.detach(), a.detach()), v_real, t),
+            x,
+            denoiser(x_t, v_real, t),
+        )
 
     for start in ((0.5, 0.3), (-0.4, 1.5)):
         leaves = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in start]
@@ -179,13 +223,18 @@ def test_identity_on_a_mixture():
                 ends.append(method.naive_loss(both(*moved)[0], w).item())
             exact = (ends[0] - ends[1]) / 2e-4
             assert 2 * gradient[i].item() == pytest.approx(exact, rel=1e-3)
-            assert abs(alone[i].item() / exact - 1) > 0.05  # planted: the critic taken for a constant
+            assert (
+                abs(alone[i].item() / exact - 1) > 0.05
+            )  # planted: the critic taken for a constant
 
 
 def test_the_critics_error_is_orthogonal_to_every_function_of_the_noisy_sample():  # test 7
     n, a = 400_000, 0.6
     g = torch.Generator().manual_seed(0)
-    x, e = a * torch.randn(n, 1, dtype=torch.float64, generator=g), torch.randn(n, 1, dtype=torch.float64, generator=g)
+    x, e = (
+        a * torch.randn(n, 1, dtype=torch.float64, generator=g),
+        torch.randn(n, 1, dtype=torch.float64, generator=g),
+    )
     t = torch.rand(n, dtype=torch.float64, generator=g)
     x_t = noised(x, e, t)
     for function in (x_t, x_t**3, torch.sin(3 * x_t) + over(t, x_t), (x_t > 0.2).double()):
@@ -223,7 +272,10 @@ def official(y: Tensor, n: Tensor, sigma: Tensor, alpha: float) -> tuple[Tensor,
 @pytest.mark.parametrize("alpha", [1.0, 1.2, -0.25])
 def test_loss_in_velocities_is_the_loss_in_denoisers(alpha):  # (i)
     y = torch.randn(32, 3, 5, dtype=torch.float64, requires_grad=True)
-    n, sigma = torch.randn(32, 3, 5, dtype=torch.float64), torch.logspace(-2.7, 1.4, 32, dtype=torch.float64)
+    n, sigma = (
+        torch.randn(32, 3, 5, dtype=torch.float64),
+        torch.logspace(-2.7, 1.4, 32, dtype=torch.float64),
+    )
     expected, delta, w = official(y, n, sigma, alpha)
 
     def ours(t: Tensor, swap: bool = False, clean: bool = True) -> Tensor:
@@ -241,7 +293,11 @@ def test_loss_in_velocities_is_the_loss_in_denoisers(alpha):  # (i)
     torch.testing.assert_close(ours(t), expected, rtol=1e-9, atol=0)
     gradient = lambda loss: torch.autograd.grad(loss, y, retain_graph=True)[0]
     torch.testing.assert_close(gradient(ours(t)), gradient(expected), rtol=1e-8, atol=1e-12)
-    planted = (ours(t, swap=True), ours(t, clean=False), official(y, n, sigma, alpha + 0.2)[0])  # delta's sign; x_t in W; alpha
+    planted = (
+        ours(t, swap=True),
+        ours(t, clean=False),
+        official(y, n, sigma, alpha + 0.2)[0],
+    )  # delta's sign; x_t in W; alpha
     for wrong in planted:
         assert not torch.allclose(gradient(wrong), gradient(expected), rtol=1e-2, atol=1e-6)
 
@@ -255,13 +311,19 @@ def test_normaliser():  # test 8: detached, one for each sample, of the clean sa
     w = method.normaliser(x, real)
     assert w.shape == (8, 1, 1) and not w.requires_grad
     torch.testing.assert_close(w[:, 0, 0], t * (v - (e - x)).abs().mean((1, 2)).detach())
-    assert not torch.allclose(w, method.normaliser(x_t, real), rtol=1e-2)  # planted: the noisy sample
+    assert not torch.allclose(
+        w, method.normaliser(x_t, real), rtol=1e-2
+    )  # planted: the noisy sample
     assert (method.normaliser(torch.zeros(4, 3), 1e-7 * torch.randn(4, 3)) == 1e-5).all()
-    assert method.normaliser(torch.zeros(4, 3), torch.full((4, 3), 1e-4)).flatten().tolist() == pytest.approx([1e-4] * 4)
+    assert method.normaliser(
+        torch.zeros(4, 3), torch.full((4, 3), 1e-4)
+    ).flatten().tolist() == pytest.approx([1e-4] * 4)
     t = torch.tensor([0.0, 1e-8, 0.5, 1.0])  # nothing is divided by t
     v, x, e = torch.randn(3, 4, 3)
     real = denoiser(noised(x, e, t), v, t)
-    assert method.projected_loss(method.difference(-v, v, t), x, real, method.normaliser(x, real), 1.0).isfinite()
+    assert method.projected_loss(
+        method.difference(-v, v, t), x, real, method.normaliser(x, real), 1.0
+    ).isfinite()
 
 
 # The generator's update.
@@ -269,14 +331,27 @@ def test_normaliser():  # test 8: detached, one for each sample, of the clean sa
 
 def seen_by(monkeypatch, m) -> dict:
     """Runs a step; returns its loss's gradient in the samples x and what the loss was made of."""
-    differences, losses, found = captured(monkeypatch, method, "difference"), captured(monkeypatch, method, "projected_loss"), {}
+    differences, losses, found = (
+        captured(monkeypatch, method, "difference"),
+        captured(monkeypatch, method, "projected_loss"),
+        {},
+    )
     original = m.student.update
 
     def update(loss: Tensor) -> None:
         (_, v_real, t), _ = differences[0]
         (delta, x, _, w, _), value = losses[0]
         (gradient,) = torch.autograd.grad(value, x, retain_graph=True)
-        found.update(gradient=gradient, x=x, t=t, e=step().rng("e").normal(*x.shape), v_real=v_real, delta=delta, w=w, loss=value)
+        found.update(
+            gradient=gradient,
+            x=x,
+            t=t,
+            e=step().rng("e").normal(*x.shape),
+            v_real=v_real,
+            delta=delta,
+            w=w,
+            loss=value,
+        )
         original(loss)
 
     m.student.update = update
@@ -285,7 +360,9 @@ def seen_by(monkeypatch, m) -> dict:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.2])
-def test_gradient_of_the_generator(monkeypatch, alpha):  # (b.3): through both networks' inputs, nothing stopped but W
+def test_gradient_of_the_generator(
+    monkeypatch, alpha
+):  # (b.3): through both networks' inputs, nothing stopped but W
     m, task = made(alpha=alpha)
     found = seen_by(monkeypatch, m)
     labels, t, e = batch().cond.labels[N:], 0.02 + 0.78 * step().rng("t").uniform(N), found["e"]
@@ -296,14 +373,25 @@ def test_gradient_of_the_generator(monkeypatch, alpha):  # (b.3): through both n
         x_t = noised(x, e, t)
         real = denoiser(x_t, task.teacher.velocity(x_t, t, Condition(labels)), t)
         fake = denoiser(x_t, m.fake(x_t, t, labels), t)
-        real, fake = (real.detach() if "real" in stop else real), (fake.detach() if "fake" in stop else fake)
+        real, fake = (
+            (real.detach() if "real" in stop else real),
+            (fake.detach() if "fake" in stop else fake),
+        )
         w = (x - real).abs().mean((1, 2, 3), keepdim=True)
         delta = real - fake
-        loss = (sign * delta * (real - x - alpha * sign * delta) / (w if stop == "none" else w.detach())).mean()
+        loss = (
+            sign * delta * (real - x - alpha * sign * delta) / (w if stop == "none" else w.detach())
+        ).mean()
         return torch.autograd.grad(loss, x)[0]
 
     torch.testing.assert_close(found["gradient"], expected(), rtol=1e-3, atol=1e-7)
-    for planted in (expected("real"), expected("fake"), expected("real fake"), expected("none"), expected(sign=-1.0)):
+    for planted in (
+        expected("real"),
+        expected("fake"),
+        expected("real fake"),
+        expected("none"),
+        expected(sign=-1.0),
+    ):
         assert not torch.allclose(found["gradient"], planted, rtol=1e-2, atol=1e-6)
 
 
@@ -314,16 +402,26 @@ def test_detached_is_the_gradient_of_dmd(monkeypatch):  # test 2, SID-6
         with monkeypatch.context() as patch:
             both[name] = seen_by(patch, m)
     d = both["detached"]
-    torch.testing.assert_close(d["gradient"], -d["delta"] / d["w"] / d["delta"].numel(), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        d["gradient"], -d["delta"] / d["w"] / d["delta"].numel(), rtol=1e-5, atol=1e-9
+    )
     x_t, labels = noised(d["x"], d["e"], d["t"]).detach(), batch().cond.labels[N:]
-    again = made(loss="detached")[0]  # the critic has moved once before the generator's turn: so must this one
+    again = made(loss="detached")[
+        0
+    ]  # the critic has moved once before the generator's turn: so must this one
     again.train_step(batch(), step())
     v_fake = again.fake(x_t, d["t"], labels)
-    dmd = matching_gradient(d["v_real"], v_fake, d["x"], d["e"], d["t"], "residual") / d["x"].numel()
+    dmd = (
+        matching_gradient(d["v_real"], v_fake, d["x"], d["e"], d["t"], "residual") / d["x"].numel()
+    )
     torch.testing.assert_close(d["gradient"], dmd, rtol=1e-4, atol=1e-8)
-    assert not torch.allclose(both["projected"]["gradient"], d["gradient"], rtol=0.1, atol=1e-5)  # planted: through the networks
+    assert not torch.allclose(
+        both["projected"]["gradient"], d["gradient"], rtol=0.1, atol=1e-5
+    )  # planted: through the networks
     assert not torch.allclose(-d["gradient"], dmd, rtol=0.1, atol=1e-5)
-    torch.testing.assert_close(both["projected"]["loss"], d["loss"])  # values do not tell them apart
+    torch.testing.assert_close(
+        both["projected"]["loss"], d["loss"]
+    )  # values do not tell them apart
 
 
 def test_alpha_does_not_matter_where_nothing_flows_through_the_networks(monkeypatch):
@@ -337,14 +435,21 @@ def test_alpha_does_not_matter_where_nothing_flows_through_the_networks(monkeypa
     assert not torch.allclose(ends[2], ends[3], atol=1e-4)
 
 
-def test_a_critic_that_equals_the_teacher_is_stationary(monkeypatch):  # test 1: the student starts there
+def test_a_critic_that_equals_the_teacher_is_stationary(
+    monkeypatch,
+):  # test 1: the student starts there
     for loss in ("projected", "naive", "detached"):
-        for w, moves in ((1.0, False), (3.0, True)):  # planted: the teacher is guided, the critic never
+        for w, moves in (
+            (1.0, False),
+            (3.0, True),
+        ):  # planted: the teacher is guided, the critic never
             m, _ = made(critic_differs=False, loss=loss)
             still(m.critic)
             before, values = weights(m.net), []
             original = m.student.update
-            m.student.update = lambda loss, values=values, original=original: values.append(loss.item()) or original(loss)
+            m.student.update = lambda loss, values=values, original=original: (
+                values.append(loss.item()) or original(loss)
+            )
             logged = m.train_step(batch(w), step())
             assert (logged["delta"] > 0.01) == moves and (abs(values[0]) > 1e-4) == moves
             assert torch.equal(weights(m.net), before) != moves
@@ -357,7 +462,9 @@ def test_each_update_moves_its_own_player_only():  # test 9; (c): the critic fir
     teacher, order = weights(task.teacher.network), watch_updates(m)
     m.train_step(batch(), step())
     assert order == ["critic", "student"] and torch.equal(weights(task.teacher.network), teacher)
-    assert all(p.grad is None for net in (m.net, m.fake, task.teacher.network) for p in net.parameters())
+    assert all(
+        p.grad is None for net in (m.net, m.fake, task.teacher.network) for p in net.parameters()
+    )
 
 
 def test_the_generators_update_computes_no_gradient_of_the_critics_weights():
@@ -369,7 +476,9 @@ def test_the_generators_update_computes_no_gradient_of_the_critics_weights():
         def update(loss: Tensor, m=m, trained=trained) -> None:
             for more in [[], m.critic.parameters][: 1 + trained]:
                 with FlopCounterMode(display=False) as counter:
-                    torch.autograd.grad(loss, m.student.parameters + more, retain_graph=True, allow_unused=True)
+                    torch.autograd.grad(
+                        loss, m.student.parameters + more, retain_graph=True, allow_unused=True
+                    )
                 found.append(counter.get_total_flops())
 
         m.student.update = update
@@ -394,10 +503,17 @@ def test_the_generator_sees_scaled_noise_and_no_data():  # (a), (i)
             t = torch.full((8,), sigma / (1 + sigma))
             x_t = sigma * z / (1 + sigma)
             torch.testing.assert_close(x, denoiser(x_t, m.net(x_t, t, labels), t))
-        for planted in (level * z + level * v, -level * v, z - m.net(z, torch.full((8,), 0.5), labels)):
+        for planted in (
+            level * z + level * v,
+            -level * v,
+            z - m.net(z, torch.full((8,), 0.5), labels),
+        ):
             assert not torch.allclose(x, planted, atol=1e-2)
         torch.testing.assert_close(m.sample(z, Condition(labels), 1, None), x)
-    for level, std in ((FILE.config["input_time"], 0.75), (FILE.benchmarks["gaussians"]["input_time"], 1.0)):  # sigma_init = 2.5, scaled
+    for level, std in (
+        (FILE.config["input_time"], 0.75),
+        (FILE.benchmarks["gaussians"]["input_time"], 1.0),
+    ):  # sigma_init = 2.5, scaled
         assert level == pytest.approx(2.5 * std / 0.5 / (1 + 2.5 * std / 0.5), abs=1e-3)
 
 
@@ -405,13 +521,22 @@ def test_fresh_noise_and_labels_for_each_update():  # (c)
     m, _ = made(loss="detached")
     asked = []
     for net in (m.net, m.fake):
-        net.register_forward_hook(lambda _m, args, _o: asked.append((args, torch.is_grad_enabled())))
+        net.register_forward_hook(
+            lambda _m, args, _o: asked.append((args, torch.is_grad_enabled()))
+        )
     data = batch()
     m.train_step(data, step())
     (z, fake, z2, fake2) = (a for a, _ in asked)
-    assert [grad for _, grad in asked] == [False, True, True, False]  # detached: the critic's second evaluation keeps no graph
+    assert [grad for _, grad in asked] == [
+        False,
+        True,
+        True,
+        False,
+    ]  # detached: the critic's second evaluation keeps no graph
     for first, second in ((z, z2), (fake, fake2)):
-        assert torch.equal(first[2], data.cond.labels[:N]) and torch.equal(second[2], data.cond.labels[N:])
+        assert torch.equal(first[2], data.cond.labels[:N]) and torch.equal(
+            second[2], data.cond.labels[N:]
+        )
         assert not torch.allclose(first[0], second[0], atol=0.1)
     assert abs(torch.corrcoef(torch.stack([fake[1], fake2[1]]))[0, 1]) < 0.9
 
@@ -421,7 +546,10 @@ def test_guidance_reaches_the_teacher_and_not_the_critic():
     for w in (1.0, 3.0):
         m, _ = made()
         logged.append(m.train_step(batch(w), step()))
-    assert logged[0]["critic"] == logged[1]["critic"] and abs(logged[0]["delta"] - logged[1]["delta"]) > 1e-3
+    assert (
+        logged[0]["critic"] == logged[1]["critic"]
+        and abs(logged[0]["delta"] - logged[1]["delta"]) > 1e-3
+    )
 
 
 # Noise levels and the critic.
@@ -442,7 +570,9 @@ def test_times_of_the_paper(std, highest):  # (b.2), (b.3), (i): in proportion t
     n = 20_000
     m, _ = made(law="edm", data_std=std)
     t = m.generator_times(Rng(0, "t"), n)
-    assert t.max().item() == pytest.approx(highest, abs=5e-4) and t.min().item() == pytest.approx(0.002 * std / 0.5, abs=5e-4)
+    assert t.max().item() == pytest.approx(highest, abs=5e-4) and t.min().item() == pytest.approx(
+        0.002 * std / 0.5, abs=5e-4
+    )
     median = method.karras(torch.tensor(0.4)).item() * std / 0.5
     assert t.median().item() == pytest.approx(median / (1 + median), abs=0.02)
     t, weight = m.critic_times(Rng(0, "t"), n)
@@ -460,13 +590,21 @@ def test_times_of_a_step():
         m.fake.register_forward_hook(lambda _m, args, _o, seen=seen: seen.append(args[1]))
         m.train_step(batch(n=n), step())
         critic, student = seen
-        assert all(len(t.unique()) > 0.9 * n for t in seen) and abs(torch.corrcoef(torch.stack(seen))[0, 1]) < 0.06
+        assert (
+            all(len(t.unique()) > 0.9 * n for t in seen)
+            and abs(torch.corrcoef(torch.stack(seen))[0, 1]) < 0.06
+        )
         if law == "uniform":
             assert 0.02 <= student.min() < 0.025 and 0.795 < student.max() <= 0.8
             assert critic.min() < 0.005 and critic.max() > 0.995
         else:
             median = 1.5 * math.exp(-1.2)
-            assert abs(critic.median() - median / (1 + median)) < 0.02 < 0.1 < student.median() - critic.median()  # planted: one law
+            assert (
+                abs(critic.median() - median / (1 + median))
+                < 0.02
+                < 0.1
+                < student.median() - critic.median()
+            )  # planted: one law
             assert 0.97 < student.max() < 0.9735 and critic.max() > 0.975
 
 
@@ -479,20 +617,31 @@ def test_critic_loss_is_edms_in_velocities(monkeypatch):  # (b.2); conventions.m
         weight = (sigma**2 + std**2) / (sigma * std) ** 2
         expected = (over(weight, x) * (clean - x).square()).mean()
         torch.testing.assert_close(method.critic_loss(v, x, e, method.edm_weight(t, std)), expected)
-        for planted in (method.edm_weight(1 - t, std), method.edm_weight(t, 1.5 * std), torch.ones_like(t)):
+        for planted in (
+            method.edm_weight(1 - t, std),
+            method.edm_weight(t, 1.5 * std),
+            torch.ones_like(t),
+        ):
             assert abs(method.critic_loss(v, x, e, planted) / expected - 1) > 1e-2
     x.requires_grad_(True)
     v.requires_grad_(True)
     loss = method.critic_loss(v, x, e, torch.ones_like(t))
-    assert torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)[0] is None  # the samples are constants
-    torch.testing.assert_close(torch.autograd.grad(loss, v)[0], 2 * (v - (e - x)).detach() / x.numel())
+    assert (
+        torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)[0] is None
+    )  # the samples are constants
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, v)[0], 2 * (v - (e - x)).detach() / x.numel()
+    )
 
 
 @pytest.mark.parametrize("law", ["uniform", "edm"])
 def test_the_critics_minimiser_is_the_velocity_of_the_samples(law):
     n, mean, std = 200_000, 0.8, 0.5
     m, _ = made(law=law)
-    x, e = mean + std * torch.randn(n, 1, dtype=torch.float64), torch.randn(n, 1, dtype=torch.float64)
+    x, e = (
+        mean + std * torch.randn(n, 1, dtype=torch.float64),
+        torch.randn(n, 1, dtype=torch.float64),
+    )
     t, weight = (v.double() for v in m.critic_times(Rng(0, "t"), n))
     x_t, tt = noised(x, e, t), t[:, None]
     exact = velocity(x_t, t, mean, std)
@@ -505,7 +654,9 @@ def test_the_critics_minimiser_is_the_velocity_of_the_samples(law):
         return max(float(d.mean().abs() / d.std() * n**0.5) for d in directions)
 
     assert z_score(exact, (x, e)) < 4
-    assert z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20  # planted: x - e; another velocity
+    assert (
+        z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
+    )  # planted: x - e; another velocity
 
 
 # Arms, cost, and the whole.
@@ -519,10 +670,16 @@ def after(steps: int = 3, **changes) -> Tensor:
 
 
 def test_every_arm_is_another_update():
-    found = {None: after()} | {name: after(**v.config) for name, v in FILE.variants.items() if name not in ("warmup", "sida")}
+    found = {None: after()} | {
+        name: after(**v.config)
+        for name, v in FILE.variants.items()
+        if name not in ("warmup", "sida")
+    }
     names = list(found)
     for i, one in enumerate(names):
-        assert not any(torch.allclose(found[one], found[other], atol=1e-4) for other in names[:i]), one
+        assert not any(
+            torch.allclose(found[one], found[other], atol=1e-4) for other in names[:i]
+        ), one
     torch.testing.assert_close(after(), found[None])  # the same settings give the same weights
     # The two with phases: past them warmup is the default, and at the start neither moves.
     torch.testing.assert_close(after(**FILE.variants["warmup"].config), found[None])
@@ -546,9 +703,24 @@ CALLS = {"student": 2, "student.backward": 1, "critic": 2, "critic.backward": 1,
         ({"loss": "naive"}, CALLS),
         (
             FILE.variants["warmup"].config,
-            {"student": 39, "student.backward": 19, "critic": 39, "critic.backward": 20, "teacher": 19},
+            {
+                "student": 39,
+                "student.backward": 19,
+                "critic": 39,
+                "critic.backward": 20,
+                "teacher": 19,
+            },
         ),
-        (SIDA, {"student": 39, "student.backward": 19, "critic": 59, "critic.backward": 20, "teacher": 19}),
+        (
+            SIDA,
+            {
+                "student": 39,
+                "student.backward": 19,
+                "critic": 59,
+                "critic.backward": 20,
+                "teacher": 19,
+            },
+        ),
     ],
 )
 def test_calls_of_a_cycle(changes, calls):
@@ -558,29 +730,39 @@ def test_calls_of_a_cycle(changes, calls):
         for i in range(cycle):
             logged = m.train_step(batch(x=images()), step(i, cycle))
     assert task.meter.calls == calls
-    assert all(rows == N * task.meter.calls[role] for role, rows in task.meter.rows.items() if not role.endswith(".backward"))
+    assert all(
+        rows == N * task.meter.calls[role]
+        for role, rows in task.meter.rows.items()
+        if not role.endswith(".backward")
+    )
     assert all(v.isfinite() and not v.requires_grad for v in logged.values())
 
 
 def test_sidas_plan_is_what_the_run_costs(checkout):
     b = config.benchmark("tiny")
     made_ = cell("sid@sida", budget=b.budget.model_copy(update={"flops": 4e9}))
-    plan, prepared = train.price(made_, quiet)
-    run = train.furnish(train.build(made_), prepared)
+    plan, prepared = price(made_, quiet)
+    run = furnish(train.build(made_), prepared)
     with run.meter.counting():
         train.train(run, plan, quiet)
     assert plan["steps"] % 20 == 0 and plan["steps"] > 20
     assert plan["rows"] == {role: run.meter.rows[role] for role in plan["rows"]}
     assert plan["updates"] == {name: player.updates for name, player in run.task.players.items()}
     assert plan["updates"]["student"] == 19 * plan["steps"] // 20
-    assert train.sample(run, 1, 10, quiet).shape == (10, 1, 8, 8)
+    assert sample(run, 1, 10, quiet).shape == (10, 1, 8, 8)
 
 
 def test_training_on_a_mixture():  # SID-1: the naive loss ends worse than the untrained student
-    mixture = Mixture(torch.tensor([[1.0, 0.0], [-0.6, 0.9], [-0.6, -0.9]]), 0.2, torch.tensor([0.5, 0.25, 0.25]), None, 0)
+    mixture = Mixture(
+        torch.tensor([[1.0, 0.0], [-0.6, 0.9], [-0.6, -0.9]]),
+        0.2,
+        torch.tensor([0.5, 0.25, 0.25]),
+        None,
+        0,
+    )
     exact = MixtureVelocity(mixture)
     torch.manual_seed(0)
-    start = VelocityNetwork((2,), 0, 48, 2)
+    start = VelocityMLP((2,), 0, 48, 2)
     optimizer = torch.optim.Adam(start.parameters(), lr=3e-3)
     for i in range(300):
         rng = Rng(0, "fit", i)
@@ -595,13 +777,34 @@ def test_training_on_a_mixture():  # SID-1: the naive loss ends worse than the u
     noise = Rng(0, "noise").normal(4000, 2)
 
     def distance(loss: str, steps: int) -> float:
-        task = Task((2,), 0, {"width": 48, "depth": 2}, Teacher(exact, 0), start, 0, torch.device("cpu"), Meter())
-        players = {"student": {"lr": 1e-3, "betas": (0, 0.99)}, "critic": {"lr": 2e-3, "betas": (0, 0.99)}}
-        m = SiD(task, SiD.Config.model_validate(settings(batch=64, loss=loss, normalised=False, **players)))
+        task = Task(
+            (2,),
+            0,
+            {"width": 48, "depth": 2},
+            Teacher(exact, 0),
+            start,
+            0,
+            torch.device("cpu"),
+            Meter(),
+        )
+        players = {
+            "student": {"lr": 1e-3, "betas": (0, 0.99)},
+            "critic": {"lr": 2e-3, "betas": (0, 0.99)},
+        }
+        m = SiD(
+            task,
+            SiD.Config.model_validate(settings(batch=64, loss=loss, normalised=False, **players)),
+        )
         for i in range(steps):
             m.train_step(Batch(128, Condition(None)), step(i, steps))
         with torch.no_grad():
-            return sliced_wasserstein(m.sample(noise, Condition(None), 1, None), goal, projections=32)
+            return sliced_wasserstein(
+                m.sample(noise, Condition(None), 1, None), goal, projections=32
+            )
 
-    untrained, trained, failed = distance("projected", 0), distance("projected", 150), distance("naive", 150)
+    untrained, trained, failed = (
+        distance("projected", 0),
+        distance("projected", 150),
+        distance("naive", 150),
+    )
     assert trained < 0.5 * untrained < untrained < failed

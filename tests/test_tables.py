@@ -13,17 +13,26 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distillbench import config, plan
+from distillbench import config
+from distillbench.config import SCHEMAS
 from distillbench.errors import UserError
-from eval import records, tables
-from eval.rows import IMAGES, build_rows, reported_rows, summarise
+from distillbench.tables import plan
+from eval.report import tables
+from eval.report.records import Record
+from eval.report.rows import IMAGES, build_rows, reported_rows, summarise
+from eval.report.tables import DIAGNOSTICS
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted(p.name for p in (ROOT / "results/records").glob("*"))
 
 
 def check(table: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "distillbench.cli", "table", table, "--check"], cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "distillbench.cli", "table", table, "--check"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
 
 
 def copy_of_the_published(folder: Path) -> None:
@@ -33,8 +42,25 @@ def copy_of_the_published(folder: Path) -> None:
 
 
 def test_every_table_is_published():
-    wanted = [p.stem for p in (ROOT / "workflows/tables").glob("*.yaml") if yaml.safe_load(p.read_text()).get("kind") != "costs"]
-    assert PUBLISHED == sorted(wanted) == ["ablations", "audit", "audit-again", "budgets", "controls", "gaussians", "pilot", "table2"]
+    wanted = [
+        p.stem
+        for p in (ROOT / "workflows/tables").glob("*.yaml")
+        if yaml.safe_load(p.read_text()).get("kind") != "costs"
+    ]
+    assert (
+        PUBLISHED
+        == sorted(wanted)
+        == [
+            "ablations",
+            "audit",
+            "audit-again",
+            "budgets",
+            "controls",
+            "gaussians",
+            "pilot",
+            "table2",
+        ]
+    )
 
 
 @pytest.mark.parametrize("table", PUBLISHED)
@@ -71,37 +97,64 @@ def test_an_edited_record_is_noticed(tmp_path: Path):
     assert check("table2", tmp_path).returncode == 1
 
 
-def record(arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed=None, more=None, **labels) -> records.Record:
+def record(
+    arm: str, seed: int, group: str, fids: dict[int, float] | None, fixed=None, more=None, **labels
+) -> Record:
     result = {
-        "benchmark": "b", "method": arm, "variant": None, "seed": seed, "key": f"{arm}{seed}", "group": group, "title": arm, "reported": [],
-        "fidelity": None, "adaptation": False, "division": "closed",
-        "status": "done" if fids else "failed", "reason": None if fids else "KeyError: 'x'",
-        "nfe": list(fids or {}), "headline_nfe": min(fids or {0: 0}), "params": 10, "cost": {"flops": 5.0, "limit_flops": 6.0},
-        "provenance": {"commit": "c" * 40, "dirty": False, "hashes": {"data": "d", "ground": "g"}}, **labels,
-    }  # fmt: skip
+        "benchmark": "b",
+        "method": arm,
+        "variant": None,
+        "seed": seed,
+        "key": f"{arm}{seed}",
+        "group": group,
+        "title": arm,
+        "reported": [],
+        "fidelity": None,
+        "adaptation": False,
+        "division": "closed",
+        "status": "done" if fids else "failed",
+        "reason": None if fids else "KeyError: 'x'",
+        "nfe": list(fids or {}),
+        "headline_nfe": min(fids or {0: 0}),
+        "params": 10,
+        "cost": {"flops": 5.0, "limit_flops": 6.0},
+        "provenance": {"commit": "c" * 40, "dirty": False, "hashes": {"data": "d", "ground": "g"}},
+        **labels,
+    }
     if fids is None:
-        return records.Record(result, None)
+        return Record(result, None)
     rows = [{"nfe": n, "fid": f, "recall": 0.5, **(more or {})} for n, f in fids.items()]
-    metrics = {"evaluation": {"key": "e", "samples": 9, "extractor": "x", "extractor_sha256": "0" * 64}, "rows": rows}
+    metrics = {
+        "evaluation": {"key": "e", "samples": 9, "extractor": "x", "extractor_sha256": "0" * 64},
+        "rows": rows,
+    }
     if fixed is not None:
         metrics["fixed"] = [
-            {"name": "class_means", "fid": fixed, **{m: None if m == "noise_distance" else v for m, v in (more or {}).items()}}
+            {
+                "name": "class_means",
+                "fid": fixed,
+                **{m: None if m == "noise_distance" else v for m, v in (more or {}).items()},
+            }
         ]
-    return records.Record(result, metrics)
+    return Record(result, metrics)
 
 
 def test_rows_against_hand_computed_values():
     given = [
         *(record("teacher", s, "teacher", {1: 9.0, 8: 1.0 + s}, fixed=11.0 + s) for s in range(3)),
         *(record("a", s, "distillation", {1: 2.0 + 2 * s}) for s in range(3)),
-        record("c", 0, "distillation", {1: 2.0}), record("c", 1, "distillation", None), record("c", 2, "distillation", None),
+        record("c", 0, "distillation", {1: 2.0}),
+        record("c", 1, "distillation", None),
+        record("c", 2, "distillation", None),
         *(record("x", s, "distillation", None) for s in range(3)),
-    ]  # fmt: skip
+    ]
     found = {(r["method"], r["nfe"]): r for r in build_rows(given)}
     a = found["a", 1]
     assert a["fid_mean"] == 4 and a["fid_sd"] == 2 and a["seeds"] == 3
     gaps = [(11 + s - (2 + 2 * s)) / 10 for s in range(3)]  # seed k against teacher k
-    assert a["gap_closed_mean"] == pytest.approx(statistics.mean(gaps)) and a["gap_closed_sd"] == pytest.approx(statistics.stdev(gaps))
+    assert a["gap_closed_mean"] == pytest.approx(statistics.mean(gaps)) and a[
+        "gap_closed_sd"
+    ] == pytest.approx(statistics.stdev(gaps))
     c = found["c", 1]
     assert c["seeds"] == 1 and c["fid_sd"] is None and c["status"] == "2 of 3 FAILED: KeyError: 'x'"
     x = found["x", None]
@@ -109,10 +162,17 @@ def test_rows_against_hand_computed_values():
     assert [r["method"] for r in build_rows(given)][:3] == ["class_means", "teacher", "teacher"]
 
 
-MORE = {"fid_cross": 0.25, "class_accuracy": 0.875, "label_tv": 0.125, "diversity": 1.5, "c2st": 0.625, "noise_distance": 0.375}
+MORE = {
+    "fid_cross": 0.25,
+    "class_accuracy": 0.875,
+    "label_tv": 0.125,
+    "diversity": 1.5,
+    "c2st": 0.625,
+    "noise_distance": 0.375,
+}
 
 
-def page(given: list[records.Record]) -> dict[str, dict[str, dict[str, str]]]:
+def page(given: list[Record]) -> dict[str, dict[str, dict[str, str]]]:
     """Heading of a table -> method -> column -> text."""
     text = tables.markdown("T", build_rows(given), given, None, "p.png")
     out: dict[str, dict[str, dict[str, str]]] = {}
@@ -129,44 +189,79 @@ def page(given: list[records.Record]) -> dict[str, dict[str, dict[str, str]]]:
 
 def test_diagnostics_are_a_second_table():
     given = [
-        record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0, more=MORE | {"noise_distance": None}, trajectory=False),
+        record(
+            "teacher",
+            0,
+            "teacher",
+            {8: 1.0},
+            fixed=11.0,
+            more=MORE | {"noise_distance": None},
+            trajectory=False,
+        ),
         record("follows", 0, "distillation", {1: 2.0}, more=MORE, trajectory=True),
         record("matches", 0, "distillation", {1: 2.0}, more=MORE, trajectory=False),
         record("dead", 0, "distillation", None, trajectory=True),
     ]
     found = page(given)
     main, second = found["b: measured here"], found["Diagnostics"]
-    assert list(main["follows"]).index("FID, 2nd extractor ↓") == list(main["follows"]).index("FID ↓") + 1
-    assert main["follows"]["FID, 2nd extractor ↓"] == "0.250" and not set(main["follows"]) & {h for h, _, _ in tables.DIAGNOSTICS.values()}
-    shown = {"class acc. ↑": "0.875", "label TV ↓": "0.125", "diversity → 1": "1.500", "C2ST → 0.5": "0.625"}
+    assert (
+        list(main["follows"]).index("FID, 2nd extractor ↓")
+        == list(main["follows"]).index("FID ↓") + 1
+    )
+    assert main["follows"]["FID, 2nd extractor ↓"] == "0.250" and not set(main["follows"]) & {
+        h for h, _, _ in DIAGNOSTICS.values()
+    }
+    shown = {
+        "class acc. ↑": "0.875",
+        "label TV ↓": "0.125",
+        "diversity → 1": "1.500",
+        "C2ST → 0.5": "0.625",
+    }
     for name in ("teacher", "follows", "matches", "class means"):
         assert {h: second[name][h] for h in shown} == shown
     # only a method that follows the teacher's trajectories is shown beside the teacher's sample of its noise
-    assert {name: second[name]["same noise"] for name in ("teacher", "follows", "matches", "class means")} == {
-        "teacher": "–", "follows": "0.375", "matches": "–", "class means": "–"
-    }  # fmt: skip
+    assert {
+        name: second[name]["same noise"]
+        for name in ("teacher", "follows", "matches", "class means")
+    } == {"teacher": "–", "follows": "0.375", "matches": "–", "class means": "–"}
     assert "dead" in main and "dead" not in second
     twins = {r["method"]: r for r in build_rows(given)}
-    assert all(twins["matches"][f"{m}_mean"] == value for m, value in MORE.items())  # the twins keep every number
+    assert all(
+        twins["matches"][f"{m}_mean"] == value for m, value in MORE.items()
+    )  # the twins keep every number
 
 
 def test_records_from_before_a_score_still_render():
     given = [
-        record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0, trajectory=False), record("old", 0, "distillation", {1: 2.0}),
+        record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0, trajectory=False),
+        record("old", 0, "distillation", {1: 2.0}),
         record("new", 0, "distillation", {1: 2.0}, more=MORE, trajectory=True),
-    ]  # fmt: skip
+    ]
     found = page(given)
-    assert found["b: measured here"]["old"]["FID, 2nd extractor ↓"] == found["Diagnostics"]["old"]["C2ST → 0.5"] == "–"
+    assert (
+        found["b: measured here"]["old"]["FID, 2nd extractor ↓"]
+        == found["Diagnostics"]["old"]["C2ST → 0.5"]
+        == "–"
+    )
     assert found["Diagnostics"]["new"]["C2ST → 0.5"] == "0.625"
     before = page(given[:2])
-    assert "Diagnostics" not in before and "FID, 2nd extractor ↓" not in before["b: measured here"]["old"]
+    assert (
+        "Diagnostics" not in before
+        and "FID, 2nd extractor ↓" not in before["b: measured here"]["old"]
+    )
 
 
 def test_the_second_extractor_is_named():
     given = [record("teacher", 0, "teacher", {8: 1.0}, fixed=11.0, more=MORE)]
-    given[0].metrics["evaluation"] |= {"cross_extractor": "other", "cross_extractor_sha256": "abcdef" * 9}
+    given[0].metrics["evaluation"] |= {
+        "cross_extractor": "other",
+        "cross_extractor_sha256": "abcdef" * 9,
+    }
     text = tables.markdown("T", build_rows(given), given, None, "p.png")
-    assert "‘FID, 2nd extractor’ is FID in the features of other (abcdefabcdef)" in text and "docs/protocol.md" in text
+    assert (
+        "‘FID, 2nd extractor’ is FID in the features of other (abcdefabcdef)" in text
+        and "docs/protocol.md" in text
+    )
     assert (ROOT / "results" / "../docs/protocol.md").is_file()
 
 
@@ -180,7 +275,20 @@ def test_other_weights_than_the_published_are_said():
 
 def test_row_keys_are_those_of_the_format():
     rows = json.loads((ROOT / "results/table2.json").read_text())["rows"]
-    base = {"benchmark", "group", "method", "variant", "nfe", "headline", "seeds", "status", "division", "fidelity", "budget", "reported"}
+    base = {
+        "benchmark",
+        "group",
+        "method",
+        "variant",
+        "nfe",
+        "headline",
+        "seeds",
+        "status",
+        "division",
+        "fidelity",
+        "budget",
+        "reported",
+    }
     both = {f"{m}_{k}" for m in IMAGES for k in ("mean", "sd")}
     for row in rows:
         assert base | both <= set(row)
@@ -196,29 +304,56 @@ def test_reported_rows_carry_the_papers_numbers_and_none_of_ours():
 
 
 def test_schemas_for_editors_are_current():
-    for path, model in config.SCHEMAS.items():
-        assert json.loads((ROOT / path).read_text()) == model.model_json_schema(), "run `distillbench schema`"
+    for path, model in SCHEMAS.items():
+        assert json.loads((ROOT / path).read_text()) == model.model_json_schema(), (
+            "run `distillbench schema`"
+        )
 
 
 def test_equal_values_have_no_spread():
-    assert summarise([0.9017857] * 5) == (0.901786, 0.0) and summarise([0.9017857]) == (0.901786, None)
+    assert summarise([0.9017857] * 5) == (0.901786, 0.0) and summarise([0.9017857]) == (
+        0.901786,
+        None,
+    )
     assert summarise([1.0, 2.0, None]) == (1.5, 0.707107) and summarise([None]) == (None, None)
 
 
 def test_differences_stand_in_the_page_and_its_twin(tmp_path: Path):
     given = [record("teacher", s, "teacher", {8: 1.0}, fixed=11.0) for s in range(3)]
-    given += [record(arm, s, "distillation", {1: fid + s / 10}) for arm, fid in (("a", 1.0), ("b", 2.0)) for s in range(3)]
-    tables.write("t", "T", given, [], None, [("a", "b")], tmp_path, lambda path, data: path.write_bytes(data) and None)
+    given += [
+        record(arm, s, "distillation", {1: fid + s / 10})
+        for arm, fid in (("a", 1.0), ("b", 2.0))
+        for s in range(3)
+    ]
+    tables.write(
+        "t",
+        "T",
+        given,
+        [],
+        None,
+        [("a", "b")],
+        tmp_path,
+        lambda path, data: path.write_bytes(data) and None,
+    )
     found = json.loads((tmp_path / "t.json").read_text())["differences"]
-    assert {r["metric"] for r in found} == {"fid", "recall"} and found[0]["ratio"] == pytest.approx(1.1 / 2.1, rel=0.01)
+    assert {r["metric"] for r in found} == {"fid", "recall"} and found[0]["ratio"] == pytest.approx(
+        1.1 / 2.1, rel=0.01
+    )
     text = (tmp_path / "t.md").read_text()
     assert "## Differences between arms" in text and "| a / b  | FID      | 0.52" in text
-    tables.write("t", "T", given, [], None, [], tmp_path, lambda path, data: path.write_bytes(data) and None)
-    assert "Differences" not in (tmp_path / "t.md").read_text() and "differences" not in json.loads((tmp_path / "t.json").read_text())
+    tables.write(
+        "t", "T", given, [], None, [], tmp_path, lambda path, data: path.write_bytes(data) and None
+    )
+    assert "Differences" not in (tmp_path / "t.md").read_text() and "differences" not in json.loads(
+        (tmp_path / "t.json").read_text()
+    )
 
 
 def test_a_comparison_with_an_arm_of_no_row_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     table = config.table("pilot").model_copy(update={"compare": [("freeflow", "freeflow@hun")]})
-    with pytest.raises(UserError, match=r"pilot\.yaml: key 'compare': 'freeflow@hun' is no arm of this table, did you mean 'freeflow'"):
+    with pytest.raises(
+        UserError,
+        match=r"pilot\.yaml: key 'compare': 'freeflow@hun' is no arm of this table, did you mean 'freeflow'",
+    ):
         plan.arms(table)

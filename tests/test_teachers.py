@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from distillbench import paths
-from distillbench.data import Mixture
+from distillbench.data.mixture import Mixture
 from distillbench.meter import Meter
-from distillbench.method import Condition, Pairs
+from distillbench.method import Condition, Pairs, Teacher
 from distillbench.samplers import euler, heun
 from distillbench.seeds import Rng
-from distillbench.teachers import MixtureVelocity, Teacher, make_pairs
+from distillbench.teachers.exact import MixtureVelocity
+from distillbench.teachers.pairs import make_pairs
 
 MEANS = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.5], [-1.5, -1.0]], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
@@ -22,14 +23,20 @@ def mixture(sigma: float = 0.3, means: Tensor = MEANS, weights: Tensor = WEIGHTS
 
 
 def states(n: int = 256) -> tuple[Tensor, Tensor]:
-    return 2 * torch.randn(n, 2, dtype=torch.float64), 0.02 + 0.96 * torch.rand(n, dtype=torch.float64)
+    return 2 * torch.randn(n, 2, dtype=torch.float64), 0.02 + 0.96 * torch.rand(
+        n, dtype=torch.float64
+    )
 
 
 def velocity_of_density(x: Tensor, t: Tensor, sigma: float = 0.3) -> Tensor:
     """v = -(x + t score) / (1-t) with the score by autograd of log p_t; p_t has components N((1-t) mu, (1-t)^2 sigma^2 + t^2)."""
     x = x.clone().requires_grad_()
     a, std = 1 - t, ((1 - t) ** 2 * sigma**2 + t**2).sqrt()
-    component = torch.distributions.Normal(a[:, None, None] * MEANS, std[:, None, None]).log_prob(x[:, None]).sum(-1)
+    component = (
+        torch.distributions.Normal(a[:, None, None] * MEANS, std[:, None, None])
+        .log_prob(x[:, None])
+        .sum(-1)
+    )
     (score,) = torch.autograd.grad((component + WEIGHTS.log()).logsumexp(1).sum(), x)
     return -(x.detach() + t[:, None] * score) / a[:, None]
 
@@ -38,12 +45,20 @@ def test_velocity_is_that_of_the_density():  # conventions.md: s = -e_hat / t
     x, t = states()
     v = MixtureVelocity(mixture())(x, t)
     torch.testing.assert_close(v, velocity_of_density(x, t), rtol=1e-8, atol=1e-8)
-    assert not torch.allclose(v, velocity_of_density(x, t, sigma=0.33), atol=1e-3)  # planted: another sigma
-    assert not torch.allclose(MixtureVelocity(mixture(weights=WEIGHTS.flip(0)))(x, t), v, atol=1e-3)  # planted: other weights
+    assert not torch.allclose(
+        v, velocity_of_density(x, t, sigma=0.33), atol=1e-3
+    )  # planted: another sigma
+    assert not torch.allclose(
+        MixtureVelocity(mixture(weights=WEIGHTS.flip(0)))(x, t), v, atol=1e-3
+    )  # planted: other weights
 
 
 def test_velocity_is_the_conditional_mean_of_noise_minus_data():  # conventions.md: v ~ E[e - x | x_t], Monte Carlo in 1-D
-    n, means, weights = 400_000, torch.tensor([[-1.0], [0.8]], dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
+    n, means, weights = (
+        400_000,
+        torch.tensor([[-1.0], [0.8]], dtype=torch.float64),
+        torch.tensor([0.3, 0.7], dtype=torch.float64),
+    )
     data = mixture(means=means, weights=weights)
     x = data.draw(Rng(0, "x"), n)[0]
     e = torch.randn(n, 1, dtype=torch.float64)
@@ -56,7 +71,10 @@ def test_velocity_is_the_conditional_mean_of_noise_minus_data():  # conventions.
         def largest_deviation(v: Tensor, bins: Tensor = bins) -> float:
             """Of E[(e - x) - v | bin] from 0, in standard errors."""
             off = (e - x - v)[:, 0]
-            return max(float(off[bins == k].mean().abs() / off[bins == k].std() * (bins == k).sum().sqrt()) for k in range(10))
+            return max(
+                float(off[bins == k].mean().abs() / off[bins == k].std() * (bins == k).sum().sqrt())
+                for k in range(10)
+            )
 
         assert largest_deviation(v) < 4.5
         assert largest_deviation(1.05 * v) > 6 and largest_deviation(-v) > 6  # planted: scale, sign
@@ -67,7 +85,9 @@ def test_a_label_keeps_its_components_and_the_null_label_all_of_them():
     v, n = MixtureVelocity(mixture()), len(x)
     for c in (0, 1):
         own = torch.eq(CLASS, c)
-        alone = MixtureVelocity(Mixture(MEANS[own], 0.3, WEIGHTS[own] / WEIGHTS[own].sum(), None, 0))
+        alone = MixtureVelocity(
+            Mixture(MEANS[own], 0.3, WEIGHTS[own] / WEIGHTS[own].sum(), None, 0)
+        )
         torch.testing.assert_close(v(x, t, torch.full((n,), c)), alone(x, t))
         assert not torch.allclose(v(x, t, torch.full((n,), c)), v(x, t), atol=1e-3)
     torch.testing.assert_close(v(x, t, torch.full((n,), 2)), v(x, t))
@@ -77,19 +97,27 @@ def test_a_label_keeps_its_components_and_the_null_label_all_of_them():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_velocity_at_the_ends(dtype):  # conventions.md: x0 = x_t - t v at t = 1 is the data mean, e_hat at t = 0 the noise mean 0
+def test_velocity_at_the_ends(
+    dtype,
+):  # conventions.md: x0 = x_t - t v at t = 1 is the data mean, e_hat at t = 0 the noise mean 0
     v = MixtureVelocity(mixture(means=MEANS.to(dtype), weights=WEIGHTS.to(dtype)))
     x = 2 * torch.randn(64, 2, dtype=dtype)
     torch.testing.assert_close(v(x, torch.zeros(64, dtype=dtype)), -x)
-    torch.testing.assert_close(v(x, torch.ones(64, dtype=dtype)), x - (WEIGHTS[:, None] * MEANS).sum(0).to(dtype))
+    torch.testing.assert_close(
+        v(x, torch.ones(64, dtype=dtype)), x - (WEIGHTS[:, None] * MEANS).sum(0).to(dtype)
+    )
     near = v(x, torch.full((64,), 1e-4, dtype=dtype))
     assert (near + x).abs().max() < 0.1  # the limit is approached
 
 
 def test_float32_agrees_with_float64():
     x, t = states()
-    single = MixtureVelocity(mixture(means=MEANS.float(), weights=WEIGHTS.float()))(x.float(), t.float())
-    torch.testing.assert_close(single.double(), MixtureVelocity(mixture())(x, t), rtol=1e-4, atol=1e-4)
+    single = MixtureVelocity(mixture(means=MEANS.float(), weights=WEIGHTS.float()))(
+        x.float(), t.float()
+    )
+    torch.testing.assert_close(
+        single.double(), MixtureVelocity(mixture())(x, t), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_ode_carries_noise_to_the_mixture():
@@ -104,7 +132,9 @@ def test_the_ode_carries_noise_to_the_mixture():
         return float(0.5 * (found - WEIGHTS).abs().sum() + (stds / 0.3 - 1).abs().max())
 
     assert error(heun(v, z, 64)) < 0.06
-    assert error(euler(v, z, 4)) > 0.12 and error(heun(lambda x, t: v(x, 1 - t), z, 64)) > 0.12  # planted: coarse, reversed time
+    assert (
+        error(euler(v, z, 4)) > 0.12 and error(heun(lambda x, t: v(x, 1 - t), z, 64)) > 0.12
+    )  # planted: coarse, reversed time
 
 
 def metered(classes: int = 2) -> tuple[Teacher, Meter]:
@@ -114,7 +144,9 @@ def metered(classes: int = 2) -> tuple[Teacher, Meter]:
 
 
 @pytest.mark.parametrize(("w", "evaluations"), [(1.0, 1), (3.0, 2), (0.0, 2)])
-def test_guidance(w, evaluations):  # conventions.md: v_null + w (v_c - v_null); guidance's second call is charged
+def test_guidance(
+    w, evaluations
+):  # conventions.md: v_null + w (v_c - v_null); guidance's second call is charged
     teacher, meter = metered()
     x, t = states()
     labels, null = torch.arange(len(x)) % 2, torch.full((len(x),), 2)
@@ -123,7 +155,9 @@ def test_guidance(w, evaluations):  # conventions.md: v_null + w (v_c - v_null);
     assert meter.calls["teacher"] == evaluations and meter.rows["teacher"] == evaluations * len(x)
     v_c, v_null = teacher.network(x, t, labels), teacher.network(x, t, null)
     torch.testing.assert_close(v, v_null + w * (v_c - v_null))
-    assert not torch.allclose(v, v_c + w * (v_c - v_null), atol=1e-3) or w == 0  # planted: the other convention of w
+    assert (
+        not torch.allclose(v, v_c + w * (v_c - v_null), atol=1e-3) or w == 0
+    )  # planted: the other convention of w
 
 
 def test_a_teacher_without_classes_is_not_guided():
@@ -136,7 +170,11 @@ def test_a_teacher_without_classes_is_not_guided():
 def test_the_teacher_is_frozen_and_differentiable_in_x():  # design.md 'The interface': SiD needs its input gradient
     trained = Teacher(torch.nn.Linear(2, 2), 0).network
     assert not trained.training and not trained.weight.requires_grad
-    (x, t), cond, h = states(4), Condition(torch.arange(4) % 2, 2.0), torch.tensor([1e-6, 0.0], dtype=torch.float64)
+    (x, t), cond, h = (
+        states(4),
+        Condition(torch.arange(4) % 2, 2.0),
+        torch.tensor([1e-6, 0.0], dtype=torch.float64),
+    )
     teacher, _ = metered()
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(teacher.velocity(x, t, cond).sum(), x)
@@ -157,5 +195,7 @@ def test_pairs_are_the_teachers_ode(w):  # dmd.md test 9
         return ((y - pairs["y"]).abs().amax(1) < 0.05).float().mean()
 
     assert again(pairs["labels"], w) > 0.98
-    assert again(1 - pairs["labels"], w) < 0.5 and again(pairs["labels"], 5.0) < 0.8  # planted: other labels, other guidance
+    assert (
+        again(1 - pairs["labels"], w) < 0.5 and again(pairs["labels"], 5.0) < 0.8
+    )  # planted: other labels, other guidance
     assert set(pairs["labels"].tolist()) == {0, 1}

@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distillbench import jvp as module
 from distillbench.jvp import Dual, value_and_tangent
 from distillbench.meter import Meter
-from distillbench.method import Condition, Task
-from distillbench.networks import HIGHEST, VelocityNetwork
-from distillbench.teachers import Teacher
-from distillbench.transformer import SIZES, DiT, positions
+from distillbench.method import Condition, Task, Teacher
+from distillbench.networks.conditioning import HIGHEST
+from distillbench.networks.dit import SIZES, DiT, positions
+from distillbench.networks.mlp import VelocityMLP
 
 SHAPE, CLASSES, B = (2, 4, 6), 3, 5
 TINY = {"width": 16, "depth": 2, "heads": 2, "patch": 2}
@@ -52,15 +52,20 @@ def layer_norm(h: Tensor, shape: tuple[int, ...], weight: None, bias: None, eps:
 
 def theirs(f, primals, tangents) -> tuple[Tensor, Tensor]:
     """torch's derivative; its tangent of native layer norm has a wrong gradient (finite differences say so), so it is given another."""
-    with sdpa_kernel(SDPBackend.MATH), pytest.MonkeyPatch.context() as patch:  # the only attention with a forward mode
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        pytest.MonkeyPatch.context() as patch,
+    ):  # the only attention with a forward mode
         patch.setattr(F, "layer_norm", layer_norm)
         return jvp(f, primals, tangents)
 
 
 def test_it_takes_what_the_small_network_takes():
     for norms in ("layer", "rms"):
-        big, small = (make(SHAPE, CLASSES, **sizes, second_time=True, guidance=True, norms=norms) for make, sizes in
-                      ((DiT, TINY), (VelocityNetwork, {"width": 16, "depth": 2})))  # fmt: skip
+        big, small = (
+            make(SHAPE, CLASSES, **sizes, second_time=True, guidance=True, norms=norms)
+            for make, sizes in ((DiT, TINY), (VelocityMLP, {"width": 16, "depth": 2}))
+        )
         (x, t, s), _ = ([part.float() for part in parts] for parts in point())
         for net in (big, small):
             assert net(x, t, LABELS, s=s, guidance=t).shape == x.shape
@@ -79,10 +84,14 @@ def test_patches_are_tiles_and_come_back():
     net, x = DiT(SHAPE, CLASSES, **TINY), torch.arange(2 * 2 * 4 * 6).float().reshape(2, *SHAPE)
     tokens = net.patches(x)
     assert torch.equal(net.image(tokens), x) and tokens.shape == (2, 6, 8)
-    assert torch.equal(tokens[1, 4], x[1, :, 2:4, 2:4].flatten())  # the fifth patch: second row, second column
+    assert torch.equal(
+        tokens[1, 4], x[1, :, 2:4, 2:4].flatten()
+    )  # the fifth patch: second row, second column
     place = positions(2, 3, 16)
     assert place.shape == (6, 16) and place.unique(dim=0).shape[0] == 6
-    assert torch.equal(place[4, :8], place[3, :8]) and torch.equal(place[4, 8:], place[1, 8:])  # the row first, then the column
+    assert torch.equal(place[4, :8], place[3, :8]) and torch.equal(
+        place[4, 8:], place[1, 8:]
+    )  # the row first, then the column
 
 
 def test_it_starts_at_zero_and_its_blocks_as_the_identity():
@@ -92,7 +101,9 @@ def test_it_starts_at_zero_and_its_blocks_as_the_identity():
     h = torch.randn(B, 6, 16)
     assert torch.equal(net.blocks[0](h, torch.randn(B, 16)), h)
     one, two = net(x, t, LABELS, s=s, features=2)
-    assert torch.equal(one, two) and torch.allclose(one, (net.enter(net.patches(x)) + net.positions).mean(1))
+    assert torch.equal(one, two) and torch.allclose(
+        one, (net.enter(net.patches(x)) + net.positions).mean(1)
+    )
     loss = (net(x, t, LABELS, s=s) - x).square().mean()
     assert torch.autograd.grad(loss, net.leave.weight)[0].any(), "and leaves it"
 
@@ -103,7 +114,9 @@ def test_features_are_the_mean_tokens_of_the_first_blocks():
     for block in net.blocks:
         block.register_forward_hook(lambda _block, _args, out: seen.append(out))
     kept = net(x, t, LABELS, s=s, features=1)
-    assert len(seen) == 1 and torch.equal(kept[0], seen[0].mean(1)), "what comes after is not evaluated"
+    assert len(seen) == 1 and torch.equal(kept[0], seen[0].mean(1)), (
+        "what comes after is not evaluated"
+    )
     assert not torch.allclose(seen[0][:, 0], seen[0][:, 1])
 
 
@@ -111,13 +124,22 @@ def test_the_inputs_count():
     net = network(guidance=True)
     (x, t, s), _ = point()
     base = net(x, t, LABELS, s=s, guidance=t)
-    moves = [(x.roll(2, 3), t, LABELS, s, t), (x, t + 0.1, LABELS, s + 0.1, t), (x, t, LABELS.roll(1), s, t)]
+    moves = [
+        (x.roll(2, 3), t, LABELS, s, t),
+        (x, t + 0.1, LABELS, s + 0.1, t),
+        (x, t, LABELS.roll(1), s, t),
+    ]
     for changed in (*moves, (x, t, LABELS, 0 * s, t), (x, t, LABELS, s, 2 * t)):
         assert relative(net(*changed[:3], s=changed[3], guidance=changed[4]), base) > 1e-3
     # Attention mixes tokens: a change in one patch is seen in all; without it, in one.
     other = x.clone()
     other[:, :, :2, :2] += 1
-    moved = lambda: (net.patches(net(other, t, LABELS, s=s, guidance=t) - net(x, t, LABELS, s=s, guidance=t)).norm(dim=2) > 1e-9).sum(1)
+    moved = lambda: (
+        net.patches(
+            net(other, t, LABELS, s=s, guidance=t) - net(x, t, LABELS, s=s, guidance=t)
+        ).norm(dim=2)
+        > 1e-9
+    ).sum(1)
     assert (moved() == 6).all()
     for block in net.blocks:
         block.attention.out.weight.data.zero_()
@@ -146,17 +168,30 @@ def test_value_and_tangent_are_those_of_torch(norms, graph):
     primals, tangents = point()
     value, tangent = theirs(labelled(net), primals, tangents)
     ours = value_and_tangent(labelled(net), primals, tangents, graph)
-    assert relative(ours[0], value) < 1e-12 and relative(ours[1], tangent) < 1e-11 and ours[1].requires_grad == graph
+    assert (
+        relative(ours[0], value) < 1e-12
+        and relative(ours[1], tangent) < 1e-11
+        and ours[1].requires_grad == graph
+    )
     for i in range(3):  # each input on its own has a part in it
         alone = tuple(d if i == j else torch.zeros_like(d) for j, d in enumerate(tangents))
-        assert relative(value_and_tangent(labelled(net), primals, alone, graph)[1], theirs(labelled(net), primals, alone)[1]) < 1e-11
+        assert (
+            relative(
+                value_and_tangent(labelled(net), primals, alone, graph)[1],
+                theirs(labelled(net), primals, alone)[1],
+            )
+            < 1e-11
+        )
         assert theirs(labelled(net), primals, alone)[1].norm() > 1e-3 * tangent.norm()
 
 
 def test_tangent_of_the_first_rows_only():
     net = network()
     primals, tangents = point()
-    whole, part = (value_and_tangent(labelled(net), primals, tuple(d[:m] for d in tangents), False) for m in (B, 3))
+    whole, part = (
+        value_and_tangent(labelled(net), primals, tuple(d[:m] for d in tangents), False)
+        for m in (B, 3)
+    )
     assert torch.allclose(part[0], whole[0]) and relative(part[1], whole[1][:3]) < 1e-12
 
 
@@ -167,16 +202,27 @@ def test_gradients_of_value_and_tangent(norms):
     weights, (a, b) = dict(net.named_parameters()), torch.randn(2, B, *SHAPE, dtype=torch.float64)
 
     def gradients(value: Tensor, tangent: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad((a * value).sum() + (b * tangent).sum(), list(weights.values())))
+        return list(
+            torch.autograd.grad((a * value).sum() + (b * tangent).sum(), list(weights.values()))
+        )
 
-    expected = gradients(*theirs(lambda x, t, s: functional_call(net, weights, (x, t, LABELS), {"s": s}), primals, tangents))
+    expected = gradients(
+        *theirs(
+            lambda x, t, s: functional_call(net, weights, (x, t, LABELS), {"s": s}),
+            primals,
+            tangents,
+        )
+    )
     found = gradients(*value_and_tangent(labelled(net), primals, tangents, True))
     scale = torch.stack([e.norm() for e in expected]).norm()
     for name, one, two in zip(weights, found, expected):
         assert (one - two).norm() < 1e-10 * scale, name
     value, tangent = value_and_tangent(labelled(net), primals, tangents, False)
     alone = torch.autograd.grad((a * value).sum(), net.enter.weight)[0]
-    assert not tangent.requires_grad and relative(alone, expected[list(weights).index("enter.weight")]) > 1e-3
+    assert (
+        not tangent.requires_grad
+        and relative(alone, expected[list(weights).index("enter.weight")]) > 1e-3
+    )
 
 
 def without_queries(head, q: Dual, k: Dual, v: Dual) -> Tensor:
@@ -219,7 +265,9 @@ def test_b2_is_the_papers_size():
     with torch.device("meta"):
         net = DiT((4, 32, 32), 1000, **SIZES["B/2"])
     count = sum(p.numel() for p in net.parameters())
-    assert 125e6 < count < 135e6  # arXiv 2212.09748, Table 1: 130M, with another time embedding and without the variances
+    assert (
+        125e6 < count < 135e6
+    )  # arXiv 2212.09748, Table 1: 130M, with another time embedding and without the variances
 
 
 def test_a_task_hands_it_out():
@@ -228,13 +276,30 @@ def test_a_task_hands_it_out():
     for p in teacher.parameters():
         nn.init.normal_(p, std=0.2)
     meter = Meter()
-    task = Task(SHAPE, CLASSES, TINY, Teacher(teacher, CLASSES), teacher, 0, torch.device("cpu"), meter, make=DiT)
+    task = Task(
+        SHAPE,
+        CLASSES,
+        TINY,
+        Teacher(teacher, CLASSES),
+        teacher,
+        0,
+        torch.device("cpu"),
+        meter,
+        make=DiT,
+    )
     net = task.network("teacher", second_time=True, guidance=True)
     (x, t, s), (v, one, zero) = ([part.float() for part in parts] for parts in point())
     assert isinstance(net, DiT)
-    torch.testing.assert_close(net(x, t, LABELS, s=s, guidance=t), teacher(x, t, LABELS))  # added inputs start without effect
+    torch.testing.assert_close(
+        net(x, t, LABELS, s=s, guidance=t), teacher(x, t, LABELS)
+    )  # added inputs start without effect
     with meter.counting():
         u, du = task.jvp(net, (x, t, s), (v, one, zero), Condition(LABELS, t))
-    assert u.shape == du.shape == x.shape and meter.rows["network"] == meter.rows["network.tangent"] == B
-    small = Task(SHAPE, CLASSES, {"width": 16, "depth": 2}, None, None, 0, torch.device("cpu"), Meter()).network("random")
-    assert isinstance(small, VelocityNetwork), "without a word the network is the small one"
+    assert (
+        u.shape == du.shape == x.shape
+        and meter.rows["network"] == meter.rows["network.tangent"] == B
+    )
+    small = Task(
+        SHAPE, CLASSES, {"width": 16, "depth": 2}, None, None, 0, torch.device("cpu"), Meter()
+    ).network("random")
+    assert isinstance(small, VelocityMLP), "without a word the network is the small one"

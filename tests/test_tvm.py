@@ -11,19 +11,24 @@ import yaml
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from distillbench import config, networks, paths, registry, times
+from distillbench import paths, reading, times
+from distillbench.config import MethodFile
 from distillbench.method import Batch, Condition, Step
+from distillbench.networks import mlp
+from distillbench.registry import folders
 from distillbench.samplers import jumps
 from tests.conftest import captured
 from tests.test_jvp import explicit_layer_norm
 from tests.toys import CLASSES, random_task, shake, weights
 
 FOLDER = Path(__file__).parents[1] / "methods/tvm"
-TVM = registry.load(SimpleNamespace(name="tvm", path=FOLDER))
+TVM = folders.load(SimpleNamespace(name="tvm", path=FOLDER))
 method = sys.modules[TVM.__module__]
-FILE = config.MethodFile.model_validate(yaml.safe_load((FOLDER / "config.yaml").read_text()))
+FILE = MethodFile.model_validate(yaml.safe_load((FOLDER / "config.yaml").read_text()))
 VARIANTS = [None, *FILE.variants]
-SCRATCH = [name for name in VARIANTS if name and (name.startswith("scratch") or name.startswith("target"))]
+SCRATCH = [
+    name for name in VARIANTS if name and (name.startswith("scratch") or name.startswith("target"))
+]
 C, N = 0.6, 24  # data N(0, C^2)
 
 
@@ -39,7 +44,9 @@ def velocity(x: Tensor, t: Tensor) -> Tensor:
 def average(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """u = x (1 - S_s / S_t) / (t-s), and v where s = t."""
     gap = torch.where(t == s, 1.0, t - s)
-    return torch.where(paths.over(t == s, x), velocity(x, t), x * paths.over((1 - scale(s) / scale(t)) / gap, x))
+    return torch.where(
+        paths.over(t == s, x), velocity(x, t), x * paths.over((1 - scale(s) / scale(t)) / gap, x)
+    )
 
 
 def in_s(f, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +57,11 @@ def in_s(f, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 def point(n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """x [n, 5], t, s with t - s > 0.05, float64."""
     t = 0.3 + 0.7 * torch.rand(n, dtype=torch.float64)
-    return torch.randn(n, 5, dtype=torch.float64), t, (t - 0.05) * torch.rand(n, dtype=torch.float64)
+    return (
+        torch.randn(n, 5, dtype=torch.float64),
+        t,
+        (t - 0.05) * torch.rand(n, dtype=torch.float64),
+    )
 
 
 def near(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:
@@ -59,8 +70,11 @@ def near(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:
 
 def fresh(name: str | None = None, **changes):
     """TVM, or a variant of it, on two-dimensional data with a random teacher."""
-    settings = config.merged(FILE.config, FILE.variants[name].config if name else {})
-    m = TVM(random_task((2,)), TVM.Config.model_validate(config.merged(settings, {"batch": N} | changes)))
+    settings = reading.merged(FILE.config, FILE.variants[name].config if name else {})
+    m = TVM(
+        random_task((2,)),
+        TVM.Config.model_validate(reading.merged(settings, {"batch": N} | changes)),
+    )
     m.student.total_updates = 140  # half-lives of 0.6, 5.6 and 56 updates differ within 20
     return m
 
@@ -105,16 +119,24 @@ def test_closed_form_identities():  # test 1
     assert near(dx_ds, v)  # dX/ds = v(X, s)
     assert near(method.terminal_loss(dx_ds, v, t, s, 1.0), torch.zeros_like(t))
     assert not near(method.terminal_velocity(u, -du, t, s), v, 0.1)  # planted: + (t-s) du/ds
-    planted = jvp(lambda t: average(x, t, s), (t,), (torch.ones_like(t),))[1]  # planted: MeanFlow's derivative, along t
+    planted = jvp(lambda t: average(x, t, s), (t,), (torch.ones_like(t),))[
+        1
+    ]  # planted: MeanFlow's derivative, along t
     assert not near(method.terminal_velocity(u, planted, t, s), v, 0.1)
 
 
 def test_the_anchor_is_least_at_the_marginal_velocity():  # test 1: B
     n = 100_000
-    s, x, e = torch.full((n,), 0.6, dtype=torch.float64), C * torch.randn(n, 1).double(), torch.randn(n, 1).double()
+    s, x, e = (
+        torch.full((n,), 0.6, dtype=torch.float64),
+        C * torch.randn(n, 1).double(),
+        torch.randn(n, 1).double(),
+    )
     x_s = paths.noised(x, e, s)
     for target, least in ((e - x, True), (x - e, False)):  # planted: the other sign
-        b = lambda a, target=target: method.weighted_error(velocity(x_s, s) + a * x_s, target, 1.0).mean()
+        b = lambda a, target=target: method.weighted_error(
+            velocity(x_s, s) + a * x_s, target, 1.0
+        ).mean()
         assert (b(0.0) < b(0.05) and b(0.0) < b(-0.05)) == least
 
 
@@ -126,7 +148,11 @@ def test_the_gradient_pushes_a_perturbed_map_back(wrong):  # test 2: u + eps x, 
         eps = torch.tensor(start, dtype=torch.float64, requires_grad=True)
         perturbed = lambda x, t, s, eps=eps: average(x, t, s) + eps * x
         u, du = in_s(perturbed, x, t, s)
-        dx_ds = method.terminal_velocity(u, du, s, t) if wrong else method.terminal_velocity(u, du, t, s)  # planted: sign of (s-t)
+        dx_ds = (
+            method.terminal_velocity(u, du, s, t)
+            if wrong
+            else method.terminal_velocity(u, du, t, s)
+        )  # planted: sign of (s-t)
         a = method.terminal_loss(dx_ds, velocity(paths.jump(x, u, t, s), s), t, s, 1.0)
         b = method.weighted_error(perturbed(x, s, s), velocity(x, s), 1.0)
         (g,) = torch.autograd.grad((a + b).mean(), eps)
@@ -137,10 +163,14 @@ def test_the_gradient_pushes_a_perturbed_map_back(wrong):  # test 2: u + eps x, 
 def test_jumps_with_the_exact_average_velocity_agree_for_any_number_of_steps():  # test 12
     z = torch.randn(64, 5, dtype=torch.float64)
     one = jumps(average, z, 1)
-    assert near(one, C * z) and near(one, z - average(z, torch.ones(64).double(), torch.zeros(64).double()))
+    assert near(one, C * z) and near(
+        one, z - average(z, torch.ones(64).double(), torch.zeros(64).double())
+    )
     for steps in (2, 4, 7):
         assert near(jumps(average, z, steps), one)
-        assert not near(jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2)  # planted: another s
+        assert not near(
+            jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2
+        )  # planted: another s
 
 
 # Derivative and gradient
@@ -158,7 +188,9 @@ def test_derivative_in_s_is_minus_that_in_the_gap():  # test 3
     in_gap = jvp(embedded, (t - s,), (-torch.ones_like(s),))[1]
     torch.testing.assert_close(du, in_gap, rtol=1e-4, atol=1e-5)
     in_t = jvp(lambda t: m.net(x, t, data.cond.labels, s=s), (t,), (torch.ones_like(t),))[1]
-    assert relative(-in_gap, du) > 1 and relative(in_t, du) > 0.1  # planted: tangent +1, MeanFlow's derivative
+    assert (
+        relative(-in_gap, du) > 1 and relative(in_t, du) > 0.1
+    )  # planted: tangent +1, MeanFlow's derivative
 
 
 def objective(m, reference: dict[str, Tensor], bar: dict[str, Tensor], data: Batch) -> Tensor:
@@ -184,20 +216,28 @@ def test_gradient_is_that_of_the_papers_objective(monkeypatch):  # section 3; te
     m.config = m.config.model_copy(update={"detach_jvp": True})
     detached = flat(torch.autograd.grad(loss_of(m, data, monkeypatch), m.student.parameters))
     m.config = m.config.model_copy(update={"detach_jvp": False})
-    monkeypatch.setattr(F, "layer_norm", explicit_layer_norm)  # torch's own is wrong in second order (test_jvp.py)
+    monkeypatch.setattr(
+        F, "layer_norm", explicit_layer_norm
+    )  # torch's own is wrong in second order (test_jvp.py)
     parameters = dict(m.net.named_parameters())
 
     def gradient(bar: dict[str, Tensor]) -> Tensor:
-        return flat(torch.autograd.grad(objective(m, parameters, bar, data), [parameters[k] for k in names]))
+        return flat(
+            torch.autograd.grad(objective(m, parameters, bar, data), [parameters[k] for k in names])
+        )
 
     expected = gradient(dict(m.student.averaged("target").named_parameters()))
     assert relative(ours, expected) < 1e-3
-    assert relative(gradient({k: v.detach() for k, v in parameters.items()}), expected) > 1e-2  # planted: no u_bar
+    assert (
+        relative(gradient({k: v.detach() for k, v in parameters.items()}), expected) > 1e-2
+    )  # planted: no u_bar
     assert relative(detached, expected) > 1e-2  # planted: the derivative cut off the graph
 
 
 @pytest.mark.parametrize("name", [None, "with-anchor", "scratch", "target-ema-0", "scratch-rms"])
-def test_nothing_flows_into_targets_and_their_arguments(monkeypatch, name):  # test 4: X, u_bar, guidance's null
+def test_nothing_flows_into_targets_and_their_arguments(
+    monkeypatch, name
+):  # test 4: X, u_bar, guidance's null
     m, _ = made(name)
     data, seen, original = batch(2.0), [], m.velocity
 
@@ -210,24 +250,36 @@ def test_nothing_flows_into_targets_and_their_arguments(monkeypatch, name):  # t
     def reached() -> list[bool]:
         seen.clear()
         loss = loss_of(m, data, monkeypatch)
-        assert any(g.any() for g in torch.autograd.grad(loss, m.student.parameters, retain_graph=True, allow_unused=True) if g is not None)
+        assert any(
+            g.any()
+            for g in torch.autograd.grad(
+                loss, m.student.parameters, retain_graph=True, allow_unused=True
+            )
+            if g is not None
+        )
         return [g is not None for g in torch.autograd.grad(loss, seen, allow_unused=True)]
 
     monkeypatch.setattr(m, "velocity", watched)
     assert reached() == [False] * (2 if m.config.anchor else 1)
-    monkeypatch.setattr(method, "weighted_error", lambda u, target, w: (u - target).square().flatten(1).mean(1))  # planted: no sg
+    monkeypatch.setattr(
+        method, "weighted_error", lambda u, target, w: (u - target).square().flatten(1).mean(1)
+    )  # planted: no sg
     assert all(reached())
 
 
 # The loss
 
 
-def test_rows_with_equal_times_leave_flow_matching(monkeypatch):  # test 5: the mask is of A alone, row by row
+def test_rows_with_equal_times_leave_flow_matching(
+    monkeypatch,
+):  # test 5: the mask is of A alone, row by row
     x, target, t = torch.randn(8, 3), torch.randn(8, 3), torch.rand(8)
     s = torch.where(torch.arange(8) < 3, t, 0.5 * t)
     a = method.terminal_loss(x, target, t, s, 1.0)
     full = method.weighted_error(x, target, 1.0)
-    assert (a[:3] == 0).all() and torch.equal(a[3:], full[3:]) and (full > 0).all()  # planted: full, without the mask
+    assert (
+        (a[:3] == 0).all() and torch.equal(a[3:], full[3:]) and (full > 0).all()
+    )  # planted: full, without the mask
     m, _ = made("scratch", label_dropout=0.0)
     monkeypatch.setattr(m, "times", lambda rng, n: (times.uniform(rng, n),) * 2)
     calls, data = captured(monkeypatch, method, "weighted_error"), batch()
@@ -235,7 +287,11 @@ def test_rows_with_equal_times_leave_flow_matching(monkeypatch):  # test 5: the 
     assert torch.equal(loss, calls[1][1].mean()) and calls[0][1].mean() > 0
     again = step()
     e, s2 = again.rng("e").normal(N, 2), times.logit_normal(again.rng("s'"), N, -0.4, 1.0)
-    matching = (m.net(paths.noised(data.x, e, s2), s2, data.cond.labels, s=s2) - (e - data.x)).square().mean()
+    matching = (
+        (m.net(paths.noised(data.x, e, s2), s2, data.cond.labels, s=s2) - (e - data.x))
+        .square()
+        .mean()
+    )
     torch.testing.assert_close(loss, matching)
 
 
@@ -254,7 +310,9 @@ def test_the_weight_is_beta_on_the_residual():  # test 6: on A and on B; and wha
         torch.testing.assert_close(own, ((u - target) * beta).square().mean(1))
         torch.testing.assert_close(own, (u - target).square().mean(1) / w**2)
         assert not torch.allclose(own, (u - target).square().mean(1) / w)  # planted: 1/w
-    assert not torch.allclose(b, (f - v - (1 - column) * null).square().mean(1))  # planted: 1 - w in place of 1/w - 1
+    assert not torch.allclose(
+        b, (f - v - (1 - column) * null).square().mean(1)
+    )  # planted: 1 - w in place of 1/w - 1
 
 
 MU, SIGMA = 1.0, 0.5
@@ -262,7 +320,9 @@ MU, SIGMA = 1.0, 0.5
 
 def of_class(x: Tensor, t: Tensor, sign: Tensor) -> Tensor:
     """Velocity of data N(sign MU, SIGMA^2); all [n]."""
-    return (t - (1 - t) * SIGMA**2) / ((1 - t) ** 2 * SIGMA**2 + t**2) * (x - (1 - t) * sign * MU) - sign * MU
+    return (t - (1 - t) * SIGMA**2) / ((1 - t) ** 2 * SIGMA**2 + t**2) * (
+        x - (1 - t) * sign * MU
+    ) - sign * MU
 
 
 def test_fixed_point_of_guidance():  # test 7: two classes at -MU and MU; least squares on the exact fields finds their weights
@@ -273,21 +333,35 @@ def test_fixed_point_of_guidance():  # test 7: two classes at -MU and MU; least 
     sign = 2.0 * labels - 1
     x, e = sign * MU + SIGMA * torch.randn(n), torch.randn(n)
     x_s = (1 - s) * x + s * e
-    share = torch.sigmoid(2 * MU * (1 - s) * x_s / ((1 - s) ** 2 * SIGMA**2 + s**2))  # of class 1 given x_s
-    v_null = share * of_class(x_s, s, torch.ones(n)) + (1 - share) * of_class(x_s, s, -torch.ones(n))
+    share = torch.sigmoid(
+        2 * MU * (1 - s) * x_s / ((1 - s) ** 2 * SIGMA**2 + s**2)
+    )  # of class 1 given x_s
+    v_null = share * of_class(x_s, s, torch.ones(n)) + (1 - share) * of_class(
+        x_s, s, -torch.ones(n)
+    )
     v_c = of_class(x_s, s, sign)
     cond = m.conditions(Condition(labels, w), step(), n)
     dropped = cond.labels == 2
-    assert abs(dropped.float().mean() - 0.1) < 5e-3 and torch.equal(cond.guidance, torch.where(dropped, 1.0, w))
+    assert abs(dropped.float().mean() - 0.1) < 5e-3 and torch.equal(
+        cond.guidance, torch.where(dropped, 1.0, w)
+    )
 
     def fitted(basis: Tensor, rows: Tensor, null: Tensor) -> Tensor:
-        m.velocity = lambda x, t, c: null[:, None] if (c.labels == 2).all() and (c.guidance == 1).all() else None
+        m.velocity = lambda x, t, c: (
+            null[:, None] if (c.labels == 2).all() and (c.guidance == 1).all() else None
+        )
         target = m.anchor_velocity(x_s[:, None], s, (e - x)[:, None], cond)
-        return torch.linalg.lstsq(torch.stack([basis, v_null], 1)[rows], target[rows]).solution.flatten()
+        return torch.linalg.lstsq(
+            torch.stack([basis, v_null], 1)[rows], target[rows]
+        ).solution.flatten()
 
     assert near(fitted(v_c, ~dropped, v_null), torch.tensor([w, 1 - w]), 0.05)
-    assert near(fitted(x_s, dropped, v_null), torch.tensor([0.0, 1.0]), 0.05)  # what x_s alone can say
-    assert not near(fitted(v_c, ~dropped, v_c), torch.tensor([w, 1 - w]), 0.5)  # planted: the conditional field as its own null
+    assert near(
+        fitted(x_s, dropped, v_null), torch.tensor([0.0, 1.0]), 0.05
+    )  # what x_s alone can say
+    assert not near(
+        fitted(v_c, ~dropped, v_c), torch.tensor([w, 1 - w]), 0.5
+    )  # planted: the conditional field as its own null
 
 
 # Order, inputs and networks
@@ -295,15 +369,24 @@ def test_fixed_point_of_guidance():  # test 7: two classes at -MU and MU; least 
 
 def test_the_target_moves_after_the_update_and_starts_as_a_copy(monkeypatch):  # test 9
     m = fresh("scratch", student={"half_lives": {"target": 0.5}})
-    assert torch.equal(weights(m.student.averaged("target")), weights(m.net)) and m.student.averaged("target") is not m.net
+    assert (
+        torch.equal(weights(m.student.averaged("target")), weights(m.net))
+        and m.student.averaged("target") is not m.net
+    )
     used, after = [], []
     original = m.velocity
-    monkeypatch.setattr(m, "velocity", lambda *args: used.append(weights(m.student.averaged("target"))) or original(*args))
+    monkeypatch.setattr(
+        m,
+        "velocity",
+        lambda *args: used.append(weights(m.student.averaged("target"))) or original(*args),
+    )
     for i in range(3):
         m.train_step(batch(), step(i))
         after.append(weights(m.net))
     assert torch.equal(used[1], after[0])  # what the first update left: AveragedModel starts there
-    torch.testing.assert_close(used[2], 0.5 * (after[0] + after[1]))  # a plain mean until it spans the half-life
+    torch.testing.assert_close(
+        used[2], 0.5 * (after[0] + after[1])
+    )  # a plain mean until it spans the half-life
     assert not torch.allclose(used[2], after[1], atol=1e-6)  # planted: no average
 
 
@@ -313,7 +396,10 @@ def test_a_drawn_weight_is_an_input_as_its_inverse(name):  # F.1: beta = 1/w, 1 
     nn.init.normal_(m.net.guidance.last.weight, std=0.2)
     seen = []
     for net in {m.net, m.student.averaged(), m.student.averaged("target")}:
-        net.register_forward_hook(lambda _m, args, kwargs, _o: seen.append((args[2], kwargs["guidance"])), with_kwargs=True)
+        net.register_forward_hook(
+            lambda _m, args, kwargs, _o: seen.append((args[2], kwargs["guidance"])),
+            with_kwargs=True,
+        )
     m.train_step(batch(), step())
     again = step()
     w, dropped = times.uniform(again.rng("w"), N, 1.5, 2.5), again.rng("dropout").uniform(N) < 0.5
@@ -321,7 +407,11 @@ def test_a_drawn_weight_is_an_input_as_its_inverse(name):  # F.1: beta = 1/w, 1 
     values = [g.value if hasattr(g, "value") else g for _, g in seen]
     conditional = [g for (labels, _), g in zip(seen, values) if not (labels == CLASSES).all()]
     null = [g for (labels, _), g in zip(seen, values) if (labels == CLASSES).all()]
-    assert conditional and all(torch.equal(g, own) for g in conditional) and not torch.equal(own, 1 / w)  # planted: null rows keep w
+    assert (
+        conditional
+        and all(torch.equal(g, own) for g in conditional)
+        and not torch.equal(own, 1 / w)
+    )  # planted: null rows keep w
     assert all((g == 1).all() for g in null) and len(null) == (name == "scratch")
     seen.clear()
     m.sample(torch.randn(6, 2), Condition(torch.arange(6) % CLASSES, 2.0), 1, None)
@@ -331,21 +421,30 @@ def test_a_drawn_weight_is_an_input_as_its_inverse(name):  # F.1: beta = 1/w, 1 
 
 
 @pytest.mark.parametrize("norms", ["rms", "layer"])
-def test_rms_norms_start_at_zero_and_gates_jump(norms):  # test 11; the last layer is zero too, so gates move in the second update
+def test_rms_norms_start_at_zero_and_gates_jump(
+    norms,
+):  # test 11; the last layer is zero too, so gates move in the second update
     m = fresh("scratch", norms=norms)
     gates, labels, x, t = [], torch.arange(N) % CLASSES, torch.randn(N, 2), torch.rand(N)
-    hook = lambda _m, _args, out: gates.append(networks.modulations(out, 3, norms)[2].square().mean().sqrt())
+    hook = lambda _m, _args, out: gates.append(
+        mlp.modulations(out, 3, norms)[2].square().mean().sqrt()
+    )
     for i in range(4):
         handle = m.net.blocks[0].modulation.register_forward_hook(hook)
         out = m.net(x, t, labels, s=0.5 * t)
         handle.remove()
         assert out.isfinite().all() and (i > 0 or (out == 0).all())
         m.train_step(batch(), step(i))
-    assert gates[0] == gates[1] == 0 and all((0.8 if norms == "rms" else 0) < g < (1.01 if norms == "rms" else 0.1) for g in gates[2:])
+    assert gates[0] == gates[1] == 0 and all(
+        (0.8 if norms == "rms" else 0) < g < (1.01 if norms == "rms" else 0.1) for g in gates[2:]
+    )
 
 
 def test_settings_that_do_not_fit_are_refused():
-    for changes, word in (({"norms": "rms"}, "norms"), ({"student": {"lr": 1e-3, "half_lives": {"target": 0.1}}}, "half_lives")):
+    for changes, word in (
+        ({"norms": "rms"}, "norms"),
+        ({"student": {"lr": 1e-3, "half_lives": {"target": 0.1}}}, "half_lives"),
+    ):
         with pytest.raises(ValueError, match=word):
             TVM.Config.model_validate(FILE.config | changes)
     with pytest.raises(ValueError, match="low <= high"):
@@ -356,7 +455,9 @@ def test_settings_that_do_not_fit_are_refused():
 
 
 def cost(student: int, teacher: int = 0) -> dict[str, int]:
-    return {"student": student, "student.tangent": 1, "student.backward": 1} | ({"teacher": teacher} if teacher else {})
+    return {"student": student, "student.tangent": 1, "student.backward": 1} | (
+        {"teacher": teacher} if teacher else {}
+    )
 
 
 DISTILLED = {
@@ -374,25 +475,42 @@ DISTILLED = {
     "gap-larger": (1, 1),
     "t-is-1-with-anchor": (2, 2),
     "beta2-0.999": (1, 1),
-    "random-guidance": (2, 4),  # weights of its own: the teacher is asked twice whatever the benchmark's
+    "random-guidance": (
+        2,
+        4,
+    ),  # weights of its own: the teacher is asked twice whatever the benchmark's
     "constant-guidance": (2, 2),
     "random-guidance-scaled": (2, 4),
 }
 DRAWN = [name for name in VARIANTS if name and "guidance" in FILE.variants[name].config]
-COSTS = {name: cost(*counts) for name, counts in DISTILLED.items()} | {name: cost(3) for name in SCRATCH}
+COSTS = {name: cost(*counts) for name, counts in DISTILLED.items()} | {
+    name: cost(3) for name in SCRATCH
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_evaluations_of_an_update(name):
     m, task = made(name)
-    twice = {} if name in DRAWN else {"student": 4} if name in SCRATCH else {"teacher": 2 * COSTS[name]["teacher"]}
+    twice = (
+        {}
+        if name in DRAWN
+        else {"student": 4}
+        if name in SCRATCH
+        else {"teacher": 2 * COSTS[name]["teacher"]}
+    )
     for weight, more in ((1.0, {}), (2.0, twice)):
         task.meter.calls.clear()
         task.meter.rows.clear()
         with task.meter.counting():
             m.train_step(batch(weight), step())
-        assert dict(task.meter.calls) == COSTS[name] | more  # guidance: the teacher's second call, or the null target
-        assert all(rows == N * task.meter.calls[role] for role, rows in task.meter.rows.items() if role != "student.backward")
+        assert (
+            dict(task.meter.calls) == COSTS[name] | more
+        )  # guidance: the teacher's second call, or the null target
+        assert all(
+            rows == N * task.meter.calls[role]
+            for role, rows in task.meter.rows.items()
+            if role != "student.backward"
+        )
         assert task.meter.rows["student.tangent"] == N
 
 
@@ -403,21 +521,37 @@ def test_every_variant_changes_an_update():
         for i in range(20):
             m.train_step(batch(), step(i))
         moved.append(weights(m.net))
-    alike = lambda a, b: a.shape == b.shape and torch.allclose(a, b, atol=1e-6)  # a drawn weight is an input more
-    assert not [(VARIANTS[i], VARIANTS[j]) for i in range(len(moved)) for j in range(i) if alike(moved[i], moved[j])]
+    alike = lambda a, b: (
+        a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
+    )  # a drawn weight is an input more
+    assert not [
+        (VARIANTS[i], VARIANTS[j])
+        for i in range(len(moved))
+        for j in range(i)
+        if alike(moved[i], moved[j])
+    ]
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_sampling_follows_the_grid_with_as_many_evaluations(scaled):  # section 5, test 12
     m, _ = made(scaled=scaled)
     seen = []
-    m.net.register_forward_hook(lambda _m, args, kwargs, _o: seen.append((float(args[1][0]), float(kwargs["s"][0]))), with_kwargs=True)
+    m.net.register_forward_hook(
+        lambda _m, args, kwargs, _o: seen.append((float(args[1][0]), float(kwargs["s"][0]))),
+        with_kwargs=True,
+    )
     z, labels = torch.randn(6, 2), torch.arange(6) % CLASSES
     m.student.averages.clear()  # sample the network that the hook watches
-    for nfe, expected in ((1, [(1.0, 0.0)]), (2, [(1.0, 0.5), (0.5, 0.0)]), (4, [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)])):
+    for nfe, expected in (
+        (1, [(1.0, 0.0)]),
+        (2, [(1.0, 0.5), (0.5, 0.0)]),
+        (4, [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]),
+    ):
         seen.clear()
         assert m.sample(z, Condition(labels, 2.0), nfe, None).shape == z.shape and seen == expected
     u = m.net(z, torch.ones(6), labels, s=torch.zeros(6))
     one = m.sample(z, Condition(labels, 2.0), 1, None)
     torch.testing.assert_close(one, z - (2 * u if scaled else u))
-    assert not torch.allclose(one, z + u) and not torch.allclose(one, z - (u if scaled else 2 * u))  # planted
+    assert not torch.allclose(one, z + u) and not torch.allclose(
+        one, z - (u if scaled else 2 * u)
+    )  # planted

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from distillbench import journal, registry
-from distillbench.train import CHECKPOINTS
+from distillbench.cells import journal
+from distillbench.cells.journal import NAME
+from distillbench.cells.train import CHECKPOINTS
+from distillbench.registry import folders
 from tests.conftest import Checkout
 from tests.test_cells import BROKEN, edit
 
@@ -30,14 +32,26 @@ def test_a_table_of_images_end_to_end(checkout: Checkout):
     done = checkout.snakemake("results/tiny.md")
     assert done.returncode == 0, done.stderr
     found = rows(checkout, "tiny")
-    assert {m for m, _ in found} == {"floor", "class_means", "class_gaussian", "mixup", "memoriser", "teacher", *registry.discover()}
+    assert {m for m, _ in found} == {
+        "floor",
+        "class_means",
+        "class_gaussian",
+        "mixup",
+        "memoriser",
+        "teacher",
+        *folders.discover(),
+    }
     for key, row in found.items():
         assert row["status"] == "done" and row["seeds"] == 2, key
         assert row["fid_mean"] > 0 and 0 <= row["recall_mean"] <= 1 and row["fid_sd"] is not None
     assert found["class_means", None]["gap_closed_mean"] == 0
     assert found["teacher", 8]["gap_closed_mean"] == pytest.approx(1)
     # The teacher against itself from other noise: what a perfect student scores, below every student.
-    assert 0 < found["teacher", 8]["fid_teacher_mean"] < min(found["teacher", 1]["fid_teacher_mean"], found["dmd", 1]["fid_teacher_mean"])
+    assert (
+        0
+        < found["teacher", 8]["fid_teacher_mean"]
+        < min(found["teacher", 1]["fid_teacher_mean"], found["dmd", 1]["fid_teacher_mean"])
+    )
     assert found["meanflow", 1]["headline"] and not found["meanflow", 2]["headline"]
     # The budget is metered, not declared: both methods spent it to within one cycle.
     for method in ("dmd", "meanflow"):
@@ -50,8 +64,13 @@ def test_a_table_of_images_end_to_end(checkout: Checkout):
     (record,) = checkout.folder.glob("results/runs/tiny/dmd/seed1-*/result.json")
     shutil.rmtree(record.parent)
     redone = checkout.snakemake("results/tiny.md")
-    every = 2 * (1 + len(registry.discover()) + 1)  # the teacher, and meanflow@x0.7, from which FSF-DMD starts
-    assert redone.returncode == 0 and f"{every} of {every} cells have exactly the metrics published before" in redone.stderr
+    every = 2 * (
+        1 + len(folders.discover()) + 1
+    )  # the teacher, and meanflow@x0.7, from which FSF-DMD starts
+    assert (
+        redone.returncode == 0
+        and f"{every} of {every} cells have exactly the metrics published before" in redone.stderr
+    )
     assert "tiny/dmd seed 1: done" in redone.stderr and "tiny/dmd seed 0: done" not in redone.stderr
 
 
@@ -69,17 +88,23 @@ def test_a_method_from_outside_and_four_broken_ones(checkout: Checkout):
     found = rows(checkout, "tiny-ring")
     for name in four:
         row = found[name, None]
-        assert row["status"].startswith(BROKEN[name][2].upper()) and BROKEN[name][3] in row["status"]
+        assert (
+            row["status"].startswith(BROKEN[name][2].upper()) and BROKEN[name][3] in row["status"]
+        )
         assert row["seeds"] == 0
     for nfe in (1, 2, 4):
-        assert found["myflow", nfe]["sliced_w2_mean"] == found["meanflow", nfe]["sliced_w2_mean"], "the name draws no random number"
+        assert found["myflow", nfe]["sliced_w2_mean"] == found["meanflow", nfe]["sliced_w2_mean"], (
+            "the name draws no random number"
+        )
     page = (checkout.folder / "results/tiny-ring.md").read_text()
     assert page.count("FAILED: ") == 3 and page.count("DIVERGED: ") == 1
     assert found["dmd", 1]["status"] == "done"
 
 
 def descendants(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True
+    ).stdout.split()
     parents = dict(zip(map(int, found[::2]), map(int, found[1::2])))
     children = [p for p, parent in parents.items() if parent == pid]
     return children + [d for c in children for d in descendants(c)]
@@ -89,8 +114,11 @@ def test_a_workflow_killed_with_its_teacher_still_makes_the_table(checkout: Chec
     """Snakemake forces jobs that a kill left incomplete, and must not forget what hangs on them."""
     process = subprocess.Popen(
         ["snakemake", "--cores", "2", "results/tiny-ring.md"],
-        cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=checkout.folder,
+        env=checkout.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not list((checkout.folder / "results/runs").glob("tiny-ring/teacher/*/lock")):
         time.sleep(0.05)
         assert process.poll() is None
@@ -98,10 +126,18 @@ def test_a_workflow_killed_with_its_teacher_still_makes_the_table(checkout: Chec
     process.wait()
     done = checkout.snakemake("results/tiny-ring.md")
     assert done.returncode == 0, done.stderr
-    assert len(checkout.metrics()) == 2 * (1 + len(registry.discover()) + 1) and (checkout.folder / "results/tiny-ring.md").is_file()
+    assert (
+        len(checkout.metrics()) == 2 * (1 + len(folders.discover()) + 1)
+        and (checkout.folder / "results/tiny-ring.md").is_file()
+    )
 
 
-VICTIMS = ("worker", "command", "snakemake", "group")  # a command is the watcher of the worker that it forks
+VICTIMS = (
+    "worker",
+    "command",
+    "snakemake",
+    "group",
+)  # a command is the watcher of the worker that it forks
 RUNS, KILLS = 4, 5  # kills in each run
 KILLED = ("add", "dmd", "freeflow")  # with a discriminator, with pairs, with two networks
 
@@ -125,7 +161,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_no_metric(checkout: Checkout, uninterrupted: dict[str, bytes]):
+def test_twenty_kills_at_random_moments_change_no_metric(
+    checkout: Checkout, uninterrupted: dict[str, bytes]
+):
     """Three methods, killed again and again: every metrics.json equals the uninterrupted one, and nothing is trained twice that a
     checkpoint holds. The first kill of a run falls into its start-up, the others from a student's first step on."""
     longer(checkout)
@@ -135,8 +173,13 @@ def test_twenty_kills_at_random_moments_change_no_metric(checkout: Checkout, uni
         done = checkout.snakemake("results/tiny-ring.md")
         assert done.returncode == 0, done.stderr
         assert checkout.metrics() == uninterrupted and len(uninterrupted) == 2 * (1 + len(KILLED))
-        counts = {f"{folder.parent.name}/{folder.name[:5]}": repeated(folder) for folder in folders(checkout)}
-        print(f"run {run}: killed {', '.join(log)}; cells (resumes, updates trained again): {counts}")
+        counts = {
+            f"{folder.parent.name}/{folder.name[:5]}": repeated(folder)
+            for folder in folders(checkout)
+        }
+        print(
+            f"run {run}: killed {', '.join(log)}; cells (resumes, updates trained again): {counts}"
+        )
         resumes += sum(n for n, _ in counts.values())
         shutil.rmtree(checkout.folder / "results")
     assert resumes > 0  # or nothing was tested
@@ -148,9 +191,13 @@ def killed_again_and_again(checkout: Checkout, run: int) -> list[str]:
     for kill in range(KILLS):
         began, victim = time.time(), VICTIMS[(run + kill) % len(VICTIMS)]
         process = subprocess.Popen(
-            ["snakemake", "--cores", "2", "results/tiny-ring.md"], cwd=checkout.folder, env=checkout.environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            ["snakemake", "--cores", "2", "results/tiny-ring.md"],
+            cwd=checkout.folder,
+            env=checkout.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         while kill and not any(student_trains(folder, began) for folder in folders(checkout)):
             assert process.poll() is None, "it ended before the kill"
             time.sleep(0.05)
@@ -163,14 +210,16 @@ def killed_again_and_again(checkout: Checkout, run: int) -> list[str]:
         else:
             kill_one(process, victim)
             time.sleep(chance.uniform(0, 3))
-            os.killpg(process.pid, signal.SIGTERM)  # it would retry by itself; the next kill shall meet another command
+            os.killpg(
+                process.pid, signal.SIGTERM
+            )  # it would retry by itself; the next kill shall meet another command
         process.wait(timeout=600)  # after SIGTERM it lets a job end that it had just started
         log.append(f"{victim} after {time.time() - began:.0f} s")
     return log
 
 
 def student_trains(folder: Path, since: float) -> bool:
-    path = folder / journal.NAME
+    path = folder / NAME
     return folder.parent.name != "teacher" and path.exists() and path.stat().st_mtime > since
 
 
@@ -222,14 +271,24 @@ def repeated(folder: Path) -> tuple[int, int]:
 
 def test_updates_trained_twice_are_counted(tmp_path: Path):
     def of(*lines: dict) -> tuple[int, int]:
-        (tmp_path / journal.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return repeated(tmp_path)
 
     start, step = {"start": 0, "steps": 40}, lambda i: {"step": i}  # a checkpoint every 2
-    rest = lambda k: [line for i in range(k, 40, 2) for line in (step(i), step(i + 1), {"checkpoint": i + 2})]
+    rest = lambda k: [
+        line for i in range(k, 40, 2) for line in (step(i), step(i + 1), {"checkpoint": i + 2})
+    ]
     killed = [start, step(0), step(1), {"checkpoint": 2}, step(2), step(3)]
-    assert of(*killed, start | {"start": 4}, *rest(4)) == (1, 0)  # the line of its last checkpoint was lost
+    assert of(*killed, start | {"start": 4}, *rest(4)) == (
+        1,
+        0,
+    )  # the line of its last checkpoint was lost
     assert of(*killed, start | {"start": 2}, *rest(2)) == (1, 2)
-    for bad in ([*killed, start, *rest(0)], [*killed, start | {"start": 2}, step(1)], [*killed, step(4), step(5)], killed):
+    for bad in (
+        [*killed, start, *rest(0)],
+        [*killed, start | {"start": 2}, step(1)],
+        [*killed, step(4), step(5)],
+        killed,
+    ):
         with pytest.raises(AssertionError):
             of(*bad)

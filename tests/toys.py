@@ -6,27 +6,40 @@ import torch
 from torch import Tensor, nn
 
 from distillbench.meter import Meter
-from distillbench.method import Batch, Method, Step, Task
-from distillbench.networks import VelocityNetwork
-from distillbench.teachers import Teacher
+from distillbench.method import Batch, Method, Step, Task, Teacher
+from distillbench.networks.mlp import VelocityMLP
 
 CLASSES = 3
 
 
 def random_task(
-    shape: tuple[int, ...], depth: int = 2, features: nn.Module | None = None, device: torch.device | str = "cpu",
+    shape: tuple[int, ...],
+    depth: int = 2,
+    features: nn.Module | None = None,
+    device: torch.device | str = "cpu",
     start: dict[str, Tensor] | None = None,
-) -> Task:  # fmt: skip
+) -> Task:
     """Of three classes; all the teacher's weights are random (the last layer of a new network is zero), the same on every device."""
     torch.manual_seed(1)
-    teacher, meter = VelocityNetwork(shape, CLASSES, 16, depth), Meter()
+    teacher, meter = VelocityMLP(shape, CLASSES, 16, depth), Meter()
     for p in teacher.parameters():
         nn.init.normal_(p, std=0.2)
     meter.watch(teacher.to(device), lambda: "teacher")
     if features is not None:
         meter.watch(features.to(device), lambda: "features")
     network = {"width": 16, "depth": depth}
-    return Task(shape, CLASSES, network, Teacher(teacher, CLASSES), teacher, 0, torch.device(device), meter, features, start)
+    return Task(
+        shape,
+        CLASSES,
+        network,
+        Teacher(teacher, CLASSES),
+        teacher,
+        0,
+        torch.device(device),
+        meter,
+        features,
+        start,
+    )
 
 
 def shake(*networks: nn.Module) -> None:
@@ -50,7 +63,9 @@ def watch_updates(m: Method) -> list[str]:
         def update(loss: Tensor) -> None:
             before = weights(own), weights(other)
             original(loss)
-            assert not torch.equal(weights(own), before[0]) and torch.equal(weights(other), before[1])
+            assert not torch.equal(weights(own), before[0]) and torch.equal(
+                weights(other), before[1]
+            )
             order.append(player.name)
 
         player.update = update

@@ -24,7 +24,9 @@ class Template(Method):
         model_config = ConfigDict(extra="forbid")
         # YOUR IDEA: your settings; their values stand in config.yaml.
         batch: int = Field(gt=0)
-        pairs: int = Field(gt=0, description="pairs of noise and the teacher's sample, made before training")
+        pairs: int = Field(
+            gt=0, description="pairs of noise and the teacher's sample, made before training"
+        )
         pair_heun_steps: int = Field(gt=0)
         student: PlayerConfig
 

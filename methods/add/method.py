@@ -18,7 +18,10 @@ from distillbench.samplers import renoising
 from distillbench.seeds import Rng
 
 # c(t) of Eq. 4 (App. A). "sds" is c = (1-t) w(t) / (2t) with w(t) = t^2, so that nothing is divided by t.
-WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"exponential": lambda t: 1 - t, "sds": lambda t: (1 - t) * t / 2}
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "exponential": lambda t: 1 - t,
+    "sds": lambda t: (1 - t) * t / 2,
+}
 
 
 def generator_loss(fake: list[Tensor]) -> Tensor:
@@ -57,10 +60,17 @@ class ADD(Method):
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
         init: Literal["teacher", "random"] = Field(description="of the student")
-        levels: tuple[float, ...] = Field(min_length=1, description="probabilities of s = 1, 1 - 1/N, ..., 1/N")
+        levels: tuple[float, ...] = Field(
+            min_length=1, description="probabilities of s = 1, 1 - 1/N, ..., 1/N"
+        )
         adversarial: bool = Field(description="false: the distillation loss alone")
-        features: Literal["self_supervised", "random"] = Field(description="the frozen network below the heads")
-        kernel: int | None = Field(ge=1, description="of the heads' convolution over tokens, odd; null: one hidden layer on all tokens")
+        features: Literal["self_supervised", "random"] = Field(
+            description="the frozen network below the heads"
+        )
+        kernel: int | None = Field(
+            ge=1,
+            description="of the heads' convolution over tokens, odd; null: one hidden layer on all tokens",
+        )
         pixel: bool = Field(description="one more head, on the image itself")
         conditional: bool = Field(description="heads are projected on the class")
         hidden: int = Field(gt=0, description="width of the heads")
@@ -80,9 +90,17 @@ class ADD(Method):
     @classmethod
     def needs(cls, config: Config) -> Needs:
         n = len(config.levels)
-        nfe = tuple(k for k in range(1, n + 1) if n % k == 0)  # samplers all of whose levels are trained
+        nfe = tuple(
+            k for k in range(1, n + 1) if n % k == 0
+        )  # samplers all of whose levels are trained
         data = config.adversarial or n > 1  # the distillation loss at s = 1 alone sees none
-        return Needs(batch=config.batch, nfe=nfe, headline_nfe=1, data=data, features=config.features if config.adversarial else None)
+        return Needs(
+            batch=config.batch,
+            nfe=nfe,
+            headline_nfe=1,
+            data=data,
+            features=config.features if config.adversarial else None,
+        )
 
     def __init__(self, task: Task, config: Config):
         self.task, self.config = task, config
@@ -90,13 +108,19 @@ class ADD(Method):
         self.student = task.player("student", config.student, self.net)
         if config.adversarial:
             probe = self.features(torch.zeros(1, *task.shape, device=task.device))
-            self.heads = [self.head(f.shape[-1], task.classes if config.conditional else 0) for f in probe]
+            self.heads = [
+                self.head(f.shape[-1], task.classes if config.conditional else 0) for f in probe
+            ]
             self.discriminator = task.player("discriminator", config.discriminator, *self.heads)
 
     def head(self, width: int, classes: int) -> nn.Module:
         """D_k on features of this width."""
         c = self.config
-        return VectorHead(width, c.hidden, classes) if c.kernel is None else TokenHead(width, c.hidden, c.kernel, classes)
+        return (
+            VectorHead(width, c.hidden, classes)
+            if c.kernel is None
+            else TokenHead(width, c.hidden, c.kernel, classes)
+        )
 
     def features(self, x: Tensor) -> list[Tensor]:
         """F_k(x) for every head: tokens [B, T, width], flattened for heads without a kernel; one evaluation."""
@@ -128,12 +152,18 @@ class ADD(Method):
             with torch.no_grad():
                 v = self.task.teacher.velocity(x_t, t, batch.cond)
             distillation = distillation_loss(x, v, x_t, t, c.weighting)
-            loss, logged["distillation"] = loss + c.distillation * distillation, distillation.detach()
+            loss, logged["distillation"] = (
+                loss + c.distillation * distillation,
+                distillation.detach(),
+            )
         self.student.update(loss)
 
         if c.adversarial:  # Eq. 3, real images against samples: the features are frozen, those of the samples need no second evaluation
             real = self.features(x_0.detach().requires_grad_(c.r1 > 0))
-            d_real, d_fake = self.judge(real, labels), self.judge([f.detach() for f in fake], labels)
+            d_real, d_fake = (
+                self.judge(real, labels),
+                self.judge([f.detach() for f in fake], labels),
+            )
             loss = discriminator_loss(d_real, d_fake)
             logged["discriminator"] = loss.detach()
             if c.r1:
@@ -144,4 +174,9 @@ class ADD(Method):
 
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
         """Predict, noise again to the next level, predict: evaluations at s = 1, 1 - 1/nfe, ... (section 3)."""
-        return renoising(self.denoise(self.student.averaged(), cond.labels), noise, nfe, lambda: rng.normal(*noise.shape))
+        return renoising(
+            self.denoise(self.student.averaged(), cond.labels),
+            noise,
+            nfe,
+            lambda: rng.normal(*noise.shape),
+        )

@@ -26,7 +26,9 @@ class DMD(Method):
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
         weighting: Literal["residual", "alpha_residual", "sigma_alpha", "sigma3_alpha", "velocity"]
-        time_low: float = Field(ge=0, lt=1, description="t ~ U(low, high) in the distribution-matching loss")
+        time_low: float = Field(
+            ge=0, lt=1, description="t ~ U(low, high) in the distribution-matching loss"
+        )
         time_high: float = Field(gt=0, le=1)
         regression: float = Field(ge=0, description="lambda_reg; 0 trains without pairs")
         pairs: int = Field(gt=0)
@@ -37,7 +39,11 @@ class DMD(Method):
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
-        pairs = Pairs(config.pairs, config.pair_heun_steps, config.pair_batch) if config.regression else None
+        pairs = (
+            Pairs(config.pairs, config.pair_heun_steps, config.pair_batch)
+            if config.regression
+            else None
+        )
         return Needs(batch=config.batch, nfe=(1,), headline_nfe=1, pairs=pairs)
 
     def __init__(self, task: Task, config: Config):
@@ -60,14 +66,20 @@ class DMD(Method):
         y = None
         if batch.pairs is not None:
             z_ref, y, ref = batch.pairs
-            z, labels = torch.cat([z, z_ref]), None if labels is None else torch.cat([labels, ref.labels])
+            z, labels = (
+                torch.cat([z, z_ref]),
+                None if labels is None else torch.cat([labels, ref.labels]),
+            )
         x_all = self.generate(self.net, z, labels)
         x, cond = x_all[:n], batch.cond
         t = times.uniform(step.rng("t"), n, c.time_low, c.time_high)
         e = step.rng("e").normal(*x.shape)
         with torch.no_grad():  # Algorithm 2
             x_t = noised(x, e, t)
-            v_fake, v_real = self.fake(x_t, t, cond.labels), self.task.teacher.velocity(x_t, t, cond)
+            v_fake, v_real = (
+                self.fake(x_t, t, cond.labels),
+                self.task.teacher.velocity(x_t, t, cond),
+            )
             g = matching_gradient(v_real, v_fake, x, e, t, c.weighting)
         loss = matching = pseudo_loss(x, g)
         logged = {"matching_gradient": g.square().mean().sqrt()}

@@ -25,20 +25,36 @@ class DMD2(Method):
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
         steps: int = Field(gt=0, description="N, denoising steps of the student")
-        input_time: float = Field(gt=0, le=1, description="t_i, its first step, which sees t_i z; the others are i/N of it")
-        inputs: Literal["simulated", "noised_real"] = Field(description="of the student's steps in training")
-        every: int = Field(gt=0, description="r: the critic moves on every step, the student on every r-th")
+        input_time: float = Field(
+            gt=0,
+            le=1,
+            description="t_i, its first step, which sees t_i z; the others are i/N of it",
+        )
+        inputs: Literal["simulated", "noised_real"] = Field(
+            description="of the student's steps in training"
+        )
+        every: int = Field(
+            gt=0, description="r: the critic moves on every step, the student on every r-th"
+        )
         disjoint: bool = Field(description="the critic rests when the student moves (FastGen)")
         matching: bool = Field(description="the student has the distribution-matching loss")
         weighting: Literal["residual", "velocity"]
-        time_low: float = Field(ge=0, lt=1, description="t ~ U(low, high) in the distribution-matching loss")
+        time_low: float = Field(
+            ge=0, lt=1, description="t ~ U(low, high) in the distribution-matching loss"
+        )
         time_high: float = Field(gt=0, le=1)
-        gan: float = Field(ge=0, description="lambda_G; 0 trains without a classifier and without data")
+        gan: float = Field(
+            ge=0, description="lambda_G; 0 trains without a classifier and without data"
+        )
         classifier: float = Field(gt=0, description="lambda_D")
-        features: Literal["critic", "teacher"] = Field(description="whose features the classifier sees")
+        features: Literal["critic", "teacher"] = Field(
+            description="whose features the classifier sees"
+        )
         blocks: int = Field(gt=0, description="after how many blocks it sees them")
         head_width: int = Field(gt=0)
-        conditioned: bool = Field(description="the critic is told which step of the student it judges")
+        conditioned: bool = Field(
+            description="the critic is told which step of the student it judges"
+        )
         student: PlayerConfig
         critic: PlayerConfig
 
@@ -49,7 +65,9 @@ class DMD2(Method):
             if self.disjoint and self.every == 1:
                 raise ValueError("disjoint with every: 1 never trains the critic")
             if self.inputs == "noised_real" and self.input_time < 1:
-                raise ValueError("inputs: noised_real needs input_time: 1, whose first step sees noise without data, as in sampling")
+                raise ValueError(
+                    "inputs: noised_real needs input_time: 1, whose first step sees noise without data, as in sampling"
+                )
             return self
 
     @classmethod
@@ -58,19 +76,32 @@ class DMD2(Method):
         nfe = tuple(k for k in range(1, n + 1) if n % k == 0)
         data = config.gan > 0 or config.inputs == "noised_real"
         return Needs(
-            batch=config.batch, nfe=nfe, headline_nfe=n, data=data, cycle=config.every * (n if config.inputs == "simulated" else 1)
+            batch=config.batch,
+            nfe=nfe,
+            headline_nfe=n,
+            data=data,
+            cycle=config.every * (n if config.inputs == "simulated" else 1),
         )
 
     def __init__(self, task: Task, config: Config):
         self.task, self.config = task, config
-        self.net, self.fake = task.network("teacher"), task.network("teacher", second_time=config.conditioned)
+        self.net, self.fake = (
+            task.network("teacher"),
+            task.network("teacher", second_time=config.conditioned),
+        )
         self.student = task.player("student", config.student, self.net)
         guidance: list[nn.Module] = [self.fake]
         if config.gan:
-            self.config = config.model_copy(update={"blocks": min(config.blocks, len(self.fake.blocks))})  # of a shallow network all
+            self.config = config.model_copy(
+                update={"blocks": min(config.blocks, len(self.fake.blocks))}
+            )  # of a shallow network all
             self.head = VectorHead(self.fake.enter.out_features, config.head_width, task.classes)
             # A copy of the teacher's network: where the teacher is a closed form it has no features.
-            self.trunk = self.fake if config.features == "critic" else task.network("teacher").requires_grad_(False)
+            self.trunk = (
+                self.fake
+                if config.features == "critic"
+                else task.network("teacher").requires_grad_(False)
+            )
             guidance.append(self.head)
         self.critic = task.player("critic", config.critic, *guidance)
 
@@ -94,19 +125,26 @@ class DMD2(Method):
                 terms.append(pseudo_loss(x, g))
                 logged["matching_gradient"] = g.square().mean().sqrt()
             if c.gan:
-                adversarial = softplus_generator(self.logits(x, t_k, cond.labels, step, "adversarial"))
+                adversarial = softplus_generator(
+                    self.logits(x, t_k, cond.labels, step, "adversarial")
+                )
                 terms.append(c.gan * adversarial)
                 logged["adversarial"] = adversarial.detach()
             self.student.update(torch.stack(terms).sum())
 
         if not (turn and c.disjoint):
             x = x.detach()
-            t, e = times.uniform(step.rng("critic t"), len(x)), step.rng("critic e").normal(*x.shape)
+            t, e = (
+                times.uniform(step.rng("critic t"), len(x)),
+                step.rng("critic e").normal(*x.shape),
+            )
             fake = loss = critic_loss(self.fake(noised(x, e, t), t, cond.labels, s=t - t_k), x, e)
             if c.gan:
                 assert batch.x is not None
                 labels = None if cond.labels is None else torch.cat([cond.labels, cond.labels])
-                both = self.logits(torch.cat([batch.x, x]), torch.cat([t_k, t_k]), labels, step, "classifier")
+                both = self.logits(
+                    torch.cat([batch.x, x]), torch.cat([t_k, t_k]), labels, step, "classifier"
+                )
                 classifier = softplus_discriminator(*both.chunk(2))
                 loss = fake + c.classifier * classifier
                 logged["classifier"] = classifier.detach()
@@ -124,15 +162,23 @@ class DMD2(Method):
             return noised(batch.x, z, t), t
         k, fresh = drawn_step(step, steps, self.config.every), step.rng("renoise")
         denoise = lambda x, t: self.generate(self.net, x, t, labels)
-        return simulated_input(denoise, z, steps, k, lambda: fresh.normal(*z.shape), self.config.input_time)
+        return simulated_input(
+            denoise, z, steps, k, lambda: fresh.normal(*z.shape), self.config.input_time
+        )
 
     @torch.no_grad()
     def matching(self, x: Tensor, t_k: Tensor, cond: Condition, step: Step) -> Tensor:
         """Gradient of the distribution-matching loss at the student's samples (Eq. 1, DMD Algorithm 2); the critic is never guided."""
         c = self.config
-        t, e = times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high), step.rng("matching e").normal(*x.shape)
+        t, e = (
+            times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high),
+            step.rng("matching e").normal(*x.shape),
+        )
         x_t = noised(x, e, t)
-        v_fake, v_real = self.fake(x_t, t, cond.labels, s=t - t_k), self.task.teacher.velocity(x_t, t, cond)
+        v_fake, v_real = (
+            self.fake(x_t, t, cond.labels, s=t - t_k),
+            self.task.teacher.velocity(x_t, t, cond),
+        )
         return matching_gradient(v_real, v_fake, x, e, t, c.weighting)
 
     def logits(self, x: Tensor, t_k: Tensor, labels: Tensor | None, step: Step, use: str) -> Tensor:
@@ -148,4 +194,6 @@ class DMD2(Method):
         """Denoise, noise anew, denoise, ... (section 4.4)."""
         net = self.student.averaged()
         denoise = lambda x, t: self.generate(net, x, t, cond.labels)
-        return renoising(denoise, noise, nfe, lambda: rng.normal(*noise.shape), start=self.config.input_time)
+        return renoising(
+            denoise, noise, nfe, lambda: rng.normal(*noise.shape), start=self.config.input_time
+        )

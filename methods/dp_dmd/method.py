@@ -23,7 +23,14 @@ from distillbench.seeds import Rng
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], t [B]) -> v like x
 
 
-def anchor_target(velocity: Velocity, noise: Tensor, time: float, steps: int, solver: Literal["euler", "heun"], x0: bool) -> Tensor:
+def anchor_target(
+    velocity: Velocity,
+    noise: Tensor,
+    time: float,
+    steps: int,
+    solver: Literal["euler", "heun"],
+    x0: bool,
+) -> Tensor:
     """What the student's velocity at (noise, t = 1) should be, like noise [B, ...]; the caller decides about gradients.
 
     z_tbar: `steps` equal steps of the teacher's ODE from noise at t = 1 to tbar = `time` in [0, 1). Eq. 6: the secant
@@ -44,7 +51,9 @@ def diversity_loss(v_1: Tensor, target: Tensor) -> Tensor:
     return (v_1 - target.detach()).square().mean()
 
 
-def rollout(velocity: Velocity, noise: Tensor, steps: int, detach: bool, first: bool) -> tuple[Tensor, Tensor]:
+def rollout(
+    velocity: Velocity, noise: Tensor, steps: int, detach: bool, first: bool
+) -> tuple[Tensor, Tensor]:
     """(x, v_1): the end of `steps` Euler steps on the uniform grid, as in sampling, and the velocity of the first (Algorithm 1).
 
     noise, x, v_1: [B, ...]. With `detach` z_1 = sg(z_1): x has a gradient through steps 2 to N only. Without `first`, the first step has
@@ -63,22 +72,44 @@ class DPDMD(Method):
     class Config(BaseModel):
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
-        steps: int = Field(description="N >= 2, steps of the student, the only number it can be sampled with")
-        critic_updates: int = Field(gt=0, description="M, moves of the critic for one of the student")
+        steps: int = Field(
+            description="N >= 2, steps of the student, the only number it can be sampled with"
+        )
+        critic_updates: int = Field(
+            gt=0, description="M, moves of the critic for one of the student"
+        )
         reuse: bool = Field(
             description="the critic moves on every step, on the student's turn, each M-th step, on the student's own samples; "
             "false: on the student's turn, each (M+1)-th step, it rests (the official counter)"
         )
         diversity: float = Field(ge=0, description="lambda, weight of L_Div; 0 asks for no anchor")
-        anchor: Literal["velocity", "x0"] = Field(description="what the first step learns: Eq. 6 or Eq. 39-41")
-        anchor_time: float | None = Field(ge=0, lt=1, description="tbar, where the teacher's path is cut; null: 1 - 1/N, where step 1 ends")
+        anchor: Literal["velocity", "x0"] = Field(
+            description="what the first step learns: Eq. 6 or Eq. 39-41"
+        )
+        anchor_time: float | None = Field(
+            ge=0,
+            lt=1,
+            description="tbar, where the teacher's path is cut; null: 1 - 1/N, where step 1 ends",
+        )
         anchor_steps: int = Field(gt=0, description="K, steps of the teacher from 1 to tbar")
-        anchor_solver: Literal["euler", "heun"] = Field(description="of these steps; heun evaluates twice")
+        anchor_solver: Literal["euler", "heun"] = Field(
+            description="of these steps; heun evaluates twice"
+        )
         detach: bool = Field(description="no gradient of L_DMD through step 1")
         weighting: Literal[
-            "noisy_residual", "residual", "alpha_residual", "velocity", "sigma_alpha", "sigma3_alpha", "reverse_kl"
-        ] = Field(description="of the velocity difference in L_DMD, by name in distillbench.matching")  # fmt: skip
-        time_low: float = Field(ge=0, lt=1, description="t ~ U(low, high) in L_DMD and for the critic")
+            "noisy_residual",
+            "residual",
+            "alpha_residual",
+            "velocity",
+            "sigma_alpha",
+            "sigma3_alpha",
+            "reverse_kl",
+        ] = Field(
+            description="of the velocity difference in L_DMD, by name in distillbench.matching"
+        )
+        time_low: float = Field(
+            ge=0, lt=1, description="t ~ U(low, high) in L_DMD and for the critic"
+        )
         time_high: float = Field(gt=0, le=1)
         student: PlayerConfig
         critic: PlayerConfig
@@ -87,15 +118,21 @@ class DPDMD(Method):
         @classmethod
         def _several(cls, steps: int) -> int:
             if steps < 2:
-                raise ValueError("one step leaves nothing to match: step 1 has L_Div alone; use 2 or more")
+                raise ValueError(
+                    "one step leaves nothing to match: step 1 has L_Div alone; use 2 or more"
+                )
             return steps
 
         @model_validator(mode="after")
         def _fits(self) -> DPDMD.Config:
             if self.time_low >= self.time_high:
-                raise ValueError(f"time_low {self.time_low:g} must be below time_high {self.time_high:g}")
+                raise ValueError(
+                    f"time_low {self.time_low:g} must be below time_high {self.time_high:g}"
+                )
             if self.anchor == "x0" and self.anchor_time == 0:
-                raise ValueError("anchor: x0 with anchor_time: 0 is anchor: velocity, with one evaluation more")
+                raise ValueError(
+                    "anchor: x0 with anchor_time: 0 is anchor: velocity, with one evaluation more"
+                )
             return self
 
         @property
@@ -105,7 +142,9 @@ class DPDMD(Method):
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
-        return Needs(batch=config.batch, nfe=(config.steps,), headline_nfe=config.steps, cycle=config.cycle)
+        return Needs(
+            batch=config.batch, nfe=(config.steps,), headline_nfe=config.steps, cycle=config.cycle
+        )
 
     def __init__(self, task: Task, config: Config):
         self.task, self.config = task, config
@@ -122,7 +161,13 @@ class DPDMD(Method):
         z = step.rng("z").normal(batch.size, *self.task.shape)
         with torch.set_grad_enabled(turn):
             # With lambda = 0 and the gradient cut nothing is asked of step 1.
-            x, v_1 = rollout(lambda x, t: self.net(x, t, cond.labels), z, c.steps, c.detach, first=c.diversity > 0 or not c.detach)
+            x, v_1 = rollout(
+                lambda x, t: self.net(x, t, cond.labels),
+                z,
+                c.steps,
+                c.detach,
+                first=c.diversity > 0 or not c.detach,
+            )
         logged = {}
 
         if turn:
@@ -137,7 +182,10 @@ class DPDMD(Method):
 
         if c.reuse or not turn:
             x = x.detach()
-            t, e = times.uniform(step.rng("critic t"), len(x), c.time_low, c.time_high), step.rng("critic e").normal(*x.shape)
+            t, e = (
+                times.uniform(step.rng("critic t"), len(x), c.time_low, c.time_high),
+                step.rng("critic e").normal(*x.shape),
+            )
             fake = critic_loss(self.fake(noised(x, e, t), t, cond.labels), x, e)
             self.critic.update(fake)
             logged["critic"] = fake.detach()
@@ -155,7 +203,10 @@ class DPDMD(Method):
     def matching(self, x: Tensor, cond: Condition, step: Step) -> Tensor:
         """Gradient of L_DMD at the student's samples x, like x: guided teacher, unguided critic, t for every row."""
         c = self.config
-        t, e = times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high), step.rng("matching e").normal(*x.shape)
+        t, e = (
+            times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high),
+            step.rng("matching e").normal(*x.shape),
+        )
         x_t = noised(x, e, t)
         v_fake, v_real = self.fake(x_t, t, cond.labels), self.task.teacher.velocity(x_t, t, cond)
         return matching_gradient(v_real, v_fake, x, e, t, c.weighting)

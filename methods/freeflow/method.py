@@ -51,7 +51,9 @@ def weighted(delta: Tensor, k: float) -> Tensor:
     return delta / over((mean_square + 1e-4).pow(k), delta)
 
 
-def alpha_at(progress: float, reference: float, delay: float, ramp: float, decay: float | None) -> float:
+def alpha_at(
+    progress: float, reference: float, delay: float, ramp: float, decay: float | None
+) -> float:
     """alpha: 0 until `delay`, linear over `ramp`, / sqrt(progress / decay) after `decay`, all in shares of the run (App. A.3)."""
     rise = min(max((progress - delay) / ramp, 0.0), 1.0) if ramp else float(progress >= delay)
     return reference * rise / max(progress / decay, 1.0) ** 0.5 if decay else reference * rise
@@ -76,23 +78,44 @@ class FreeFlow(Method):
     class Config(BaseModel):
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
-        correction: float = Field(ge=0, le=1, description="share of the batch for Eq. 11; 0: prediction only, 1: correction only")
-        derivative: Literal["discrete", "jvp"] = Field(description="of the generating flow: Eq. 14 or Eq. 8")
+        correction: float = Field(
+            ge=0,
+            le=1,
+            description="share of the batch for Eq. 11; 0: prediction only, 1: correction only",
+        )
+        derivative: Literal["discrete", "jvp"] = Field(
+            description="of the generating flow: Eq. 14 or Eq. 8"
+        )
         steps: int = Field(gt=0, description="N of the discrete form")
-        solver: Literal["heun", "euler"] = Field(description="the teacher's slope over a step of the discrete form")
+        solver: Literal["heun", "euler"] = Field(
+            description="the teacher's slope over a step of the discrete form"
+        )
         delta_mean: float = Field(description="of the logit-normal law of delta")
         delta_std: float = Field(gt=0)
         delta_zeros: float = Field(ge=0, le=1, description="share of delta = 0")
-        confident_warmup: float = Field(ge=0, le=1, description="share of the run over which t_c falls from 1 to 0")
+        confident_warmup: float = Field(
+            ge=0, le=1, description="share of the run over which t_c falls from 1 to 0"
+        )
         k: float = Field(ge=0, description="power of the weight on Delta_G")
         r_mean: float = Field(description="of the logit-normal law of r")
         r_std: float = Field(gt=0)
         alpha: float = Field(ge=0)
         alpha_delay: float = Field(ge=0, lt=1, description="share of the run with alpha = 0")
         alpha_ramp: float = Field(ge=0, lt=1, description="share of the run over which alpha rises")
-        alpha_decay: float | None = Field(None, gt=0, description="share of the run after which alpha falls like 1/sqrt; null: never")
-        guidance: tuple[float, float] | None = Field(None, description="gamma ~ U(low, high), an input; null: the benchmark's weight")
-        guidance_high: float = Field(1.0, ge=0, le=1, description="Eq. 11 guides its teacher for r up to this only (Table 1c)")
+        alpha_decay: float | None = Field(
+            None,
+            gt=0,
+            description="share of the run after which alpha falls like 1/sqrt; null: never",
+        )
+        guidance: tuple[float, float] | None = Field(
+            None, description="gamma ~ U(low, high), an input; null: the benchmark's weight"
+        )
+        guidance_high: float = Field(
+            1.0,
+            ge=0,
+            le=1,
+            description="Eq. 11 guides its teacher for r up to this only (Table 1c)",
+        )
         student: PlayerConfig
         critic: PlayerConfig
 
@@ -134,7 +157,10 @@ class FreeFlow(Method):
             scale = one[0]
             if m:
                 alpha = alpha_at(step.progress, c.alpha, c.alpha_delay, c.alpha_ramp, c.alpha_decay)
-                scale = balance(alpha, *(step.mean_across_ranks(mean_norm(delta)) for delta in (parts[0], delta_n)))
+                scale = balance(
+                    alpha,
+                    *(step.mean_across_ranks(mean_norm(delta)) for delta in (parts[0], delta_n)),
+                )
             parts.append(scale * delta_n)
             logged |= {"delta_N": delta_n.square().mean().sqrt(), "lambda": scale}
         self.student.update(gradient_form(u, torch.cat(parts)))
@@ -145,7 +171,16 @@ class FreeFlow(Method):
         return logged
 
     @torch.no_grad()
-    def generating(self, z: Tensor, u: Tensor, du: Tensor | None, start: Tensor, end: Tensor, cond: Condition, step: Step) -> Tensor:
+    def generating(
+        self,
+        z: Tensor,
+        u: Tensor,
+        du: Tensor | None,
+        start: Tensor,
+        end: Tensor,
+        cond: Condition,
+        step: Step,
+    ) -> Tensor:
         """Delta_G = dX/ds - v(X, s) on the student's own path X = z - (1-s) U(z, 1, s) (Eq. 8; over a step Eq. 14)."""
         c, query_noise = self.config, step.rng("confident")
         t_c = 1 - step.progress / c.confident_warmup if c.confident_warmup else 0.0
@@ -159,14 +194,19 @@ class FreeFlow(Method):
         if du is not None:
             return u - over(end, z) * du - teacher(x_end, 1 - end)
         t, s = 1 - start, 1 - end
-        x = z - over(start, z) * self.net(z, torch.ones_like(t), cond.labels, s=t, guidance=weights(cond))
+        x = z - over(start, z) * self.net(
+            z, torch.ones_like(t), cond.labels, s=t, guidance=weights(cond)
+        )
         slope = heun_slope(teacher, x, t, s) if c.solver == "heun" else teacher(x, t)
         return (x - x_end) / over(t - s, z) - slope
 
     def noising(self, x: Tensor, cond: Condition, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """g_psi at x_r with its graph, the noise in x_r, and Delta_N = v_q - v (Eq. 11). Eq. 12 trains on the same x_r."""
         c = self.config
-        r, e = times.logit_normal(step.rng("r"), len(x), c.r_mean, c.r_std), step.rng("n").normal(*x.shape)
+        r, e = (
+            times.logit_normal(step.rng("r"), len(x), c.r_mean, c.r_std),
+            step.rng("n").normal(*x.shape),
+        )
         x_r = noised(x, e, r)
         v_q = self.g(x_r, r, cond.labels, guidance=weights(cond))
         with torch.no_grad():
@@ -185,7 +225,9 @@ class FreeFlow(Method):
         if self.config.guidance is not None:
             low, high = self.config.guidance
             if not low <= cond.guidance <= high:
-                raise ValueError(f"guidance {cond.guidance:g} is outside the range [{low:g}, {high:g}] the student was trained on")
+                raise ValueError(
+                    f"guidance {cond.guidance:g} is outside the range [{low:g}, {high:g}] the student was trained on"
+                )
             gamma = cond.guidance * one
         return noise - self.student.averaged()(noise, one, cond.labels, s=0 * one, guidance=gamma)
 
@@ -203,6 +245,10 @@ def rows(cond: Condition, first: int, last: int) -> Condition:
 
 def within(cond: Condition, r: Tensor, high: float) -> Condition:
     """Guidance for r up to `high`, the plain conditional teacher above (Table 1c)."""
-    if cond.labels is None or high >= 1 or (not isinstance(cond.guidance, Tensor) and cond.guidance == 1):
+    if (
+        cond.labels is None
+        or high >= 1
+        or (not isinstance(cond.guidance, Tensor) and cond.guidance == 1)
+    ):
         return cond
     return Condition(cond.labels, torch.where(r <= high, cond.guidance, 1.0))

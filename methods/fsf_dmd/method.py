@@ -45,10 +45,16 @@ def surrogate_loss(u: Tensor, delta: Tensor) -> Tensor:
 class FSFDMD(Method):
     class Config(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        init: Literal["start", "teacher", "random"] = Field(description="the student's weights: a flow map's, the teacher's, none")
-        velocity: Literal["teacher", "data"] = Field(description="of the flow-map loss: the teacher's at x_t, or e - x")
+        init: Literal["start", "teacher", "random"] = Field(
+            description="the student's weights: a flow map's, the teacher's, none"
+        )
+        velocity: Literal["teacher", "data"] = Field(
+            description="of the flow-map loss: the teacher's at x_t, or e - x"
+        )
         batch: int = Field(gt=0, description="rows of each of the two losses")
-        time_mean: float = Field(description="of the logit-normal law of t and s in the flow-map loss")
+        time_mean: float = Field(
+            description="of the logit-normal law of t and s in the flow-map loss"
+        )
         time_std: float = Field(gt=0)
         diagonal: float = Field(ge=0, lt=1, description="share of rows with s = t")
         p: float = Field(ge=0, description="power of its adaptive weight")
@@ -57,25 +63,38 @@ class FSFDMD(Method):
         real: Literal["teacher", "start", "self"] = Field(
             description="whose velocity is the real one: the teacher's, the initial flow map's from t to 0, the student's own at s = t"
         )
-        unroll: int = Field(gt=0, description="n Euler steps of the teacher from t to 0 that make its velocity; 1: at x_t itself")
+        unroll: int = Field(
+            gt=0,
+            description="n Euler steps of the teacher from t to 0 that make its velocity; 1: at x_t itself",
+        )
         fake: Literal["endpoint", "average", "diagonal", "sample", "critic"] = Field(
             description="u(x_t, t, 0) of Eq. 12; of the averaged weights; u(x_t, t, t); e - x (SDS); a critic network"
         )
-        every: int = Field(gt=0, description="a critic moves on every step, the student on every r-th")
-        weighting: Literal["flow", "residual"] = Field(description="unit weight on the velocity, or DMD's normaliser on the sample")
+        every: int = Field(
+            gt=0, description="a critic moves on every step, the student on every r-th"
+        )
+        weighting: Literal["flow", "residual"] = Field(
+            description="unit weight on the velocity, or DMD's normaliser on the sample"
+        )
         time_low: float = Field(ge=0, lt=1, description="t ~ U(low, high) of the noised samples")
         time_high: float = Field(gt=0, le=1)
         steps: int = Field(gt=0, description="S of the backward simulation; 1: from noise alone")
-        simulation: Literal["jumps", "renoising"] = Field(description="of the earlier steps: along the flow map, or as DMD2 does")
+        simulation: Literal["jumps", "renoising"] = Field(
+            description="of the earlier steps: along the flow map, or as DMD2 does"
+        )
         student: PlayerConfig
         critic: PlayerConfig
 
         @model_validator(mode="after")
         def _fits(self) -> Self:
             if times.off_diagonal(self.batch, self.diagonal) == 0:
-                raise ValueError(f"diagonal {self.diagonal:g} leaves no row of {self.batch} with s < t")
+                raise ValueError(
+                    f"diagonal {self.diagonal:g} leaves no row of {self.batch} with s < t"
+                )
             if self.every > 1 and (self.fake != "critic" or not self.matching):
-                raise ValueError(f"every {self.every} needs fake: critic and matching above 0, there is nothing else to move in between")
+                raise ValueError(
+                    f"every {self.every} needs fake: critic and matching above 0, there is nothing else to move in between"
+                )
             if self.unroll > 1 and self.real != "teacher":
                 raise ValueError(f"unroll {self.unroll} needs real: teacher")
             if self.real == "start" and self.init != "start":
@@ -84,10 +103,19 @@ class FSFDMD(Method):
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
-        teacher = "teacher" in (config.init, config.velocity) or (config.matching > 0 and config.real == "teacher")
+        teacher = "teacher" in (config.init, config.velocity) or (
+            config.matching > 0 and config.real == "teacher"
+        )
         critic = config.matching > 0 and config.fake == "critic"
         cycle = (config.every if critic else 1) * (config.steps if config.matching else 1)
-        return Needs(batch=config.batch, nfe=(1, 2, 4), headline_nfe=2, data=True, teacher=teacher, cycle=cycle)
+        return Needs(
+            batch=config.batch,
+            nfe=(1, 2, 4),
+            headline_nfe=2,
+            data=True,
+            teacher=teacher,
+            cycle=cycle,
+        )
 
     def __init__(self, task: Task, config: Config):
         self.task, self.config = task, config
@@ -131,7 +159,9 @@ class FSFDMD(Method):
             loss = loss + c.matching * matching
             logged |= {"delta": size, "std": sample.detach().std()}
         self.student.update(loss)
-        return logged | (self.follow(sample.detach(), cond, step) if self.critic is not None else {})
+        return logged | (
+            self.follow(sample.detach(), cond, step) if self.critic is not None else {}
+        )
 
     def simulated(self, n: int, cond: Condition, step: Step) -> tuple[Tensor, Tensor]:
         """(x_tau, tau) of one of the student's S steps: z at 1, or after k steps of its own sampler, without a gradient."""
@@ -145,10 +175,15 @@ class FSFDMD(Method):
         with torch.no_grad():
             return jumps(average, z, c.steps, done=k), z.new_full((n,), 1 - k / c.steps)
 
-    def matching(self, u: Tensor, sample: Tensor, cond: Condition, step: Step) -> tuple[Tensor, Tensor]:
+    def matching(
+        self, u: Tensor, sample: Tensor, cond: Condition, step: Step
+    ) -> tuple[Tensor, Tensor]:
         """The term that replaces DMD's (b.3 of the reconstruction), with its gradient through `u` alone, and the size of Delta."""
         c, x = self.config, sample.detach()
-        t, e = times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high), step.rng("matching e").normal(*x.shape)
+        t, e = (
+            times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high),
+            step.rng("matching e").normal(*x.shape),
+        )
         x_t = noised(x, e, t)
         with torch.no_grad():
             real, fake = self.real(x_t, t, cond), self.fake(x_t, t, e - x, cond)
@@ -160,7 +195,9 @@ class FSFDMD(Method):
     def real(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The velocity that the samples should have."""
         if self.config.real == "teacher":
-            return unrolled(lambda x, t: self.task.teacher.velocity(x, t, cond), x_t, t, self.config.unroll)
+            return unrolled(
+                lambda x, t: self.task.teacher.velocity(x, t, cond), x_t, t, self.config.unroll
+            )
         if self.config.real == "start":
             return self.initial(x_t, t, cond.labels, s=0 * t)
         return self.net(x_t, t, cond.labels, s=t)

@@ -19,7 +19,9 @@ from distillbench.seeds import Rng
 class MeanFlow(Method):
     class Config(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        velocity: Literal["teacher", "data"] = Field(description="v: the teacher's at x_t, or e - x (from scratch)")
+        velocity: Literal["teacher", "data"] = Field(
+            description="v: the teacher's at x_t, or e - x (from scratch)"
+        )
         batch: int = Field(gt=0)
         time_mean: float = Field(description="of the logit-normal law of t and s")
         time_std: float = Field(gt=0)
@@ -31,7 +33,9 @@ class MeanFlow(Method):
         @model_validator(mode="after")
         def some_row_is_off_the_diagonal(self) -> Self:
             if times.off_diagonal(self.batch, self.diagonal) == 0:
-                raise ValueError(f"diagonal {self.diagonal:g} leaves no row of {self.batch} with s < t")
+                raise ValueError(
+                    f"diagonal {self.diagonal:g} leaves no row of {self.batch} with s < t"
+                )
             return self
 
     @classmethod
@@ -41,7 +45,9 @@ class MeanFlow(Method):
 
     def __init__(self, task: Task, config: Config):
         self.task, self.config = task, config
-        self.net = task.network("teacher" if config.velocity == "teacher" else "random", second_time=True)
+        self.net = task.network(
+            "teacher" if config.velocity == "teacher" else "random", second_time=True
+        )
         self.student = task.player("student", config.student, self.net)
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -55,14 +61,20 @@ class MeanFlow(Method):
 
         # du/dt = (d_x u) v + d_t u along dx/dt = v: tangent (v, 1, 0), on the rows with s < t only, which come first.
         m = times.off_diagonal(n, c.diagonal)
-        u, du = self.task.jvp(self.net, (x_t, t, s), (v[:m], t.new_ones(m), t.new_zeros(m)), batch.cond)
+        u, du = self.task.jvp(
+            self.net, (x_t, t, s), (v[:m], t.new_ones(m), t.new_zeros(m)), batch.cond
+        )
         target = v.clone()
         target[:m] = meanflow_target(v[:m], du, t[:m], s[:m])
 
         loss = adaptive_loss(u, target, c.p, c.c)
         self.student.update(loss)
         gap = (u - target).detach().square().flatten(1).mean(1)
-        return {"loss": loss.detach(), "residual_s=t": gap[m:].mean() if m < n else gap.new_zeros(()), "residual_s<t": gap[:m].mean()}
+        return {
+            "loss": loss.detach(),
+            "residual_s=t": gap[m:].mean() if m < n else gap.new_zeros(()),
+            "residual_s<t": gap[:m].mean(),
+        }
 
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
         """Algorithm 2 at 1 NFE, Eq. 12 along a uniform grid above."""

@@ -19,7 +19,12 @@ from distillbench.paths import denoiser, noised, over
 from distillbench.players import PlayerConfig
 from distillbench.seeds import Rng
 
-SIGMA_MIN, SIGMA_MAX, RHO, U_MAX = 0.002, 80.0, 7, 0.8  # the generator's noise levels (official sid_loss.py; tmax = 800)
+SIGMA_MIN, SIGMA_MAX, RHO, U_MAX = (
+    0.002,
+    80.0,
+    7,
+    0.8,
+)  # the generator's noise levels (official sid_loss.py; tmax = 800)
 P_MEAN, P_STD = -1.2, 1.2  # of ln sigma, the critic's (EDM)
 PAPER_STD = 0.5  # of the data for which all these are meant
 FLOOR = 1e-5  # of W
@@ -33,7 +38,13 @@ def difference(v_fake: Tensor, v_real: Tensor, t: Tensor) -> Tensor:
 
 def normaliser(x: Tensor, d_real: Tensor) -> Tensor:
     """W = sg mean |x - D_real|, one number of at least 1e-5 for each sample, [B, 1, ...]: the only stop-gradient (sid_loss.py)."""
-    return (x - d_real).detach().abs().mean(dim=tuple(range(1, x.dim())), keepdim=True).clamp_min(FLOOR)
+    return (
+        (x - d_real)
+        .detach()
+        .abs()
+        .mean(dim=tuple(range(1, x.dim())), keepdim=True)
+        .clamp_min(FLOOR)
+    )
 
 
 def projected_loss(delta: Tensor, x: Tensor, d_real: Tensor, w: Tensor, alpha: float) -> Tensor:
@@ -79,19 +90,32 @@ def adversarial_loss(fake: Tensor, w: Tensor) -> Tensor:
 class SiD(Method):
     class Config(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        batch: int = Field(gt=0, description="samples of the critic's update, and as many of the generator's")
-        loss: Literal["projected", "naive", "detached"] = Field(description="detached: no gradient through teacher and critic")
+        batch: int = Field(
+            gt=0, description="samples of the critic's update, and as many of the generator's"
+        )
+        loss: Literal["projected", "naive", "detached"] = Field(
+            description="detached: no gradient through teacher and critic"
+        )
         alpha: float
         normalised: bool = Field(description="divide by W; false: W = 1")
-        law: Literal["uniform", "edm"] = Field(description="of t: U(low, high), critic U(0, 1) with unit weight; or the paper's")
+        law: Literal["uniform", "edm"] = Field(
+            description="of t: U(low, high), critic U(0, 1) with unit weight; or the paper's"
+        )
         time_low: float = Field(ge=0, lt=1)
         time_high: float = Field(gt=0, le=1)
-        data_std: float = Field(gt=0, description="law: edm has noise levels and weight in proportion to it")
-        input_time: float = Field(gt=0, le=1, description="t_i, the level at which the generator sees t_i z")
-        adversarial: float = Field(ge=0, description="weight of SiDA's term in the generator's loss; 0: SiD, without data")
+        data_std: float = Field(
+            gt=0, description="law: edm has noise levels and weight in proportion to it"
+        )
+        input_time: float = Field(
+            gt=0, le=1, description="t_i, the level at which the generator sees t_i z"
+        )
+        adversarial: float = Field(
+            ge=0, description="weight of SiDA's term in the generator's loss; 0: SiD, without data"
+        )
         discriminator: float = Field(ge=0, description="weight of SiDA's loss in the critic's")
         parts: int = Field(
-            ge=1, description="of the run: in the first only the critic moves, in the second SiD's loss stands alone; 1: neither"
+            ge=1,
+            description="of the run: in the first only the critic moves, in the second SiD's loss stands alone; 1: neither",
         )
         student: PlayerConfig
         critic: PlayerConfig
@@ -99,7 +123,13 @@ class SiD(Method):
     @classmethod
     def needs(cls, config: Config) -> Needs:
         # A cycle has one step of every part: that is what the meter sees of the run.
-        return Needs(batch=2 * config.batch, nfe=(1,), headline_nfe=1, data=config.adversarial > 0, cycle=config.parts)
+        return Needs(
+            batch=2 * config.batch,
+            nfe=(1,),
+            headline_nfe=1,
+            data=config.adversarial > 0,
+            cycle=config.parts,
+        )
 
     def __init__(self, task: Task, config: Config):
         self.task, self.config = task, config
@@ -117,7 +147,9 @@ class SiD(Method):
     def judged(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """One evaluation of the critic: its velocity, and SiDA's logits [B], the mean over the width of its middle block."""
         kept: list[Tensor] = []
-        hook = self.fake.blocks[self.middle - 1].register_forward_hook(lambda _block, _inputs, h: kept.append(h))
+        hook = self.fake.blocks[self.middle - 1].register_forward_hook(
+            lambda _block, _inputs, h: kept.append(h)
+        )
         v = self.fake(x_t, t, labels)
         hook.remove()
         return v, kept[0].mean(1)
@@ -136,13 +168,18 @@ class SiD(Method):
             t = times.uniform(rng, n)
             return t, torch.ones_like(t)
         std = self.config.data_std
-        t = times.logit_normal(rng, n, P_MEAN + math.log(std / PAPER_STD), P_STD)  # logit t = ln sigma
+        t = times.logit_normal(
+            rng, n, P_MEAN + math.log(std / PAPER_STD), P_STD
+        )  # logit t = ln sigma
         return t, edm_weight(t, std)
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Critic, then generator, once each, on samples of their own (sid_training_loop.py, sida_training_loop.py)."""
         c, n, labels = self.config, batch.size // 2, batch.cond.labels
-        own, cond = (Condition(None if labels is None else labels[i : i + n], batch.cond.guidance) for i in (0, n))
+        own, cond = (
+            Condition(None if labels is None else labels[i : i + n], batch.cond.guidance)
+            for i in (0, n)
+        )
         part = step.index * c.parts // step.total if c.parts > 1 else 2
 
         z = step.rng("critic z").normal(n, *self.task.shape)
@@ -155,7 +192,9 @@ class SiD(Method):
         logged = {"critic": critic.detach()}
         if c.adversarial:  # real images under the same t and e
             assert batch.x is not None
-            real = self.fake(noised(batch.x[:n], e, t), t, own.labels, features=self.middle)[-1].mean(1)
+            real = self.fake(noised(batch.x[:n], e, t), t, own.labels, features=self.middle)[
+                -1
+            ].mean(1)
             discriminator = discriminator_loss(real, fake)
             loss = loss + c.discriminator * discriminator
             logged["discriminator"] = discriminator.detach()
@@ -172,7 +211,11 @@ class SiD(Method):
             v_real = self.task.teacher.velocity(x_t, t, cond)
             delta, d_real = difference(v_fake, v_real, t), denoiser(x_t, v_real, t)
         w = normaliser(x, d_real) if c.normalised else torch.ones_like(over(t, x))
-        loss = naive_loss(delta, w) if c.loss == "naive" else projected_loss(delta, x, d_real, w, c.alpha)
+        loss = (
+            naive_loss(delta, w)
+            if c.loss == "naive"
+            else projected_loss(delta, x, d_real, w, c.alpha)
+        )
         logged["delta"] = delta.detach().square().mean().sqrt()
         if c.adversarial:
             adversarial = adversarial_loss(fake, w)

@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from distillbench import times
-from distillbench.method import Batch, Condition, Method, Needs, Step, Task
-from distillbench.networks import Norms
+from distillbench.method import Batch, Condition, Method, Needs, Norms, Step, Task
 from distillbench.paths import guided, jump, noised, over
 from distillbench.players import PlayerConfig
 from distillbench.samplers import jumps
@@ -56,39 +55,63 @@ class TVM(Method):
             description="velocities at the end of a path and of the anchor: the teacher's, or u_bar's own and e - x (from scratch)"
         )
         batch: int = Field(gt=0)
-        law: Literal["gap", "trunc", "clamp", "one"] = Field(description="of (t, s): distillbench.times; one: t = 1")
-        time_mean: float = Field(description="of the logit-normal law of the gap t - s (gap) or of t (trunc, clamp)")
+        law: Literal["gap", "trunc", "clamp", "one"] = Field(
+            description="of (t, s): distillbench.times; one: t = 1"
+        )
+        time_mean: float = Field(
+            description="of the logit-normal law of the gap t - s (gap) or of t (trunc, clamp)"
+        )
         time_std: float = Field(gt=0)
         s_mean: float = Field(description="of the logit-normal law of s, and of s' in the anchor")
         s_std: float = Field(gt=0)
-        anchor: float = Field(ge=0, description="weight of flow matching at s' (B); 0 leaves it out")
+        anchor: float = Field(
+            ge=0, description="weight of flow matching at s' (B); 0 leaves it out"
+        )
         detach_jvp: bool = Field(description="no gradient through du/ds")
         scaled: bool = Field(description="u = w F instead of u = F")
-        guidance: tuple[float, float] | None = Field(None, description="w ~ U(low, high), an input as 1/w; null: the benchmark's weight")
-        label_dropout: float = Field(ge=0, lt=1, description="share of rows with the null label and w = 1")
-        norms: Norms = Field(description="of the network, from scratch: layer, or rms also on modulations (semi-Lipschitz)")
+        guidance: tuple[float, float] | None = Field(
+            None, description="w ~ U(low, high), an input as 1/w; null: the benchmark's weight"
+        )
+        label_dropout: float = Field(
+            ge=0, lt=1, description="share of rows with the null label and w = 1"
+        )
+        norms: Norms = Field(
+            description="of the network, from scratch: layer, or rms also on modulations (semi-Lipschitz)"
+        )
         student: PlayerConfig
 
         @model_validator(mode="after")
         def fits(self) -> Self:
             if self.velocity == "teacher" and self.norms != "layer":
-                raise ValueError("norms: a student that starts from its teacher has the teacher's, layer")
+                raise ValueError(
+                    "norms: a student that starts from its teacher has the teacher's, layer"
+                )
             if self.velocity == "teacher" and TARGET in self.student.half_lives:
-                raise ValueError("student.half_lives.target: with the teacher's velocity nothing uses this average")
+                raise ValueError(
+                    "student.half_lives.target: with the teacher's velocity nothing uses this average"
+                )
             if self.guidance is not None and not 0 < self.guidance[0] <= self.guidance[1]:
                 raise ValueError(f"guidance {self.guidance}: must be 0 < low <= high")
             return self
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
-        return Needs(batch=config.batch, nfe=(1, 2, 4), headline_nfe=1, data=True, teacher=config.velocity == "teacher")
+        return Needs(
+            batch=config.batch,
+            nfe=(1, 2, 4),
+            headline_nfe=1,
+            data=True,
+            teacher=config.velocity == "teacher",
+        )
 
     def __init__(self, task: Task, config: Config):
         if config.guidance is not None and not task.classes:
             raise ValueError("guidance: the data have no classes")
         self.task, self.config = task, config
         init: Literal["teacher", "random"] = "teacher" if config.velocity == "teacher" else "random"
-        self.net = task.network(init, second_time=True, guidance=config.guidance is not None, norms=config.norms)
+        self.net = task.network(
+            init, second_time=True, guidance=config.guidance is not None, norms=config.norms
+        )
         self.student = task.player("student", config.student, self.net)
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -101,7 +124,9 @@ class TVM(Method):
 
         # du/ds at fixed (x_t, t): tangent (0, 0, 1). A's gradient goes through it, not through X or the target (section 4).
         tangents = (torch.zeros_like(x_t), torch.zeros_like(t), torch.ones_like(s))
-        f, df = self.task.jvp(self.net, (x_t, t, s), tangents, self.inputs(cond), graph=not c.detach_jvp)
+        f, df = self.task.jvp(
+            self.net, (x_t, t, s), tangents, self.inputs(cond), graph=not c.detach_jvp
+        )
         u, du = self.scaled(f, w), self.scaled(df, w)
         target = self.velocity(jump(x_t, u, t, s).detach(), s, cond)
         terminal = terminal_loss(terminal_velocity(u, du, t, s), target, t, s, w).mean()
@@ -111,7 +136,9 @@ class TVM(Method):
             s_prime = times.logit_normal(step.rng("s'"), n, c.s_mean, c.s_std)
             x_s = noised(x, e, s_prime)
             diagonal = self.average(self.net, x_s, s_prime, s_prime, cond)
-            anchor = weighted_error(diagonal, self.anchor_velocity(x_s, s_prime, e - x, cond), w).mean()
+            anchor = weighted_error(
+                diagonal, self.anchor_velocity(x_s, s_prime, e - x, cond), w
+            ).mean()
             loss = terminal + c.anchor * anchor
             logged["anchor"] = anchor.detach()
         self.student.update(loss)
@@ -123,7 +150,9 @@ class TVM(Method):
         if c.law == "one":
             s = times.logit_normal(rng, n, c.s_mean, c.s_std)
             return torch.ones_like(s), s
-        draw = {"gap": times.gap_pair, "trunc": times.truncated_pair, "clamp": times.clamped_pair}[c.law]
+        draw = {"gap": times.gap_pair, "trunc": times.truncated_pair, "clamp": times.clamped_pair}[
+            c.law
+        ]
         return draw(rng, n, c.time_mean, c.time_std, c.s_mean, c.s_std)
 
     def conditions(self, cond: Condition, step: Step, n: int) -> Condition:
@@ -140,13 +169,19 @@ class TVM(Method):
 
     def inputs(self, cond: Condition) -> Condition:
         """What the network is given: labels, and beta = 1/w where w is drawn."""
-        return Condition(cond.labels, 1 / cond.guidance) if self.config.guidance is not None else Condition(cond.labels)
+        return (
+            Condition(cond.labels, 1 / cond.guidance)
+            if self.config.guidance is not None
+            else Condition(cond.labels)
+        )
 
     def scaled(self, f: Tensor, w: float | Tensor) -> Tensor:
         """u = w F of the scaled form (training/wrapper.py), or u = F."""
         return by_row(w, f) * f if self.config.scaled else f
 
-    def average(self, net: torch.nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+    def average(
+        self, net: torch.nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Condition
+    ) -> Tensor:
         """u(x, t, s) of a network under labels and w."""
         own = self.inputs(cond).guidance
         f = net(x, t, cond.labels, s=s, guidance=own if isinstance(own, Tensor) else None)
@@ -175,7 +210,9 @@ class TVM(Method):
         if self.config.guidance is not None:
             low, high = self.config.guidance
             if not low <= w <= high:
-                raise ValueError(f"guidance {w:g} is outside the range [{low:g}, {high:g}] the student was trained on")
+                raise ValueError(
+                    f"guidance {w:g} is outside the range [{low:g}, {high:g}] the student was trained on"
+                )
             w = w * noise.new_ones(len(noise))
         own = Condition(cond.labels, w)
         return jumps(lambda x, t, s: self.average(net, x, t, s, own), noise, nfe)

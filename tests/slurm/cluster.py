@@ -65,7 +65,11 @@ PartitionName=short Nodes=ALL MaxTime=2 State=UP PriorityTier=1
 
 def missing() -> list[str]:
     """What a cluster needs and is not here."""
-    found = [name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None]
+    found = [
+        name
+        for name in PROGRAMS
+        if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None
+    ]
     return found + ([] if os.geteuid() == 0 else ["root"])
 
 
@@ -82,13 +86,23 @@ class Cluster:
     """Started on creation; `environment` is what clients need."""
 
     def __init__(
-        self, folder: Path, nodes: int = 2, cpus: int = 2, gpus: int = 2, accounting: bool = False, kill_wait: int = 5, grace: int = 20,
+        self,
+        folder: Path,
+        nodes: int = 2,
+        cpus: int = 2,
+        gpus: int = 2,
+        accounting: bool = False,
+        kill_wait: int = 5,
+        grace: int = 20,
         min_job_age: int = 300,
-    ):  # fmt: skip
+    ):
         self.folder, self.names = folder, [f"n{i + 1}" for i in range(nodes)]
         folder.mkdir(parents=True)
         (folder / "state").mkdir()
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+        self.environment = os.environ | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin",
+        }
         self.daemons: dict[str, subprocess.Popen] = {}
         controller, self._dbd_port, self._sql_port, *ports = free_ports(3 + nodes)
         lines = [
@@ -97,12 +111,23 @@ class Cluster:
             for name, port in zip(self.names, ports, strict=True)
         ]
         text = CONFIGURATION.format(
-            host=socket.gethostname().split(".")[0], d=folder, port=controller, nodes="\n".join(lines), kill_wait=kill_wait, grace=grace,
-            min_job_age=min_job_age, accounting=self._accounting() if accounting else "",
-        )  # fmt: skip
+            host=socket.gethostname().split(".")[0],
+            d=folder,
+            port=controller,
+            nodes="\n".join(lines),
+            kill_wait=kill_wait,
+            grace=grace,
+            min_job_age=min_job_age,
+            accounting=self._accounting() if accounting else "",
+        )
         (folder / "slurm.conf").write_text(text)
         (folder / "gres.conf").write_text(
-            "AutoDetect=off\n" + "".join(f"NodeName={name} Name=gpu File={self._devices(gpus)}\n" for name in self.names if gpus)
+            "AutoDetect=off\n"
+            + "".join(
+                f"NodeName={name} Name=gpu File={self._devices(gpus)}\n"
+                for name in self.names
+                if gpus
+            )
         )
         try:
             self._start_all(accounting)
@@ -112,8 +137,17 @@ class Cluster:
 
     def _start_all(self, accounting: bool) -> None:
         folder = self.folder
-        self._start("munge", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={self._key()}",
-                    f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munged.seed", f"--log-file={folder}/munged.log")  # fmt: skip
+        self._start(
+            "munge",
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={folder}/munge.socket",
+            f"--key-file={self._key()}",
+            f"--pid-file={folder}/munged.pid",
+            f"--seed-file={folder}/munged.seed",
+            f"--log-file={folder}/munged.log",
+        )
         self._until(lambda: (folder / "munge.socket").exists(), "munge")
         if accounting:
             self._start_accounting()
@@ -132,19 +166,29 @@ class Cluster:
         """Character devices like /dev/null; a terminal where we may not make any."""
         paths = [self.folder / f"gpu{i}" for i in range(count)]
         for path in paths:
-            if not path.exists() and subprocess.run(["mknod", str(path), "c", "1", "3"], capture_output=True).returncode:
+            if (
+                not path.exists()
+                and subprocess.run(
+                    ["mknod", str(path), "c", "1", "3"], capture_output=True
+                ).returncode
+            ):
                 return "/dev/tty0"
         return f"{self.folder}/gpu[0-{count - 1}]" if count > 1 else str(paths[0])
 
     def _start(self, name: str, *command: str) -> None:
         log = open(self.folder / f"{name}.out", "ab")  # noqa: SIM115
-        self.daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self.daemons[name] = subprocess.Popen(
+            command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+        )
 
     def _until(self, ready, what: str, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > end:
-                logs = "\n".join(f"{p.name}: {p.read_text(errors='replace')[-1500:]}" for p in self.folder.glob("*.log"))
+                logs = "\n".join(
+                    f"{p.name}: {p.read_text(errors='replace')[-1500:]}"
+                    for p in self.folder.glob("*.log")
+                )
                 raise RuntimeError(f"{what} not ready in {seconds:g} s\n{logs}")
             time.sleep(0.2)
 
@@ -176,15 +220,21 @@ class Cluster:
         """Whether a process belongs to a job of this cluster that has these variables."""
         with suppress(psutil.Error):
             found = process.environ()
-            return {"SLURM_CONF": self.environment["SLURM_CONF"]} | variables == {k: found.get(k) for k in ("SLURM_CONF", *variables)}
+            return {"SLURM_CONF": self.environment["SLURM_CONF"]} | variables == {
+                k: found.get(k) for k in ("SLURM_CONF", *variables)
+            }
         return False
 
     def run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=timeout
+        )
 
     def states(self) -> dict[str, str]:
         """Node -> state in SLURM's words."""
-        lines = self.run("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%N %t").stdout.split("\n")
+        lines = self.run(
+            "sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%N %t"
+        ).stdout.split("\n")
         return dict(line.split() for line in lines if line)
 
     def jobs(self) -> dict[str, str]:
@@ -221,15 +271,33 @@ class Cluster:
         d = self.folder
         (d / "sql").mkdir()
         (d / "sql").chmod(0o777)
-        install = ("mariadb-install-db", "--no-defaults", f"--datadir={d}/sql", "--user=root", "--auth-root-authentication-method=normal")
+        install = (
+            "mariadb-install-db",
+            "--no-defaults",
+            f"--datadir={d}/sql",
+            "--user=root",
+            "--auth-root-authentication-method=normal",
+        )
         made = self.run(*install)
         assert made.returncode == 0, made.stderr
-        self._start("mariadb", "mariadbd", "--no-defaults", f"--datadir={d}/sql", "--user=root", f"--socket={d}/sql.socket",
-                    "--bind-address=127.0.0.1", f"--port={self._sql_port}", f"--pid-file={d}/sql.pid")  # fmt: skip
+        self._start(
+            "mariadb",
+            "mariadbd",
+            "--no-defaults",
+            f"--datadir={d}/sql",
+            "--user=root",
+            f"--socket={d}/sql.socket",
+            "--bind-address=127.0.0.1",
+            f"--port={self._sql_port}",
+            f"--pid-file={d}/sql.pid",
+        )
         sql = ["mariadb", "--no-defaults", f"--socket={d}/sql.socket", "-uroot", "-e"]
         self._until(lambda: self.run(*sql, "select 1").returncode == 0, "mariadb")
-        self.run(*sql, "create user slurm@'127.0.0.1' identified by 'slurm'; create user slurm@localhost identified by 'slurm'; "
-                       "grant all on *.* to slurm@'127.0.0.1'; grant all on *.* to slurm@localhost")  # fmt: skip
+        self.run(
+            *sql,
+            "create user slurm@'127.0.0.1' identified by 'slurm'; create user slurm@localhost identified by 'slurm'; "
+            "grant all on *.* to slurm@'127.0.0.1'; grant all on *.* to slurm@localhost",
+        )
         path = d / "slurmdbd.conf"
         path.write_text(
             f"AuthType=auth/munge\nAuthInfo=socket={d}/munge.socket\nDbdHost=localhost\nDbdAddr=127.0.0.1\nDbdPort={self._dbd_port}\n"
@@ -238,4 +306,6 @@ class Cluster:
         )
         path.chmod(0o600)
         self._start("slurmdbd", "slurmdbd", "-D")
-        self._until(lambda: self.run("sacctmgr", "-i", "add", "cluster", "lab").returncode == 0, "slurmdbd")
+        self._until(
+            lambda: self.run("sacctmgr", "-i", "add", "cluster", "lab").returncode == 0, "slurmdbd"
+        )

@@ -14,8 +14,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from distillbench import journal
-from distillbench.launcher import name_of
+from distillbench.cells import journal
+from distillbench.cluster.launcher import name_of
 from tests.slurm.conftest import Site
 from tests.slurm.test_slurm import LITERAL, local_metrics, repeated
 
@@ -34,29 +34,44 @@ class Chaos:
     def start(self) -> subprocess.Popen[str]:
         with open(self.site.folder / "chaos.log", "a") as log:
             return subprocess.Popen(
-                [*LITERAL, "results/chaos.md"], cwd=self.site.folder, env=self.site.environment, stdout=log, stderr=log,
+                [*LITERAL, "results/chaos.md"],
+                cwd=self.site.folder,
+                env=self.site.environment,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def again(self) -> None:
         """The same command, where it ended."""
         if self.process.poll() is not None:
-            assert self.process.returncode != 0, f"the table was made after {self.done}, before the last event"
+            assert self.process.returncode != 0, (
+                f"the table was made after {self.done}, before the last event"
+            )
             self.process = self.start()
 
     def running(self) -> list[str]:
         """Jobs that run, only those that train a student where there are any."""
-        students = {name_of(p) for p in self.site.folder.glob("results/runs/slow-ring/slow*/*.trained.slurm")}
-        lines = self.site.cluster.run("squeue", "--noheader", "--states=RUNNING", "--format=%i %j").stdout.splitlines()
+        students = {
+            name_of(p)
+            for p in self.site.folder.glob("results/runs/slow-ring/slow*/*.trained.slurm")
+        }
+        lines = self.site.cluster.run(
+            "squeue", "--noheader", "--states=RUNNING", "--format=%i %j"
+        ).stdout.splitlines()
         found = dict(line.split() for line in lines)
-        return [number for number, name in found.items() if name in students] or (list(found) if self.random.random() < 0.1 else [])
+        return [number for number, name in found.items() if name in students] or (
+            list(found) if self.random.random() < 0.1 else []
+        )
 
     def ours(self, words: str) -> list[psutil.Process]:
         """Processes of this checkout whose command line has these words."""
         found = []
         for one in psutil.process_iter(["cmdline"]):
             try:
-                if words in " ".join(one.info["cmdline"] or []) and one.cwd() == str(self.site.folder):
+                if words in " ".join(one.info["cmdline"] or []) and one.cwd() == str(
+                    self.site.folder
+                ):
                     found.append(one)
             except psutil.Error:
                 continue
@@ -121,12 +136,26 @@ class Chaos:
     def event(self) -> None:
         """One of them, while a job runs."""
         time.sleep(self.random.uniform(3, 9))
-        number = self.random.choice(self.site.until(lambda: self.again() or self.running(), "a job runs"))
+        number = self.random.choice(
+            self.site.until(lambda: self.again() or self.running(), "a job runs")
+        )
         kinds: list[Callable[[str], bool]] = [
-            self.requeue, self.preempt, self.cancel, self.kill_step, self.kill_worker, self.kill_snakemake, self.kill_everything,
-            self.kill_launcher, self.lose_node, self.restart_controller,
-        ]  # fmt: skip
-        kind = kinds[sum(self.done.values())] if sum(self.done.values()) < len(kinds) else self.random.choice(kinds)
+            self.requeue,
+            self.preempt,
+            self.cancel,
+            self.kill_step,
+            self.kill_worker,
+            self.kill_snakemake,
+            self.kill_everything,
+            self.kill_launcher,
+            self.lose_node,
+            self.restart_controller,
+        ]
+        kind = (
+            kinds[sum(self.done.values())]
+            if sum(self.done.values()) < len(kinds)
+            else self.random.choice(kinds)
+        )
         if kind(number):
             self.done[kind.__name__] += 1
 
@@ -163,11 +192,21 @@ def test_twenty_random_events_change_nothing(site: Site):
     log = (site.folder / "chaos.log").read_text()
     assert chaos.process.returncode == 0, log[-5000:]
     assert site.metrics() == expected and (site.folder / "results/chaos.md").read_bytes() == page
-    journals = [journal.read(p) for arm in ARMS for p in site.folder.glob(f"results/runs/slow-ring/{arm}/seed*")]
-    assert len(journals) == len(ARMS) * len(SEEDS) and [repeated(lines) for lines in journals] == [0] * len(journals)
+    journals = [
+        journal.read(p)
+        for arm in ARMS
+        for p in site.folder.glob(f"results/runs/slow-ring/{arm}/seed*")
+    ]
+    assert len(journals) == len(ARMS) * len(SEEDS) and [repeated(lines) for lines in journals] == [
+        0
+    ] * len(journals)
     starts = sum("start" in line for lines in journals for line in lines)
     twice = sum(map(made_twice, journals))
     assert starts > len(journals) + EVENTS // 4, "the events met too little work"
     lasted = f"{disturbed:.0f} s of {time.monotonic() - began:.0f}"
-    print(f"\n{dict(chaos.done)} in {lasted}; {len(journals)} cells in {starts} processes, {twice} steps made twice;")
-    print(f"{log.count(' submitted')} jobs submitted, {log.count(' is in the queue already')} times found in the queue")
+    print(
+        f"\n{dict(chaos.done)} in {lasted}; {len(journals)} cells in {starts} processes, {twice} steps made twice;"
+    )
+    print(
+        f"{log.count(' submitted')} jobs submitted, {log.count(' is in the queue already')} times found in the queue"
+    )

@@ -15,8 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from distillbench import journal, launcher, slurm_job, squeue
-from distillbench.cell import write_json
+from distillbench.cells import journal
+from distillbench.cells.disk import write_json
+from distillbench.cluster import launcher
+from distillbench.cluster.job import Work
+from distillbench.cluster.launcher import LOST, Launcher
+from distillbench.cluster.queue import SECONDS, Board
 from tests.conftest import Checkout
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site
@@ -29,7 +33,11 @@ def local_metrics(site: Site, folder: Path, table: str = "small") -> dict[str, b
     """What the same checkout gives without a cluster."""
     shutil.copytree(site.folder, folder)
     found = subprocess.run(
-        ["snakemake", "--cores", "2", f"results/{table}.md"], cwd=folder, env=site.environment, capture_output=True, text=True
+        ["snakemake", "--cores", "2", f"results/{table}.md"],
+        cwd=folder,
+        env=site.environment,
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stderr
     runs = folder / "results/runs"
@@ -93,10 +101,15 @@ def measure(seed):
 
 def test_an_audit_runs_its_cells_and_experiments_on_the_cluster(site: Site):
     site.write("mechanisms/toy.py", TOY)
-    mechanism = CLAIM.format(id="X-2", kind="mechanism", arms="near, far", metric="metric: error") + "    experiment: toy\n"
+    mechanism = (
+        CLAIM.format(id="X-2", kind="mechanism", arms="near, far", metric="metric: error")
+        + "    experiment: toy\n"
+    )
     for path in (site.folder / "methods").glob("*/claims.yaml"):
         path.unlink()  # a method need not have claims
-    one = CLAIM.format(id="X-1", kind="comparative", arms="meanflow, meanflow@scratch", metric="metric: sliced_w2")
+    one = CLAIM.format(
+        id="X-1", kind="comparative", arms="meanflow, meanflow@scratch", metric="metric: sliced_w2"
+    )
     site.write("methods/meanflow/claims.yaml", "claims:" + one + mechanism)
     table = "{name: trial, title: Trial, kind: audit, benchmarks: [tiny-ring], methods: [meanflow], seeds: [10, 11, 12]}\n"
     site.write("workflows/tables/trial.yaml", table)
@@ -106,11 +119,23 @@ def test_an_audit_runs_its_cells_and_experiments_on_the_cluster(site: Site):
         assert re.search(rf"{words} --seeds 10,11,12: job \d+ submitted", done.stderr), done.stderr
     found = {q["id"]: q for q in json.loads((site.folder / "results/trial.json").read_text())}
     assert [len(values) for values in found["X-1"]["evidence"]["values"].values()] == [3, 3]
-    assert found["X-2"]["evidence"]["values"] == {"near": [1.1, 1.11, 1.12], "far": [2.1, 2.11, 2.12]}
-    assert {q["verdict"] for q in found.values()} == {"EDITED"}  # this checkout has no git: what stood before its runs is not known
+    assert found["X-2"]["evidence"]["values"] == {
+        "near": [1.1, 1.11, 1.12],
+        "far": [2.1, 2.11, 2.12],
+    }
+    assert {q["verdict"] for q in found.values()} == {
+        "EDITED"
+    }  # this checkout has no git: what stood before its runs is not known
 
 
-@pytest.mark.parametrize("how", ["requeue", "SIGUSR2", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGTERM", "preemption"))])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "requeue",
+        "SIGUSR2",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGTERM", "preemption")),
+    ],
+)
 def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: str):
     site.slow()
     site.table("taken", ["slow"], "slow-ring")
@@ -120,10 +145,20 @@ def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: st
         if how == "requeue":
             site.cluster.run("scontrol", "requeue", number)
         elif how == "preemption":  # by a job that wants all of both nodes
-            site.cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
+            site.cluster.run(
+                "sbatch",
+                "--partition=urgent",
+                "--nodes=2",
+                "--exclusive",
+                "--output=/dev/null",
+                "--wrap",
+                "sleep 3",
+            )
         else:
             site.cluster.run("scancel", f"--signal={how}", number)
-        if how == "SIGTERM":  # SLURM does not start it again by itself: whoever sends it requeues, as preemption does
+        if (
+            how == "SIGTERM"
+        ):  # SLURM does not start it again by itself: whoever sends it requeues, as preemption does
             site.cluster.run("scontrol", "requeue", number)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
@@ -131,7 +166,9 @@ def test_a_job_that_is_taken_away_goes_on_from_its_last_step(site: Site, how: st
     lines = lines_of(site, "slow")
     starts = [line["start"] for line in lines if "start" in line]
     assert len(starts) == 3 and 0 < starts[1] < starts[2] and repeated(lines) == 0
-    assert len(submitted(errors)) == 4  # teacher and student, trained and evaluated: the same jobs went on
+    assert (
+        len(submitted(errors)) == 4
+    )  # teacher and student, trained and evaluated: the same jobs went on
 
 
 @pytest.mark.slow
@@ -142,7 +179,10 @@ def test_a_time_limit_is_a_pause_and_too_many_are_a_record(site: Site):
     done = site.run(*LITERAL, "results/limited.md", timeout=900)
     assert done.returncode == 0, done.stderr  # a failure of the method is a row
     found = result(site, "slow")
-    assert found["status"] == "timeout" and found["reason"] == "not done in 2 jobs of 1 min (workflows/resources.yaml)"
+    assert (
+        found["status"] == "timeout"
+        and found["reason"] == "not done in 2 jobs of 1 min (workflows/resources.yaml)"
+    )
     starts = [line["start"] for line in lines_of(site, "slow") if "start" in line]
     assert len(starts) == 2 and starts[1] > 10
     assert "TIMEOUT: not done in 2 jobs" in (site.folder / "results/limited.md").read_text()
@@ -158,7 +198,9 @@ def test_killed_launchers_are_no_loss(site: Site):
     assert site.cluster.jobs()[number] == "RUNNING"
     done = site.run(*LITERAL, "results/orphans.md")
     assert done.returncode == 0 and f"job {number} is in the queue already" in done.stderr
-    assert "train slow-ring slow --seeds 0: job" in done.stderr and not re.search(r"train .* submitted", done.stderr)
+    assert "train slow-ring slow --seeds 0: job" in done.stderr and not re.search(
+        r"train .* submitted", done.stderr
+    )
     assert sum("start" in line for line in lines_of(site, "slow")) == 1
 
 
@@ -169,10 +211,14 @@ def test_ctrl_c_leaves_jobs_running_and_a_second_launcher_waits(site: Site):
     number = site.training("slow")
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=600)
-    assert process.returncode != 0 and f"job {number} goes on" in errors and "Traceback" not in errors
+    assert (
+        process.returncode != 0 and f"job {number} goes on" in errors and "Traceback" not in errors
+    )
     assert site.cluster.jobs()[number] == "RUNNING"
     first = site.start(*LITERAL, "results/orphans.md")
-    time.sleep(8)  # two that start in one moment remove the same outputs, and one of them finds a file neither there nor missing
+    time.sleep(
+        8
+    )  # two that start in one moment remove the same outputs, and one of them finds a file neither there nor missing
     second = site.start(*LITERAL, "results/orphans.md")
     outputs = [p.communicate(timeout=600)[1] for p in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
@@ -199,9 +245,11 @@ def test_two_checkouts_do_not_see_each_other(site: Site, tmp_path: Path):
 def test_a_number_that_another_job_has_now_is_not_ours(site: Site, monkeypatch: pytest.MonkeyPatch):
     """Numbers begin anew when a controller loses its state; the name tells."""
     monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
-    site.cluster.run("sbatch", "--job-name=distillbench-1", "--wrap", "sleep 60", "--output=/dev/null")
+    site.cluster.run(
+        "sbatch", "--job-name=distillbench-1", "--wrap", "sleep 60", "--output=/dev/null"
+    )
     number = site.until(lambda: list(site.cluster.jobs()), "a job")[0]
-    queue = squeue.Board(site.folder).since(time.time())
+    queue = Board(site.folder).since(time.time())
     assert queue.job(number, "distillbench-1") is not None
     assert queue.job(number, "distillbench-0") is None and queue.named("distillbench-0") is None
 
@@ -217,7 +265,11 @@ def test_a_lost_job_is_tried_again_and_then_given_up_without_a_record(site: Site
     site.cluster.run("scancel", "--signal=KILL", "--full", second)  # the step and the batch script
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
-    assert errors.count("trying again") == 2 and "CANCELLED" in errors and repeated(lines_of(site, "slow")) == 0
+    assert (
+        errors.count("trying again") == 2
+        and "CANCELLED" in errors
+        and repeated(lines_of(site, "slow")) == 0
+    )
 
 
 def test_too_many_losses_end_the_command_and_say_what_is_missing(site: Site):
@@ -227,8 +279,13 @@ def test_too_many_losses_end_the_command_and_say_what_is_missing(site: Site):
     process = site.start(*LITERAL, "results/lost.md")
     site.cluster.run("scancel", site.training("slow"))
     _, errors = process.communicate(timeout=600)
-    assert process.returncode == 1 and not list(site.folder.glob("results/runs/slow-ring/slow/seed0-*/result.json"))
-    assert "| slow-ring/slow seed 0 | lost | CANCELLED" in (site.folder / "results/lost.partial.md").read_text()
+    assert process.returncode == 1 and not list(
+        site.folder.glob("results/runs/slow-ring/slow/seed0-*/result.json")
+    )
+    assert (
+        "| slow-ring/slow seed 0 | lost | CANCELLED"
+        in (site.folder / "results/lost.partial.md").read_text()
+    )
     assert "lost.partial.md says what is missing" in errors
     done = site.run(*LITERAL, "results/lost.md")
     assert done.returncode == 0 and not (site.folder / "results/lost.partial.md").exists()
@@ -241,7 +298,9 @@ def test_a_node_that_dies_costs_an_attempt(site: Site):
     site.table("node", ["slow"], "slow-ring")
     process = site.start(*LITERAL, "results/node.md")
     number = site.training("slow")
-    node = site.cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%N").stdout.strip()
+    node = site.cluster.run(
+        "squeue", "--noheader", f"--jobs={number}", "--format=%N"
+    ).stdout.strip()
     site.cluster.lose(node)
     try:
         _, errors = process.communicate(timeout=600)
@@ -250,7 +309,11 @@ def test_a_node_that_dies_costs_an_attempt(site: Site):
         site.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
     assert process.returncode == 0, errors
     lines = lines_of(site, "slow")
-    assert result(site, "slow")["status"] == "done" and repeated(lines) == 0 and sum("start" in line for line in lines) == 2
+    assert (
+        result(site, "slow")["status"] == "done"
+        and repeated(lines) == 0
+        and sum("start" in line for line in lines) == 2
+    )
 
 
 FAULTS = {
@@ -258,7 +321,11 @@ FAULTS = {
     "hangs": ("time.sleep(1000)", "hung", "nothing ended for 30 s"),
     "dies": ("os._exit(3)", "failed", "the process died 2 times"),
     "greedy": ("raise torch.OutOfMemoryError('no room')", "oom", "OutOfMemoryError: no room"),
-    "eats": ("held = torch.ones(3 << 28); time.sleep(60)", "oom", "killed by SLURM for lack of memory (3 GB, workflows/resources.yaml)"),
+    "eats": (
+        "held = torch.ones(3 << 28); time.sleep(60)",
+        "oom",
+        "killed by SLURM for lack of memory (3 GB, workflows/resources.yaml)",
+    ),
 }
 
 
@@ -266,7 +333,9 @@ def test_what_a_method_does_is_a_row(site: Site):
     for name, (code, *_) in FAULTS.items():
         site.slow(0.0, name)
         with open(site.folder / f"methods/{name}/method.py", "a") as f:
-            f.write(f"\n\nimport os, time, torch\ndef fault(*step):\n    {code}\nMeanFlow.train_step = fault\n")
+            f.write(
+                f"\n\nimport os, time, torch\ndef fault(*step):\n    {code}\nMeanFlow.train_step = fault\n"
+            )
     path = site.folder / "workflows/benchmarks/slow-ring.yaml"
     path.write_text(path.read_text() + "stall_s: 30\n")
     site.table("faults", [*FAULTS, "meanflow"], "slow-ring")
@@ -274,12 +343,20 @@ def test_what_a_method_does_is_a_row(site: Site):
     done = site.run(*LITERAL, "results/faults.md", timeout=900)
     assert done.returncode == 0, done.stderr
     page = (site.folder / "results/faults.md").read_text()
-    print("\n".join(line for line in [*done.stderr.splitlines(), *page.splitlines()] if any(s in line for s in ("FAILED", "HUNG", "OOM"))))
+    print(
+        "\n".join(
+            line
+            for line in [*done.stderr.splitlines(), *page.splitlines()]
+            if any(s in line for s in ("FAILED", "HUNG", "OOM"))
+        )
+    )
     for name, (_, status, reason) in FAULTS.items():
         found = result(site, name)
         assert (found["status"], reason in found["reason"]) == (status, True), found["reason"]
         whose = "" if name == "eats" else r".*\[job \d+\]"  # it could not say so itself
-        assert re.search(rf"slow-ring/{name} seed 0: {status.upper()}: {whose}", done.stderr), done.stderr
+        assert re.search(rf"slow-ring/{name} seed 0: {status.upper()}: {whose}", done.stderr), (
+            done.stderr
+        )
         assert (site.folder / found["log"]).is_file(), found
         assert status.upper() in page
     assert result(site, "meanflow")["status"] == "done"
@@ -303,8 +380,10 @@ def test_a_failing_rank_is_a_row(site: Site):
     """The first rank sees no more than that it is alone; the job ends badly, and nothing is submitted again."""
     site.slow(0.0)
     with open(site.folder / "methods/slow/method.py", "a") as f:
-        f.write("\n\nimport os\ndef fault(*step):\n    if os.environ.get('RANK') == '1':\n        raise ValueError('rank one fell over')\n"
-                "    return quick(*step)\nMeanFlow.train_step = fault\n")  # fmt: skip
+        f.write(
+            "\n\nimport os\ndef fault(*step):\n    if os.environ.get('RANK') == '1':\n        raise ValueError('rank one fell over')\n"
+            "    return quick(*step)\nMeanFlow.train_step = fault\n"
+        )
     site.resources(ranks=2, seeds=1)
     site.table("wide", ["slow"], "slow-ring")
     site.environment |= {"GLOO_SOCKET_IFNAME": "lo"}
@@ -335,10 +414,14 @@ def test_a_job_on_two_nodes_survives_the_loss_of_one(site: Site):
 def test_time_limits_are_counted_for_each_cell(checkout: Checkout, monkeypatch: pytest.MonkeyPatch):
     """A cell that follows one that took long has all of its own, whatever other jobs do."""
     given_up: list[str] = []
-    monkeypatch.setattr("distillbench.work.give_up", lambda words, status, why, log: not given_up.append(why))
+    monkeypatch.setattr(
+        "distillbench.work.give_up", lambda words, status, why, log: not given_up.append(why)
+    )
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     folder = checkout.folder / "results/runs/tiny-ring/meanflow/0.trained.slurm"
-    work = slurm_job.Work(["train", "tiny-ring", "meanflow", "--seeds", "0,1"], checkout.folder, folder, 60, 1)
+    work = Work(
+        ["train", "tiny-ring", "meanflow", "--seeds", "0,1"], checkout.folder, folder, 60, 1
+    )
     work._began = -1e9
 
     def limits(count: int) -> int:
@@ -353,7 +436,9 @@ def test_time_limits_are_counted_for_each_cell(checkout: Checkout, monkeypatch: 
 
     assert limits(1) == 0
     finish(7)  # not of this job
-    assert limits(1) == 1 and given_up == ["not done in 2 jobs of 60 min (workflows/resources.yaml)"]
+    assert limits(1) == 1 and given_up == [
+        "not done in 2 jobs of 60 min (workflows/resources.yaml)"
+    ]
     finish(0)
     assert limits(1) == 1 and limits(1) == 2
 
@@ -367,12 +452,16 @@ def test_status_plan_and_cancel(site: Site):
     process = site.start(*LITERAL, "--cores", "1", "results/seen.md")
     number = site.training("slow")
     status = site.run("distillbench", "status", "seen", "--long").stdout
-    assert re.search(rf"slow-ring/slow seed \d: \d+%.* left, n\d, .*steps/s, job {number}", status), status
+    assert re.search(
+        rf"slow-ring/slow seed \d: \d+%.* left, n\d, .*steps/s, job {number}", status
+    ), status
     cancelled = site.run("distillbench", "cancel", "seen")
     assert cancelled.returncode == 0 and number in cancelled.stdout
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1 and "lost: cancelled" in errors and "trying again" not in errors
-    assert len(re.findall(r"train slow-ring slow --seeds \d: job \d+ submitted", errors)) == 1  # not the other seed
+    assert (
+        len(re.findall(r"train slow-ring slow --seeds \d: job \d+ submitted", errors)) == 1
+    )  # not the other seed
     assert errors.count("cancelled before it was submitted") >= 1
     site.until(lambda: not site.cluster.jobs(), "an empty queue")
     assert "lost: slow-ring/slow: cancelled" in site.run("distillbench", "status", "seen").stdout
@@ -395,19 +484,29 @@ def test_a_mistake_in_the_site_file_is_one_line_before_any_work(site: Site, text
 
 
 def test_a_job_that_would_wait_for_ever_is_taken_back(site: Site):
-    site.write("slurm/site.yaml", "partition: short\n")  # its limit is two minutes; sbatch takes the job all the same
+    site.write(
+        "slurm/site.yaml", "partition: short\n"
+    )  # its limit is two minutes; sbatch takes the job all the same
     done = site.run(*LITERAL, "results/small.md")
-    assert done.returncode == 1 and "would never start (PartitionTimeLimit): lower `minutes` in workflows/resources.yaml" in done.stderr
+    assert (
+        done.returncode == 1
+        and "would never start (PartitionTimeLimit): lower `minutes` in workflows/resources.yaml"
+        in done.stderr
+    )
     assert not site.cluster.jobs()
 
 
 def test_more_than_the_cluster_has_is_refused(site: Site):
     site.resources(gpus=9)
     done = site.run(*LITERAL, "results/small.md")
-    assert done.returncode == 2 and "ask for less in workflows/resources.yaml" in done.stderr, done.stderr
+    assert done.returncode == 2 and "ask for less in workflows/resources.yaml" in done.stderr, (
+        done.stderr
+    )
     site.resources(nodes=2)
     done = site.run(*LITERAL, "results/small.md")
-    assert done.returncode == 2 and "several ranks train one cell: set seeds: 1" in done.stderr, done.stderr
+    assert done.returncode == 2 and "several ranks train one cell: set seeds: 1" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_no_slurm_here_is_one_line(site: Site):
@@ -418,24 +517,53 @@ def test_no_slurm_here_is_one_line(site: Site):
         os.symlink(found if found.exists() else shutil.which(name), folder / name)
     site.environment["PATH"] = str(folder)
     done = site.run(*LITERAL, "results/small.md")
-    assert done.returncode == 2 and "no sbatch here: run on a login node of the cluster" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and "no sbatch here: run on a login node of the cluster" in done.stderr
+    ), done.stderr
 
 
 def test_a_job_that_cannot_start_says_what_to_look_at(site: Site, cluster: Cluster):
     """Its Python is not there when it starts, as on a node with another file system."""
     python = site.folder / "python"
     os.symlink(os.path.realpath(sys.executable), python)
-    site.environment["PYTHONPATH"] += f":{sysconfig.get_path('purelib')}"  # it knows nothing of the environment
-    request = json.dumps({"nodes": 1, "ranks": 1, "gpus": 0, "cpus": 1, "memory_gb": 1, "minutes": 5, "time_limits": 1, "tries": 1,
-                          "backoff_s": 0, "sbatch": {"hold": True}})  # fmt: skip
-    process = site.start(str(python), "-m", "distillbench.dispatch", "slurm", "results/runs/tiny-ring/teacher/0.trained", request,
-                         "train", "tiny-ring", "teacher", "--seeds", "0")  # fmt: skip
+    site.environment["PYTHONPATH"] += (
+        f":{sysconfig.get_path('purelib')}"  # it knows nothing of the environment
+    )
+    request = json.dumps(
+        {
+            "nodes": 1,
+            "ranks": 1,
+            "gpus": 0,
+            "cpus": 1,
+            "memory_gb": 1,
+            "minutes": 5,
+            "time_limits": 1,
+            "tries": 1,
+            "backoff_s": 0,
+            "sbatch": {"hold": True},
+        }
+    )
+    process = site.start(
+        str(python),
+        "-m",
+        "distillbench.dispatch",
+        "slurm",
+        "results/runs/tiny-ring/teacher/0.trained",
+        request,
+        "train",
+        "tiny-ring",
+        "teacher",
+        "--seeds",
+        "0",
+    )
     number = site.until(lambda: list(cluster.jobs()), "a job")[0]
     python.unlink()
     cluster.run("scontrol", "release", number)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert "before it could start: see that the nodes have" in errors and str(python) in errors, errors
+    assert "before it could start: see that the nodes have" in errors and str(python) in errors, (
+        errors
+    )
 
 
 def test_a_node_with_other_packages_is_named(site: Site, monkeypatch: pytest.MonkeyPatch):
@@ -454,13 +582,15 @@ def test_a_node_with_other_packages_is_named(site: Site, monkeypatch: pytest.Mon
         "backoff_s": 0,
         "sbatch": {},
     }
-    one = launcher.Launcher(
-        site.folder / "results/runs/tiny-ring/teacher/0.trained", ["train", "tiny-ring", "teacher", "--seeds", "0"], request
+    one = Launcher(
+        site.folder / "results/runs/tiny-ring/teacher/0.trained",
+        ["train", "tiny-ring", "teacher", "--seeds", "0"],
+        request,
     )
     assert one.run() == 2
     assert (
-        "has python 3." in launcher.read(one.folder / launcher.LOST)["why"]
-        and "instead of 2.7" in launcher.read(one.folder / launcher.LOST)["why"]
+        "has python 3." in launcher.read(one.folder / LOST)["why"]
+        and "instead of 2.7" in launcher.read(one.folder / LOST)["why"]
     )
 
 
@@ -478,4 +608,4 @@ def test_launchers_share_their_questions(site: Site):
     asking = [site.start(sys.executable, "-c", code) for _ in range(8)]
     assert [p.wait(timeout=60) for p in asking] == [0] * 8
     questions = log.read_text().count("\n")
-    assert 2 <= questions <= (time.time() - began) / squeue.SECONDS + 1
+    assert 2 <= questions <= (time.time() - began) / SECONDS + 1

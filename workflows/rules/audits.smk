@@ -5,23 +5,23 @@ rule measure:
     output:
         touch("results/runs/mechanisms/{arm}/{batch}.measured"),
     params:
-        seeds=lambda w: ",".join(map(str, MEASURING[w.arm, w.batch].seeds)),
+        seeds=lambda w: WORKFLOW.seeds(w.arm, w.batch),
     resources:
         dispatch="local",
-        request=lambda w: resources.request("mechanisms", w.arm, "evaluate", SITE),
-    retries: RETRIES
+        request=lambda w: WORKFLOW.request("mechanisms", w.arm, "evaluate"),
+    retries: WORKFLOW.retries
     message:
         "measure {wildcards.arm}, seeds {params.seeds}"
     shell:
-        "exec python -m distillbench.dispatch {resources.dispatch} {output} {resources.request:q} measure {wildcards.arm} --seeds {params.seeds}"
+        "exec python -m distillbench.cluster.dispatch {resources.dispatch} {output} {resources.request:q} measure {wildcards.arm} --seeds {params.seeds}"
 
 
 rule audit:
     input:
-        stamps=lambda w: [j.stamp("evaluated") for j in JOBS[w.table]],
-        measured=lambda w: [e.stamp for e in MEASURED[w.table]],
+        stamps=lambda w: WORKFLOW.stamps(w.table),
+        measured=lambda w: WORKFLOW.measured(w.table),
         cells="results/runs/{table}.cells",
-        claims=lambda w: [f for m in registry.discover().values() if (f := m.path / "claims.yaml").is_file()],
+        claims=workflows.claims_files(),
         file="workflows/tables/{table}.yaml",
         examined=[f for f in ["results/examinations.yaml"] if os.path.exists(f)],
     output:
@@ -29,8 +29,8 @@ rule audit:
         update("results/{table}.csv"),
         update("results/{table}.json"),
     wildcard_constraints:
-        table="|".join(MEASURED) or "none",
+        table="|".join(WORKFLOW.experiments) or "none",
     message:
         "results/{wildcards.table}.md"
     shell:
-        "exec python -m distillbench.cli table {wildcards.table} {AS_PROFILE}"
+        "exec python -m distillbench.cli table {wildcards.table} {WORKFLOW.as_profile}"

@@ -4,36 +4,44 @@
 ruleorder: teacher > train
 
 
+def job_of(wildcards):
+    return WORKFLOW.job(wildcards.benchmark, wildcards.arm, wildcards.batch)
+
+
+def needed_by_job(wildcards):
+    return WORKFLOW.needed_by(job_of(wildcards))
+
+
 rule train:
     input:
-        needed_by,
+        needed_by_job,
     output:
         touch("results/runs/{benchmark}/{arm}/{batch}.trained"),
     params:
         seeds=lambda w: job_of(w).seeds,
     resources:
         dispatch="local",
-        request=request("train"),
-    retries: RETRIES
+        request=lambda w: WORKFLOW.request(w.benchmark, w.arm, "train"),
+    retries: WORKFLOW.retries
     message:
         "train {wildcards.arm} on {wildcards.benchmark}, seeds {params.seeds}"
     shell:
-        "exec python -m distillbench.dispatch {resources.dispatch} {output} {resources.request:q} train {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"
+        "exec python -m distillbench.cluster.dispatch {resources.dispatch} {output} {resources.request:q} train {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"
 
 
 rule evaluate:
     input:
         "results/runs/{benchmark}/{arm}/{batch}.trained",
-        needed_by,
+        needed_by_job,
     output:
         touch("results/runs/{benchmark}/{arm}/{batch}.evaluated"),
     params:
         seeds=lambda w: job_of(w).seeds,
     resources:
         dispatch="local",
-        request=request("evaluate"),
-    retries: RETRIES
+        request=lambda w: WORKFLOW.request(w.benchmark, w.arm, "evaluate"),
+    retries: WORKFLOW.retries
     message:
         "evaluate {wildcards.arm} on {wildcards.benchmark}, seeds {params.seeds}"
     shell:
-        "exec python -m distillbench.dispatch {resources.dispatch} {output} {resources.request:q} evaluate {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"
+        "exec python -m distillbench.cluster.dispatch {resources.dispatch} {output} {resources.request:q} evaluate {wildcards.benchmark} {wildcards.arm} --seeds {params.seeds}"

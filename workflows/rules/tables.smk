@@ -3,7 +3,7 @@
 
 rule table:
     input:
-        stamps=lambda w: [j.stamp("evaluated") for j in JOBS[w.table]],
+        stamps=lambda w: WORKFLOW.stamps(w.table),
         cells="results/runs/{table}.cells",
         file="workflows/tables/{table}.yaml",
     output:
@@ -13,24 +13,24 @@ rule table:
         update("results/{table}.json"),
         update("results/{table}.png"),
     wildcard_constraints:
-        table="|".join(name for name in JOBS if name not in MEASURED) or "none",
+        table="|".join(set(WORKFLOW.jobs) - set(WORKFLOW.experiments)) or "none",
     message:
         "results/{wildcards.table}.md"
     shell:
-        "exec python -m distillbench.cli table {wildcards.table} {AS_PROFILE}"
+        "exec python -m distillbench.cli table {wildcards.table} {WORKFLOW.as_profile}"
 
 
 # Tables of costs have no cells: they read the published records of other tables, the first of which is made if need be.
 rule costs:
     input:
-        source=lambda w: f"results/{COSTS[w.table]}.md",
+        source=lambda w: f"results/{WORKFLOW.costs[w.table]}.md",
         file="workflows/tables/{table}.yaml",
     output:
         update("results/{table}.md"),
         update("results/{table}.csv"),
         update("results/{table}.json"),
     wildcard_constraints:
-        table="|".join(COSTS) or "none",
+        table="|".join(WORKFLOW.costs) or "none",
     message:
         "results/{wildcards.table}.md"
     shell:

@@ -5,12 +5,12 @@ rule teacher:
     output:
         touch("results/runs/{benchmark}/teacher/{batch}.trained"),
     params:
-        seeds=lambda w: EVERY[w.benchmark, "teacher", w.batch].seeds,
+        seeds=lambda w: WORKFLOW.job(w.benchmark, "teacher", w.batch).seeds,
     resources:
         dispatch="local",
-        request=request("train"),
-    retries: RETRIES
+        request=lambda w: WORKFLOW.request(w.benchmark, "teacher", "train"),
+    retries: WORKFLOW.retries
     message:
         "teacher of {wildcards.benchmark}, seed {params.seeds}"
     shell:
-        "exec python -m distillbench.dispatch {resources.dispatch} {output} {resources.request:q} train {wildcards.benchmark} teacher --seeds {params.seeds}"
+        "exec python -m distillbench.cluster.dispatch {resources.dispatch} {output} {resources.request:q} train {wildcards.benchmark} teacher --seeds {params.seeds}"

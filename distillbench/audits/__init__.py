@@ -1,0 +1,1 @@
+"""Audits: what claims ask, what answers them, and the proof that they were frozen first."""

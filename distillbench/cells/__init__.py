@@ -1,0 +1,1 @@
+"""Cells: how one is identified, built, trained, watched, sampled and recorded."""

@@ -1,0 +1,1 @@
+"""Velocity networks: the architectures that teachers, students and critics of a benchmark share."""

@@ -1,0 +1,1 @@
+"""Tables: the cells that one needs, how far they are, what is left to pay."""

@@ -1,0 +1,1 @@
+"""Feature extractors: their networks, their weights, and the scripts that trained them."""

@@ -1,0 +1,1 @@
+"""Reports: published records as tables, pictures and pages."""
