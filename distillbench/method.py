@@ -85,7 +85,8 @@ class Teacher:
         Guided with weight w: v_null + w (v_cond - v_null), by a second evaluation; none where the
         data have no classes, or where w is the number 1.
         """
-        v, w = self.network(x, t, cond.labels), cond.guidance
+        v = self.network(x, t, cond.labels)
+        w = cond.guidance
         if cond.labels is None or (not isinstance(w, Tensor) and w == 1):
             return v
         null = self.network(x, t, torch.full_like(cond.labels, self._classes))
