@@ -245,7 +245,8 @@ class Task:
 def copy_weights(source: dict[str, Tensor], target: nn.Module) -> None:
     """Load the state dict `source` into `target`.
 
-    Further inputs that `target` has (second time, guidance) keep their start. Raises ValueError where anything else is missing or left over.
+    Further inputs that `target` has (second time, guidance) keep their start. Raises ValueError
+    where anything else is missing or left over.
     """
     missing, unexpected = target.load_state_dict(source, strict=False)
     lacking = [k for k in missing if not k.startswith(("gap.", "guidance."))]

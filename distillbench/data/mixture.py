@@ -67,9 +67,9 @@ def waves(count: int) -> Tensor:
     u = torch.arange(IMAGE_SIDE, dtype=torch.float64) * torch.pi / 4
     rows = u[:, None]
     columns = u[None]
-    found = []
+    means = []
     for a in (1, 2):
         for b in (0, 1):
             for phase in (0.0, torch.pi):
-                found.append(torch.cos(a * rows + b * columns + phase))
-    return torch.stack(found)[:count, None]
+                means.append(torch.cos(a * rows + b * columns + phase))
+    return torch.stack(means)[:count, None]
