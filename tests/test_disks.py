@@ -107,7 +107,7 @@ def test_a_journal_line_is_whole_or_not_there(tmp_path: Path):
     """A limit on the size of a file stands for a full disk, for those who may not mount."""
     code = f"""
 from pathlib import Path
-from distillbench.journal import Journal
+from distillbench.cells.journal import Journal
 from distillbench.errors import UserError
 j = Journal(Path({str(tmp_path)!r}))
 try:
