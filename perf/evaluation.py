@@ -56,7 +56,9 @@ def speed(folder: Path, rows: int) -> dict[str, float]:
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    from eval.metrics.scores import Reference, feature_scores, inception_score
+    from eval.metrics.inception_score import inception_score
+    from eval.metrics.scores import feature_scores
+    from eval.metrics.statistics import Reference
 
     gen, ref = load(folder)
     logits = 2 * like_inception(rows, 2, CLASSES)
@@ -98,7 +100,8 @@ def resident(field: str) -> float:
 
 
 def memory(folder: Path, rows: int) -> dict[str, float]:
-    from eval.metrics.scores import Reference, feature_scores
+    from eval.metrics.scores import feature_scores
+    from eval.metrics.statistics import Reference
 
     imports = resident("VmRSS")
     gen, ref = load(folder)
