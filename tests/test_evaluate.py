@@ -260,6 +260,24 @@ def test_the_key_covers_every_module_that_makes_a_number():
     assert imported("eval.metrics.evaluate") == {*NUMERICAL, *NOT_NUMERICAL}
 
 
+def test_an_edit_of_any_module_that_makes_a_number_is_another_key(monkeypatch, tmp_path):
+    def key_with(edited: str | None) -> str:
+        copy = tmp_path / str(edited)
+        for name in NUMERICAL:
+            source = EVAL.parent.joinpath(*name.split(".")).with_suffix(".py")
+            text = source.read_text(encoding="utf-8")
+            if name == edited:
+                text += "\nONE_MORE = 1\n"
+            file = copy / source.relative_to(EVAL)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(key, "EVAL", copy)
+        return key.evaluation_key.__wrapped__(None)  # without its cache
+
+    keys = {key_with(edited) for edited in (None, *NUMERICAL)}
+    assert len(keys) == 1 + len(NUMERICAL)
+
+
 def test_another_extractor_in_either_place_is_another_key(monkeypatch, tmp_path):
     evaluation_key = key.evaluation_key
     keys = [
