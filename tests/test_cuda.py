@@ -392,7 +392,8 @@ EXTRACTORS = ["digits-gelu-64", "digits-simclr-64"]
 
 def extracted(name: str) -> list[tuple[Tensor, Tensor | None]]:
     """Features and logits of an extractor's network on the CPU and on CUDA, both on the CPU afterwards."""
-    from eval.features.extractors import load_extractor, scaled
+    from eval.features.extractor import scaled
+    from eval.features.extractors import load_extractor
 
     extractor, images = load_extractor(name), digits()
     found = copy.deepcopy(extractor.network).cuda()(scaled(images.cuda()))

@@ -11,7 +11,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from eval.features import train_digits_extractor, train_digits_simclr, weights
-from eval.features.extractors import WEIGHTS, Extractor, load_extractor, network_of
+from eval.features.digits import WEIGHTS, network_of
+from eval.features.extractor import Extractor
+from eval.features.extractors import load_extractor
 from eval.features.train_digits_simclr import SEED, TEMPERATURE, DigitsMixer
 from eval.features.weights import EXTRACTORS
 from eval.metrics import key

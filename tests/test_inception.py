@@ -28,7 +28,8 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from eval.features import inception
-from eval.features.extractors import Extractor, load_extractor
+from eval.features.extractor import Extractor
+from eval.features.extractors import load_extractor
 from eval.features.weights import INCEPTION, known_extractor, weight_file
 from eval.metrics.evaluate import Against, evaluate_images
 from eval.metrics.frechet import frechet_distance

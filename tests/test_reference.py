@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval.features.extractors import Extractor, load_extractor
+from eval.features.extractor import Extractor
+from eval.features.extractors import load_extractor
 from eval.metrics import reference
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.reference import reference_set

@@ -236,22 +236,30 @@ def changes(records: list[Published], earlier: Earlier) -> list[Change]:
 
 def drawn(found: list[Change], count: int, seed: int) -> list[Place]:
     """Cells to train again: one of every method on every family of benchmarks, and further ones
-    up to `count`; of experiments one for every four cells."""
-    groups: dict[tuple[str, str], set[Place]] = defaultdict(set)
+    up to `count`; of experiments one for every four cells.
+
+    Where some of a group were published from this kind of processor, one of those is drawn: their
+    bytes can be compared with the published ones.
+    """
+    here: dict[tuple[str, str], set[Place]] = defaultdict(set)
+    anywhere: dict[tuple[str, str], set[Place]] = defaultdict(set)
+    experiments: set[Place] = set()
     for change in found:
-        place = change.record.place
-        if change.record.result.get("status", "done") != "done" or place.arm == "teacher":
-            continue
-        family = MECHANISMS
-        if not place.is_experiment:
-            family = config.benchmark(place.benchmark).family
-        groups[family, "" if place.is_experiment else place.arm.partition("@")[0]].add(place)
+        record = change.record
+        if record.place.is_experiment:
+            experiments.add(record.place)
+        elif record.result["status"] == "done" and record.place.arm != "teacher":
+            family = config.benchmark(record.place.benchmark).family
+            group = (family, record.place.arm.partition("@")[0])
+            anywhere[group].add(record.place)
+            if record.hardware == hardware():
+                here[group].add(record.place)
     generator = random.Random(seed)
-    experiments = sorted(groups.pop((MECHANISMS, ""), set()))
-    chosen = [generator.choice(sorted(group)) for _, group in sorted(groups.items())]
-    others = sorted(set().union(*groups.values()) - set(chosen))
+    chosen = [generator.choice(sorted(here[g] or anywhere[g])) for g in sorted(anywhere)]
+    others = sorted(set().union(*anywhere.values()) - set(chosen))
     chosen += generator.sample(others, min(len(others), max(0, count - len(chosen))))
-    return chosen + generator.sample(experiments, min(len(experiments), max(1, count // 4)))
+    measured = min(len(experiments), max(1, count // 4))
+    return chosen + generator.sample(sorted(experiments), measured)
 
 
 def result_now(place: Place) -> dict[str, Any] | None:
@@ -348,7 +356,11 @@ def proved(found: list[Change], places: list[Place], earlier: Earlier) -> bool:
     Bytes repeat on one kind of processor. Where a record is of another one, the earlier code runs
     here too and its numbers stand for the published ones.
     """
-    records = {change.record.place: change.record for change in found}
+    records: dict[Place, Published] = {}
+    for change in found:
+        known = records.get(change.record.place)
+        if known is None or known.hardware != hardware():
+            records[change.record.place] = change.record
     wanted = []
     for place in places:
         if not place.is_experiment:

@@ -18,7 +18,7 @@ from cleanfid.resize import build_resizer
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from eval.features.extractors import Extractor
+from eval.features.extractor import Extractor
 from eval.features.weights import weight_file
 
 CHUNK = 32  # images in the network at a time: about 0.6 GB of activations at 299 x 299

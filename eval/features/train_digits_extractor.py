@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from eval.features.extractors import WEIGHTS, DigitsClassifier, scaled
+from eval.features.digits import WEIGHTS, DigitsClassifier
+from eval.features.extractor import scaled
 
 EPOCHS = 80
 BATCH = 64

@@ -23,7 +23,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from eval.features.extractors import WEIGHTS, DigitsMixer, scaled
+from eval.features.digits import WEIGHTS, DigitsMixer
+from eval.features.extractor import scaled
 from eval.features.train_digits_extractor import alternate, digits_u8, write
 
 EPOCHS = 120

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.features.extractors import Extractor, load_extractor
+from eval.features.extractor import Extractor
+from eval.features.extractors import load_extractor
 from eval.metrics.conditional import class_accuracy, diversity, label_tv, noise_distance
 from eval.metrics.fixed_rows import GENERATORS, Generator
 from eval.metrics.frechet import frechet_distance

@@ -16,6 +16,8 @@ from eval.features.weights import IMAGE_SCALE, weight_file
 EVAL = Path(__file__).parents[1]
 # Modules whose code decides a number; what reads weights and samples, or keeps features, does not.
 NUMERICAL = (
+    "eval.features.digits",
+    "eval.features.extractor",
     "eval.features.extractors",
     "eval.metrics.conditional",
     "eval.metrics.evaluate",

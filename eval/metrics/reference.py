@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eval.features.extractors import Extractor
+from eval.features.extractor import Extractor
 from eval.metrics.key import evaluation_key
 from eval.metrics.statistics import Reference
 from eval.samples import content_sha256, read_npz

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eval.features.extractors import Extractor
+from eval.features.extractor import Extractor
 from eval.metrics.pairwise import Cloud, Within, within
 
 LARGEST = 1e15  # of features: squares of larger ones leave float32
