@@ -3,7 +3,8 @@ number, once drawn cells, trained again on the new code, have proved that.
 
 The keys of the code before the change come from that code itself: a commit is laid out in a folder
 of its own and asked, and where published numbers are of another processor it is run there too. A
-record is left as it is where its key was stale even there, or where its settings are others now. `results/records/rekeyed.json` lists what was done:
+record is left as it is where its key was stale even there, or where its settings are others now.
+`results/records/rekeyed.json` lists what was done:
 
     [{"from": commit, "to": commit, "seed": of the draw, "cells": [label, ...], "records": count}]
 """
