@@ -78,12 +78,12 @@ def job_states(jobs: list[Job]) -> dict[str, JobState]:
 
     Asks squeue as rarely as the launchers do.
     """
-    found = list(launched(jobs))
-    if not found:
+    ever_launched = list(launched(jobs))
+    if not ever_launched:
         return {}
     queue = _shared_queue().recent() if shutil.which("squeue") else None
     states: dict[str, JobState] = {}
-    for job, stage, folder in found:
+    for job, stage, folder in ever_launched:
         state = _state(folder, stage, queue)
         if state is not None:
             states |= {cell.key: state for cell in job.cells}
@@ -115,13 +115,13 @@ def cancel(jobs: list[Job]) -> list[str]:
     for job in jobs:
         for stage in STAGES:
             _mark_cancelled(root() / job.stamp(stage))
-    found = list(launched(jobs))
+    ever_launched = list(launched(jobs))
     try:
         queue = _shared_queue().since(time.time())
     except RuntimeError as e:
         raise UserError(str(e)) from None
     active = []
-    for _, _, folder in found:
+    for _, _, folder in ever_launched:
         queued = queue.named(name_of(folder))
         if queued is not None and queued.active:
             active.append(queued.id)

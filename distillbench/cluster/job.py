@@ -106,13 +106,13 @@ class Command:
 
     def _compare_packages(self, here: dict[str, Any]) -> None:
         """Exit with an outcome where this node has other versions than the login node."""
-        found = packages()
-        if found == self.packages:
+        versions = packages()
+        if versions == self.packages:
             return
         differing = ", ".join(
-            f"{name} {found[name]} instead of {wanted}"
+            f"{name} {versions[name]} instead of {wanted}"
             for name, wanted in self.packages.items()
-            if found[name] != wanted
+            if versions[name] != wanted
         )
         why = f"node {here['node']} has {differing}: use one environment"
         messages.write(self.folder / OUTCOME, here | {"code": 2, "final": True, "why": why})
@@ -130,16 +130,16 @@ class Command:
         if job.global_rank == 0:
             message = {"attempt": attempt, "address": job.hostname, "port": _free_port()}
             messages.write(meeting, message)
-        found = messages.read(meeting)
-        while found.get("attempt") != attempt:
+        message = messages.read(meeting)
+        while message.get("attempt") != attempt:
             time.sleep(POLL)
-            found = messages.read(meeting)
+            message = messages.read(meeting)
         return {
             "WORLD_SIZE": str(job.num_tasks),
             "RANK": str(job.global_rank),
             "LOCAL_RANK": str(job.local_rank),
-            "MASTER_ADDR": found["address"],
-            "MASTER_PORT": str(found["port"]),
+            "MASTER_ADDR": message["address"],
+            "MASTER_PORT": str(message["port"]),
         }
 
     def checkpoint(self) -> Any:

@@ -195,17 +195,18 @@ class Launcher:
 
         RuntimeError where squeue or sbatch does not do it but later may.
         """
-        found = self.queue.since(time.time()).named(self.name)
+        queued = self.queue.since(time.time()).named(self.name)
         if self.cancelled():
             return None
-        if found is not None and self.is_orphan(found):
-            scancel(found.id)
-            found = None
+        if queued is not None and self.is_orphan(queued):
+            scancel(queued.id)
+            queued = None
         (self.folder / LOST).unlink(missing_ok=True)
-        if found is None or not found.active:
+        if queued is None or not queued.active:
             return self.submit()
-        say(f"{self.what}: job {found.id} is in the queue already ({found.state}): waiting for it")
-        return found.id
+        where = f"in the queue already ({queued.state})"
+        say(f"{self.what}: job {queued.id} is {where}: waiting for it")
+        return queued.id
 
     def is_orphan(self, job: Queued) -> bool:
         """Whether the launcher of a job that waits was killed before it could write what to run."""
