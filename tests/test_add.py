@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -607,9 +609,9 @@ def test_heads_of_tokens_carry_state_and_learn_on_points():
     task = Task(
         (2,),
         0,
-        {"width": 16, "depth": 2},
+        partial(VelocityMLP, (2,), 0, width=16, depth=2),
         Teacher(net, 0),
-        net,
+        net.state_dict(),
         0,
         torch.device("cpu"),
         Meter(),
@@ -641,37 +643,49 @@ def test_heads_of_tokens_carry_state_and_learn_on_points():
 FILE = reading.read(ROOT / "methods/add/config.yaml", MethodFile)
 
 
-def variant(name: str) -> tuple:
-    m, task = made(**FILE.variants[name].config)
-    return m, task, m.train_step(batch(), step())
+CHECKS: dict[str, Callable[..., None]] = {}
 
 
-def test_every_variant_is_tested_below():
-    text = Path(__file__).read_text()
-    assert all(f'variant("{name}")' in text for name in FILE.variants)
-    base = FILE.config
-    for v in FILE.variants.values():  # each differs from the default
-        assert v.config and all(base[key] != value for key, value in v.config.items())
+def checks(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Marks the check of a variant, which is given the method, its task and what a step logged."""
+
+    def kept(check: Callable[..., None]) -> Callable[..., None]:
+        CHECKS[name] = check
+        return check
+
+    return kept
 
 
-def test_adv_only():
-    m, _, logged = variant("adv-only")
+@pytest.mark.parametrize("name", FILE.variants)
+def test_a_variant_differs_from_the_default_and_does_what_it_says(name: str):
+    own = FILE.variants[name].config
+    assert own and all(FILE.config[key] != value for key, value in own.items())
+    m, task = made(**own)
+    CHECKS[name](m, task, m.train_step(batch(), step()))
+
+
+def test_every_check_is_of_a_variant():
+    assert set(CHECKS) == set(FILE.variants)
+
+
+@checks("adv-only")
+def adv_only(m, _task, logged):
     assert set(logged) == {"generator", "discriminator", "r1"} and ADD.needs(m.config).teacher
     other, _ = made(distillation=0.3)
     other.train_step(batch(), step())
     assert not torch.allclose(weights(m.net), weights(other.net), atol=1e-3)
 
 
-def test_distill_only():
-    m, task, logged = variant("distill-only")
+@checks("distill-only")
+def distill_only(m, task, logged):
     assert set(logged) == {"distillation"} and set(task.players) == {"student"}
     assert (
         ADD.needs(m.config).features is None and task.features is None
     )  # so their training is not charged
 
 
-def test_random_init():
-    _, task, _ = variant("random-init")
+@checks("random-init")
+def random_init(_m, task, _logged):
     x, t, labels = torch.randn(4, *SHAPE), torch.rand(4), torch.arange(4) % 3
     own, teacher = (
         made(**FILE.variants["random-init"].config)[0].net(x, t, labels),
@@ -683,8 +697,8 @@ def test_random_init():
     )  # the default starts as the teacher
 
 
-def test_sds():
-    _, _, logged = variant("sds")
+@checks("sds")
+def sds(_m, _task, logged):
     base = made()[0].train_step(batch(), step())
     assert (
         logged["generator"] == base["generator"]
@@ -692,8 +706,8 @@ def test_sds():
     )
 
 
-def test_random_features():
-    m, _, _ = variant("random-features")
+@checks("random-features")
+def random_features(m, _task, _logged):
     assert ADD.needs(m.config).features == "random"
     assert (
         ADD.needs(made(features="self_supervised")[0].config).features
@@ -702,16 +716,16 @@ def test_random_features():
     )
 
 
-def test_unconditional_heads():  # ADD-4
-    m, _, _ = variant("unconditional-heads")
+@checks("unconditional-heads")
+def unconditional_heads(m, _task, _logged):  # ADD-4
     conditional, (x, labels) = made()[0], (torch.randn(N, *SHAPE), torch.arange(N) % 3)
     for model, differ in ((m, False), (conditional, True)):
         a, b = (model.judge(model.features(x), own) for own in (labels, (labels + 1) % 3))
         assert all(torch.allclose(one, other, atol=1e-4) != differ for one, other in zip(a, b))
 
 
-def test_four_level():
-    m, _, _ = variant("four-level")
+@checks("four-level")
+def four_level(m, _task, _logged):
     seen = inputs(m.net)
     m.train_step(batch(), step(1))
     assert set(seen[0][1].tolist()) == {1.0, 0.75, 0.5, 0.25} and ADD.needs(m.config).nfe == (

@@ -12,6 +12,7 @@ from distillbench import config, reading
 from distillbench.audits import questions
 from distillbench.audits.experiments import Experiment
 from distillbench.cli import audit_pages
+from distillbench.cli.evaluate import known_metrics
 from distillbench.config import Path, Table
 from distillbench.errors import UserError
 from distillbench.registry.claims import Claim, ClaimsFile
@@ -565,7 +566,7 @@ def test_a_wrong_claim_is_one_line_with_file_line_and_remedy(checkout, change, w
         "{name: a, title: a, kind: audit, benchmarks: [tiny-ring], methods: [dmd], seeds: [1, 2, 3, 4]}\n",
     )
     with pytest.raises(UserError) as error:
-        questions.questions(config.table("a"))
+        questions.of_table(config.table("a"), known_metrics)
     text = str(error.value)
     assert words in text and "methods/dmd/claims.yaml:" in text and "\n" not in text
     assert int(text.partition("claims.yaml:")[2].partition(":")[0]) > 1
@@ -582,7 +583,7 @@ def test_ids_are_unique_and_numbers_have_a_source(checkout):
         UserError,
         match=r"tvm/claims.yaml:2: claim id 'X-1' is also at .*dmd/claims.yaml:2: .* rename one",
     ):
-        questions.questions(config.table("a"))
+        questions.of_table(config.table("a"), known_metrics)
     checkout.write("methods/tvm/claims.yaml", "claims:\n- &a\n  id: X-1\n")
     checkout.write("methods/dmd/claims.yaml", yaml.safe_dump({"claims": [CLAIM, CLAIM]}))
     with pytest.raises(UserError, match="claim id 'X-1' is given twice"):

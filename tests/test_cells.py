@@ -16,15 +16,16 @@ import torch
 
 from distillbench import config
 from distillbench.cells import journal
-from distillbench.cells.cell import NUMERICAL, Cell
+from distillbench.cells.cell import Cell
 from distillbench.cells.checkpoint import write_tensors
 from distillbench.cells.record import describe, finish
+from distillbench.cli.evaluate import known_metrics
 from distillbench.errors import UserError
-from distillbench.registry import folders
+from distillbench.registry import code, folders, source
 from distillbench.tables import plan
 from eval.metrics import key
 from eval.report import records
-from tests.conftest import BIN, Checkout
+from tests.conftest import BIN, ROOT, Checkout
 
 
 def cell(benchmark: str = "tiny-ring", arm: str | None = "meanflow", seed: int = 0) -> Cell:
@@ -43,7 +44,7 @@ def test_key_follows_everything_that_determines_the_result(checkout: Checkout):
     assert cell(seed=1).key != before
     assert cell(arm="meanflow@scratch").key != before
     for path, old, new in (
-        ("methods/meanflow/method.py", "Algorithm 1", "Algorithm One"),
+        ("methods/meanflow/method.py", "if m < n", "if m <= n"),
         ("methods/meanflow/config.yaml", "time_std: 2.0", "time_std: 2.1"),
         ("workflows/benchmarks/tiny-ring.yaml", "updates: 60", "updates: 61"),
         ("workflows/benchmarks/tiny-ring.yaml", "flops: 7.0e+9", "flops: 7.1e+9"),
@@ -62,50 +63,66 @@ def test_key_follows_everything_that_determines_the_result(checkout: Checkout):
     assert cell().key == before, "a title or a time limit determines no result"
 
 
-def test_every_module_that_computes_is_in_the_key():
-    from distillbench.cells import cell
-    from distillbench.cells.cell import Path
+def modules(*folders: str) -> set[str]:
+    """Dotted names of the modules in these folders of the package, '' for its own."""
+    return {
+        ".".join(("distillbench", *path.relative_to(code.PACKAGE).with_suffix("").parts))
+        for folder in folders
+        for path in (code.PACKAGE / folder).glob("*.py")
+        if path.stem != "__init__"
+    }
 
-    others = {
-        "__init__",
-        "cell",
-        "checkpoint",
-        "cli",
-        "config",
-        "dispatch",
-        "errors",
-        "journal",
-        "memory",
-        "overview",
-        "plan",
+
+def closure(*places: str) -> set[str]:
+    """Modules whose code is in the hash of these files of the package."""
+    found: set[str] = set()
+    todo = [code.PACKAGE / place for place in places]
+    while todo:
+        for _, name in source.imports(todo.pop()):
+            for module in (name, name.rpartition(".")[0]):
+                if module not in found and (file := code.followed(module)) is not None:
+                    found.add(module)
+                    todo.append(file)
+    return found
+
+
+def test_every_module_that_computes_is_in_the_key():
+    """A new module at the desk, of networks, data or teachers is followed, or stands here."""
+    kinds = {file for files in code.KINDS.values() for file in files}
+    of_kinds = {f"distillbench.{file.removesuffix('.py').replace('/', '.')}" for file in kinds}
+    others = {f"distillbench.{name}" for name in ("config", "errors", "hashing", "reading")}
+    computing = modules("", "networks", "data", "teachers") - of_kinds - others
+    assert {name for name in computing if code.followed(name) is None} == set()
+    assert not [name for name in others | of_kinds if code.followed(name)]
+    in_cells = {name for name in modules("cells") if code.followed(name)}
+    assert in_cells == {
+        f"distillbench.cells.{name}" for name in ("build", "loop", "sampling", "setup", "steps")
     }
-    others |= {
-        "progress",
-        "registry",
-        "scoring",
-        "watch",
-        "check",
-        "instruments",
-        "new",
-        "pages",
-        "tuning",
-        "work",
-        "anatomy",
-        "ranks",
+    rest = modules("registry", "audits", "cluster", "tables", "conformance", "cli")
+    assert not [name for name in rest if code.followed(name)]
+
+
+def test_what_a_cell_runs_is_reached_from_its_runner_or_its_method():
+    """Of the modules that compute, all but those that only methods import and one network."""
+    runner = closure(*code.RUNNER)
+    methods = {
+        name
+        for path in (Path(ROOT) / "methods").glob("*/method.py")
+        for _, full in source.imports(path)
+        for name in (full, full.rpartition(".")[0])
+        if code.followed(name)
     }
-    others |= {"cluster", "launcher", "resources", "slurm_job", "squeue"}
-    others |= {
-        "audits",
-        "audit_render",
-        "bundles",
-        "claims",
-        "cli_audit",
-        "cli_publish",
-        "mechanism",
+    reached = (
+        runner
+        | methods
+        | closure(*(f"{m.partition('.')[2].replace('.', '/')}.py" for m in methods))
+    )
+    computing = {
+        name for name in modules("", "networks", "data", "teachers") if code.followed(name)
     }
-    others |= {"transformer"}  # no benchmark uses it yet
-    files = {p.stem for p in Path(cell.__file__).parent.glob("*.py")}
-    assert files == set(NUMERICAL) | others
+    assert computing - reached == {"distillbench.networks.dit"}  # no benchmark uses it yet
+    assert {"distillbench.players", "distillbench.networks.mlp", "distillbench.paths"} <= runner
+    assert "distillbench.adversarial" not in runner and "distillbench.adversarial" in methods
 
 
 def test_a_fresh_cell_is_not_trained_again(checkout: Checkout):
@@ -310,7 +327,7 @@ def test_the_workflow_refuses_a_mistake_before_any_work(checkout: Checkout):
 
 def fake(benchmark: str, metrics: str | None = None) -> list[Cell]:
     """Every cell of the table `benchmark`, recorded as done; metrics.json with this text, if it is given."""
-    cells = [c for job in plan.jobs(config.table(benchmark)) for c in job.cells]
+    cells = [c for job in plan.jobs(config.table(benchmark), known_metrics) for c in job.cells]
     for one in cells:
         one.folder.mkdir(parents=True)
         finish(one, describe(one), {"steps": 1, "flops": 1.0}, 1, None)

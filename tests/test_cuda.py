@@ -450,7 +450,7 @@ def test_a_cell_trains_and_samples_on_cuda(checkout, name, where):
 def test_a_cell_trains_and_samples_here(checkout, where, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
-        "distillbench.watch.limit_memory", lambda: None
+        "distillbench.cells.train.limit_memory", lambda: None
     )  # of this whole process, in which others use a GPU
     a_cell(where, "dmd")
     torch.set_flush_denormal(False)

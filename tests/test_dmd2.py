@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -931,8 +932,9 @@ def test_mixtures_without_classes():
     exact = SimpleNamespace(
         velocity=lambda x, t, cond: gaussian(x, t, 0.0, 0.5)
     )  # a closed form has no features
+    architecture = partial(VelocityMLP, (2,), 0, width=16, depth=2)
     for name in (None, "teacher-features", "four-step-conditioned"):
-        task = Task((2,), 0, {"width": 16, "depth": 2}, exact, teacher, 0, CPU, Meter())
+        task = Task((2,), 0, architecture, exact, teacher.state_dict(), 0, CPU, Meter())
         m = DMD2(
             task, DMD2.Config.model_validate(merged(merged(FILE["config"], SMALL), VARIANTS[name]))
         )

@@ -70,16 +70,14 @@ def test_weights_of_the_one_are_no_weights_of_the_other(extractor):
 
 
 def test_evaluation_key_knows_both_extractors(monkeypatch, tmp_path):
-    key = key.evaluation_key.__wrapped__  # without its cache
-    before = {key(), key(NAME), key(NAME, SECOND), key(SECOND, NAME)}
-    assert len(before) == 4 and key(NAME, None) == key(NAME)
+    key_of = key.evaluation_key.__wrapped__  # without its cache
+    before = {key_of(), key_of(NAME), key_of(NAME, SECOND), key_of(SECOND, NAME)}
+    assert len(before) == 4 and key_of(NAME, None) == key_of(NAME)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other weights")
     true = weights.weight_file
-    monkeypatch.setattr(
-        records, "weight_file", lambda name: other if name == SECOND else true(name)
-    )
-    assert key(NAME, SECOND) not in before and key(NAME) in before
+    monkeypatch.setattr(key, "weight_file", lambda name: other if name == SECOND else true(name))
+    assert key_of(NAME, SECOND) not in before and key_of(NAME) in before
 
 
 def test_unknown_name_is_answered_with_the_nearest():
@@ -280,7 +278,7 @@ def test_view_is_the_image_where_nothing_moves(digits, monkeypatch):
         train_digits_simclr.view(x, torch.Generator().manual_seed(0)), x, atol=0.1
     )
     for size in ("SHIFT", "TURN", "SCALE"):
-        monkeypatch.setattr(simclr, size, 0.0)
+        monkeypatch.setattr(train_digits_simclr, size, 0.0)
     assert torch.allclose(
         train_digits_simclr.view(x, torch.Generator().manual_seed(0)), x, atol=1e-5
     )
@@ -292,8 +290,8 @@ def test_view_moves_by_a_pixel_at_most_and_keeps_the_range(digits, monkeypatch):
     assert seen.min() >= -1 - 1e-5 and seen.max() <= 1 + 1e-5
     dot = torch.full((400, 1, 8, 8), -1.0)
     dot[:, 0, 3:5, 3:5] = 1
-    monkeypatch.setattr(simclr, "TURN", 0.0)
-    monkeypatch.setattr(simclr, "SCALE", 0.0)
+    monkeypatch.setattr(train_digits_simclr, "TURN", 0.0)
+    monkeypatch.setattr(train_digits_simclr, "SCALE", 0.0)
     light = train_digits_simclr.view(dot, rng)[:, 0] + 1
     total = light.sum((1, 2))
     moved = torch.stack([light.sum(2) @ place / total, light.sum(1) @ place / total], 1) - 3.5
@@ -337,7 +335,7 @@ def trained(module, digits: tuple[Tensor, Tensor], **settings: int) -> nn.Module
     """By either script; the second is given no labels."""
     return (
         module.train(*digits, **settings)
-        if module is script
+        if module is train_digits_extractor
         else module.train(digits[0], **settings)
     )
 
@@ -347,7 +345,7 @@ def weights_after(module, digits: tuple[Tensor, Tensor]) -> bytes:
     return safetensors.torch.save(trained(module, few, epochs=1).state_dict())
 
 
-@pytest.mark.parametrize("module", [script, simclr], ids=COMMITTED)
+@pytest.mark.parametrize("module", [train_digits_extractor, train_digits_simclr], ids=COMMITTED)
 def test_training_repeats_to_the_byte_whatever_the_global_stream(
     module, digits, one_thread, monkeypatch
 ):
@@ -362,7 +360,9 @@ def test_training_repeats_to_the_byte_whatever_the_global_stream(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module, name", [(script, NAME), (simclr, SECOND)])
+@pytest.mark.parametrize(
+    "module, name", [(train_digits_extractor, NAME), (train_digits_simclr, SECOND)]
+)
 def test_retraining_gives_the_committed_extractor(module, name, digits, one_thread, monkeypatch):
     """To the byte on the kind of CPU it was trained on, within rounding on others; another seed is another extractor."""
     images = train_digits_simclr.scaled(digits[0])
@@ -375,7 +375,10 @@ def test_retraining_gives_the_committed_extractor(module, name, digits, one_thre
     print(f"{name}: {away(again):.1e} of the features' norm away from the committed ones")
     assert away(again) < 1e-3
     monkeypatch.setattr(module, "SEED", 1)
-    assert away(trained(module, digits, **({"epochs": 2} if module is simclr else {}))) > 0.1
+    assert (
+        away(trained(module, digits, **({"epochs": 2} if module is train_digits_simclr else {})))
+        > 0.1
+    )
 
 
 @pytest.mark.slow

@@ -1,16 +1,18 @@
 """Frozen features of discriminators, how they are trained without labels, and who pays: design.md 'Benchmarks' (budgets)."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from distillbench import config, features
-from distillbench.cells import train
+from distillbench.cells.build import build
 from distillbench.cells.cell import Cell
+from distillbench.cells.loop import train
 from distillbench.cells.sampling import sample
-from distillbench.cells.setup import furnish, price
+from distillbench.cells.setup import attach, price
 from distillbench.config import DigitsData
 from distillbench.data import kinds
 from distillbench.seeds import Rng
@@ -18,6 +20,7 @@ from tests.conftest import captured
 from tests.test_meter import cell, quiet
 
 DIGITS = kinds.load(DigitsData(kind="digits"))
+CPU = torch.device("cpu")
 
 
 def weights(module: nn.Module) -> Tensor:
@@ -133,7 +136,12 @@ def trained(seed: int, updates: int) -> nn.Module:
     torch.manual_seed(seed)
     network = features.untrained((1, 8, 8))
     features.pretrain(
-        network.requires_grad_(False), DIGITS, Rng(seed, "pretrain"), torch.device("cpu"), updates
+        network.requires_grad_(False),
+        DIGITS.draw,
+        DIGITS.shape,
+        Rng(seed, "pretrain"),
+        torch.device("cpu"),
+        updates,
     )
     return network
 
@@ -155,9 +163,9 @@ def test_what_was_trained_is_frozen_and_passes_gradients_on():
     torch.manual_seed(0)
     network = features.untrained((1, 8, 8)).requires_grad_(False)
     before = weights(network)
-    features.pretrain(network, DIGITS, Rng(0, "pretrain"), torch.device("cpu"), 0)
+    features.pretrain(network, DIGITS.draw, DIGITS.shape, Rng(0, "pretrain"), CPU, 0)
     assert torch.equal(weights(network), before)  # no updates: nothing changes
-    features.pretrain(network, DIGITS, Rng(0, "pretrain"), torch.device("cpu"), 2)
+    features.pretrain(network, DIGITS.draw, DIGITS.shape, Rng(0, "pretrain"), CPU, 2)
     assert not torch.equal(weights(network), before)
     assert all(not p.requires_grad and p.grad is None for p in network.parameters())
     x = DIGITS.train[:4].clone().requires_grad_()
@@ -221,23 +229,23 @@ def with_budget(flops: float, name: str = "judged", benchmark: str = "tiny"):
 def test_training_of_the_features_is_charged(judged):
     made = with_budget(1e11)
     plan, prepared = price(made, quiet)
-    assert 0.04e11 < plan["setup_flops"] <= 0.05e11 * 1.001 and plan["flops"] <= 1e11
-    assert plan["rows"]["features"] > 16 * plan["steps"]  # those of its training come on top
+    assert 0.04e11 < plan.setup_flops <= 0.05e11 * 1.001 and plan.flops <= 1e11
+    assert plan.rows["features"] > 16 * plan.steps  # those of its training come on top
     free, nothing = price(with_budget(1e11, "judged@random"), quiet)
-    assert free["setup_flops"] == 0 and not nothing and set(prepared) == {"features"}
-    cycle = free["flops"] / free["steps"]
-    assert free["steps"] - plan["steps"] == pytest.approx(
-        plan["setup_flops"] / cycle, abs=1
+    assert free.setup_flops == 0 and not nothing and set(prepared) == {"features"}
+    cycle = free.flops / free.steps
+    assert free.steps - plan.steps == pytest.approx(
+        plan.setup_flops / cycle, abs=1
     )  # planted: uncharged, they would be equal
 
 
 def test_a_rebuilt_run_gets_the_same_features(judged):
     made = with_budget(3e10)
-    _, prepared = price(made, quiet)
+    plan, prepared = price(made, quiet)
     _, again = price(made, quiet)
     assert all(torch.equal(again["features"][k], v) for k, v in prepared["features"].items())
-    raw = train.build(made).task.features
-    run = furnish(train.build(made), prepared)
+    raw = build(made).task.features
+    run = attach(build(made), prepared)
     assert all(
         torch.equal(v, prepared["features"][k]) for k, v in run.task.features.state_dict().items()
     )
@@ -246,7 +254,7 @@ def test_a_rebuilt_run_gets_the_same_features(judged):
     )  # planted: a run that is built only
     assert all(not p.requires_grad for p in run.task.features.parameters())
     before = weights(run.task.features)
-    train.train(run, {"steps": 3, "updates": {"student": 3}}, quiet)
+    train(run, replace(plan, steps=3, updates={"student": 3}), quiet)
     assert torch.equal(weights(run.task.features), before)
 
 
@@ -254,27 +262,27 @@ def test_a_budget_without_room_for_an_update_leaves_them_as_they_are(judged):
     made = with_budget(1.5e9)
     _, prepared = price(made, quiet)
     assert torch.equal(
-        weights(furnish(train.build(made), prepared).task.features),
-        weights(train.build(made).task.features),
+        weights(attach(build(made), prepared).task.features),
+        weights(build(made).task.features),
     )
 
 
 def test_random_features_repeat_by_seed_and_are_withheld_unless_asked_for(judged):
     made = with_budget(1e11, "judged@random")
-    one, two = (weights(train.build(made).task.features) for _ in range(2))
+    one, two = (weights(build(made).task.features) for _ in range(2))
     other = Cell(made.benchmark, made.arm, 1)
     other.teacher.folder.mkdir(parents=True, exist_ok=True)
     (other.teacher.folder / "teacher.safetensors").write_bytes(
         (made.teacher.folder / "teacher.safetensors").read_bytes()
     )
-    assert torch.equal(one, two) and not torch.equal(one, weights(train.build(other).task.features))
-    assert train.build(with_budget(1e11, "judged@without")).task.features is None
+    assert torch.equal(one, two) and not torch.equal(one, weights(build(other).task.features))
+    assert build(with_budget(1e11, "judged@without")).task.features is None
 
 
 def test_points_keep_random_features(judged):
     made = with_budget(1e11, benchmark="tiny-ring")
     plan, prepared = price(made, quiet)
-    assert prepared == {} and plan["setup_flops"] < 1e-6 * plan["flops"]
-    run = train.build(made)
+    assert prepared == {} and plan.setup_flops < 1e-6 * plan.flops
+    run = build(made)
     assert isinstance(run.task.features, features.PointFeatures)
     assert sample(run, 1, 10, quiet).shape == (10, 2)

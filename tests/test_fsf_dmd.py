@@ -202,7 +202,7 @@ class Map(nn.Module):
 
 def matched(m, a: float, variant_of=None) -> float:
     """d L_FSF / d a by `FSFDMD.matching` itself, 100,000 samples of one number."""
-    m.net, m.task.teacher = (
+    m.net, m.task._teacher = (
         Map(a),
         SimpleNamespace(velocity=lambda x, t, cond: exact_velocity(x, t)),
     )

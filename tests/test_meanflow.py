@@ -1,6 +1,7 @@
 """MeanFlow against its closed form and its paper: specs/meanflow.md sections 1, 3 and 10 (test numbers in the comments)."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,9 +194,9 @@ def made(**changes) -> tuple:
     task = Task(
         (2,),
         3,
-        {"width": 16, "depth": 2},
+        partial(VelocityMLP, (2,), 3, width=16, depth=2),
         Teacher(teacher, 3),
-        teacher,
+        teacher.state_dict(),
         0,
         torch.device("cpu"),
         meter,

@@ -6,15 +6,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillbench import config
-from distillbench.cells import train
-from distillbench.cells.build import row_flops
+from distillbench.cells.build import build, row_flops
 from distillbench.cells.cell import Cell
 from distillbench.cells.checkpoint import write_tensors
+from distillbench.cells.loop import train
 from distillbench.cells.sampling import sample
-from distillbench.cells.setup import furnish, price
+from distillbench.cells.setup import attach, price
 from distillbench.cells.steps import batch_of, one_step
-from distillbench.cells.train import OverBudget
 from distillbench.data import kinds
+from distillbench.errors import OverBudget
 from distillbench.meter import Meter
 from distillbench.method import Condition, Step
 from distillbench.networks.mlp import VelocityMLP
@@ -93,7 +93,7 @@ CYCLES = {
 
 @pytest.mark.parametrize("name", CYCLES)
 def test_calls_of_a_cycle(checkout, name):
-    run = train.build(cell(name))
+    run = build(cell(name))
     if run.needs.pairs:
         run.pairs = make_pairs(
             run.task.teacher,
@@ -122,7 +122,7 @@ def test_calls_of_a_cycle(checkout, name):
 
 
 def test_guidance_is_charged(checkout):
-    run = train.build(cell("meanflow", guidance=2.0))
+    run = build(cell("meanflow", guidance=2.0))
     with run.meter.counting():
         one_step(run, 0, 1)
     assert run.meter.calls["teacher"] == 2
@@ -134,7 +134,7 @@ def test_the_plan_is_what_the_whole_run_costs(
 ):  # design.md: everything a method asks for is charged
     made = cell(name)
     plan, prepared = price(made, quiet)
-    run = furnish(train.build(made), prepared)
+    run = attach(build(made), prepared)
     with FlopCounterMode(display=False) as counter, run.meter.counting():
         if run.needs.pairs:
             again = make_pairs(
@@ -146,19 +146,17 @@ def test_the_plan_is_what_the_whole_run_costs(
                 Rng(made.seed, "pairs"),
             )
             assert all(torch.equal(again[k], prepared["pairs"][k]) for k in again)
-        train.train(run, plan, quiet)
-    assert plan["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+        train(run, plan, quiet)
+    assert plan.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert (
-        abs(plan["flops"] - plan["setup_flops"] - counter.get_total_flops()) > 0.01 * plan["flops"]
+        abs(plan.flops - plan.setup_flops - counter.get_total_flops()) > 0.01 * plan.flops
         or not run.needs.pairs
     )  # planted: without set-up
-    assert plan["rows"] == {role: run.meter.rows[role] for role in plan["rows"]}
-    assert plan["updates"] == {
-        player: run.task.players[player].updates for player in plan["updates"]
-    }
-    cycle = (plan["flops"] - plan["setup_flops"]) / plan["steps"]
+    assert plan.rows == {role: run.meter.rows[role] for role in plan.rows}
+    assert plan.updates == {player: run.task.players[player].updates for player in plan.updates}
+    cycle = (plan.flops - plan.setup_flops) / plan.steps
     assert (
-        0 <= made.benchmark.budget.flops - plan["flops"] < cycle * run.needs.cycle
+        0 <= made.benchmark.budget.flops - plan.flops < cycle * run.needs.cycle
     )  # as many cycles as the budget buys
 
 
@@ -166,8 +164,8 @@ def test_a_from_scratch_method_has_the_budget_of_teacher_and_distillation(checko
     made = cell("meanflow@scratch")
     plan, _ = price(made, quiet)
     assert (
-        plan["limit_flops"] == made.benchmark.budget.flops + 1e9
-        and plan["flops"] > made.benchmark.budget.flops
+        plan.limit_flops == made.benchmark.budget.flops + 1e9
+        and plan.flops > made.benchmark.budget.flops
     )
 
 
@@ -189,7 +187,7 @@ def test_a_budget_below_one_cycle_is_refused(checkout):
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_a_sampler_uses_exactly_its_evaluations(checkout, extra):
-    run = train.build(cell("meanflow"))
+    run = build(cell("meanflow"))
     original = run.method.sample
     run.method.sample = lambda noise, cond, nfe, rng: original(noise, cond, nfe + extra, rng)
     if extra:
@@ -200,7 +198,7 @@ def test_a_sampler_uses_exactly_its_evaluations(checkout, extra):
 
 
 def test_evaluations_of_the_moving_average_count_too(checkout):
-    run = train.build(cell("meanflow"))
+    run = build(cell("meanflow"))
     assert run.task.players["student"].averaged() is not run.method.net
     assert sample(run, 4, 10, quiet).dtype == torch.uint8
     run.method.sample = lambda noise, cond, nfe, rng: noise
@@ -211,7 +209,7 @@ def test_evaluations_of_the_moving_average_count_too(checkout):
 def test_a_doubled_batch_is_two_evaluations(
     checkout,
 ):  # design.md: NFE counts every network evaluation, guidance included
-    run = train.build(cell("meanflow"))
+    run = build(cell("meanflow"))
 
     def both(noise, cond, nfe, rng):
         """Guidance as most code bases write it: the conditional and the unconditional rows in one call."""
@@ -232,7 +230,7 @@ def test_what_is_not_declared_is_withheld(
     checkout,
 ):  # design.md: data, pairs and labels are withheld unless declared
     def batch(name: str):
-        run = train.build(cell(name))
+        run = build(cell(name))
         if run.needs.pairs:
             run.pairs = make_pairs(
                 run.task.teacher,
@@ -245,11 +243,7 @@ def test_what_is_not_declared_is_withheld(
         return batch_of(run, Step(0, 1, 0, torch.device("cpu"))), run
 
     declared, run = batch("meanflow")
-    assert (
-        declared.x.shape == (128, 1, 8, 8)
-        and declared.pairs is None
-        and run.task.teacher is not None
-    )
+    assert declared.x.shape == (128, 1, 8, 8) and declared.pairs is None and run.task.has_teacher
     withheld, _ = batch("dmd")
     assert (
         withheld.x is None
@@ -259,7 +253,9 @@ def test_what_is_not_declared_is_withheld(
     withheld, _ = batch("dmd@no-regression")
     assert withheld.x is None and withheld.pairs is None
     _, run = batch("meanflow@scratch")
-    assert run.task.teacher is None
+    assert not run.task.has_teacher
+    with pytest.raises(ValueError, match="task.teacher without"):
+        _ = run.task.teacher
     with pytest.raises(ValueError, match="teacher"):
         run.task.network("teacher")
 
@@ -267,18 +263,18 @@ def test_what_is_not_declared_is_withheld(
 def test_the_teacher_of_a_mixture_is_withheld_too(
     checkout,
 ):  # Task: "None when the method does not need one"
-    assert train.build(cell("meanflow@scratch", "tiny-ring")).task.teacher is None
+    assert not build(cell("meanflow@scratch", "tiny-ring")).task.has_teacher
 
 
 def test_the_teacher_of_a_guided_benchmark_can_be_sampled(
     checkout,
 ):  # design.md: NFE counts guidance
-    run = train.build(cell(None, guidance=2.0))
+    run = build(cell(None, guidance=2.0))
     assert sample(run, run.needs.headline_nfe, 10, quiet).shape == (10, 1, 8, 8)
 
 
 def test_a_closed_form_teacher_is_charged_as_the_network_it_stands_for(checkout):
-    run = train.build(cell("dmd", "tiny-ring"))
+    run = build(cell("dmd", "tiny-ring"))
     with run.meter.measured():
         run.task.teacher.velocity(torch.randn(5, 2), torch.rand(5), Condition(None))
     network = row_flops(run.task.players["student"].networks[0])

@@ -83,11 +83,9 @@ def test_a_claim_that_names_what_is_not_there_is_found(seen: str, monkeypatch: p
     assert "claim A-1 to name " in expected and seen in saw
 
 
-def test_every_module_of_the_suite_stays_readable():
-    for path in [
-        *(ROOT / "distillbench").glob("*.py"),
-        *(ROOT / "eval").glob("*.py"),
-        *(ROOT / "methods").glob("*/method.py"),
-    ]:
-        assert len(path.read_text().splitlines()) <= 400, path
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} does not say what it holds"
+def test_every_module_of_the_suite_says_what_it_holds():
+    tops = ("distillbench", "eval", "methods", "mechanisms", "perf")
+    paths = [path for top in tops for path in (ROOT / top).rglob("*.py")]
+    assert len(paths) > 100
+    for path in paths:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path

@@ -24,6 +24,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from eval.features.extractors import load_extractor
 from eval.features.train_digits_extractor import alternate, digits_u8
+from eval.metrics import pairwise
+from eval.metrics import scores as scores_module
 from eval.metrics.evaluate import Against, evaluate_images
 from eval.metrics.pairwise import Cloud
 from eval.metrics.scores import (
@@ -473,7 +475,7 @@ def test_a_reference_whose_features_changed_is_refused(monkeypatch):
     fresh = feature_scores(gen, dataclasses.replace(reference))
     assert fresh == scores(gen, 2 * features) != first
     # Planted error: without the check the kept factors of the old features would answer.
-    monkeypatch.setattr(metrics, "_digest", lambda features: "")
+    monkeypatch.setattr(scores_module, "_digest", lambda features: "")
     stale = Reference(features.clone(), "")
     frechet_distance(gen, stale)
     stale.features.mul_(2)

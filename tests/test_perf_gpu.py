@@ -140,10 +140,10 @@ def test_time_runs_out_between_rows(tmp_path):
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     folder = folders.discover()["meanflow"]
-    monkeypatch.setattr(registry, "discover", lambda: (_ for _ in ()).throw(ValueError("planted")))
+    monkeypatch.setattr(folders, "discover", lambda: (_ for _ in ()).throw(ValueError("planted")))
     real = folders.read_folder
     monkeypatch.setattr(
-        registry,
+        folders,
         "read_folder",
         lambda path: (
             real(path) if path == folder.path else (_ for _ in ()).throw(ValueError("broken"))

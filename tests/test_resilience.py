@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from distillbench.cells import journal, memory, progress, train, validate
+from distillbench.cells import journal, loop, memory, progress, sampling, train, validate
 from distillbench.cells.cell import Cell
 from distillbench.cells.checkpoint import (
     Damaged,
@@ -31,11 +31,12 @@ from distillbench.cells.checkpoint import (
 from distillbench.cells.disk import LAST, PREVIOUS, is_locked, lock, write_atomically, write_json
 from distillbench.cells.jobs import Job
 from distillbench.cells.journal import NAME
+from distillbench.cells.loop import CHECKPOINTS
 from distillbench.cells.pulse import TRAINING, Pulse, TimedOut
 from distillbench.cells.record import describe, finish, provenance
 from distillbench.cells.steps import one_step
 from distillbench.cells.supervisor import supervise
-from distillbench.cells.train import CHECKPOINTS, MACHINE
+from distillbench.cells.train import MACHINE
 from distillbench.errors import UserError
 from tests.conftest import RING, ROOT, Checkout
 from tests.test_cells import cell, edit
@@ -60,7 +61,7 @@ def before(line: str, *code: str) -> tuple[str, str]:
 
 LINE = r"\(method\.py:\d+\)"
 OURS = "|".join(
-    p.stem for p in (ROOT / "distillbench").glob("*.py")
+    p.stem for p in (ROOT / "distillbench").rglob("*.py")
 )  # where the time may be up between two of a method's steps
 LAST_ONE = "        return self.generate(self.student.averaged(), noise, cond.labels)\n"
 INIT = "        self.task, self.config = task, config\n"
@@ -250,7 +251,7 @@ def record_of(made: Cell) -> dict:
 def test_what_a_method_raises_costs_its_own_row(
     here: Checkout, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    monkeypatch.setattr(watch, "limit_memory", quiet)  # of this process
+    monkeypatch.setattr(train, "limit_memory", quiet)  # of this process
     monkeypatch.setattr(torch, "set_flush_denormal", quiet)
     _, status, reason = RAISED[name]
     made = cell(arm=name)
@@ -480,14 +481,14 @@ def test_what_a_method_makes_of_ctrl_c_leaves_no_record(
             raise ValueError("stopped")
         return original(*args)
 
-    monkeypatch.setattr(train, "one_step", step)
+    monkeypatch.setattr(loop, "one_step", step)
     leaves_no_record(monkeypatch, pulse, KeyboardInterrupt, "^$")
 
 
 def leaves_no_record(
     monkeypatch: pytest.MonkeyPatch, pulse: Pulse, error: type[BaseException], words: str
 ) -> None:
-    monkeypatch.setattr(watch, "limit_memory", quiet)
+    monkeypatch.setattr(train, "limit_memory", quiet)
     monkeypatch.setattr(torch, "set_flush_denormal", quiet)
     made = cell()
     with made.locked(), pytest.raises(error, match=words):
@@ -640,10 +641,11 @@ def children(pid: int) -> list[int]:
 
 OOM = """
 import itertools, sys
-from distillbench import cli, watch
-if {counted}: watch.oom_kills = itertools.count().__next__
+from distillbench.cells import supervisor
+from distillbench.cli import main
+if {counted}: supervisor.oom_kills = itertools.count().__next__
 sys.argv = "distillbench train tiny-ring kills_itself --seeds 0".split()
-cli.main()
+main.main()
 """
 
 
@@ -674,7 +676,7 @@ def test_a_kill_for_lack_of_memory_is_told_from_a_kill_by_somebody(here: Checkou
 
 LIMITED = """
 import torch
-from distillbench import memory
+from distillbench.cells import memory
 memory.available = lambda: 1 << 28
 if {limit}: memory.limit_memory()
 try:
@@ -748,7 +750,7 @@ def interrupted(
     here: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Cell, list[dict[str, float]]]]:
     """meanflow, killed after 30 steps with a checkpoint every step, and the step lines of the uninterrupted run."""
-    monkeypatch.setattr(watch, "limit_memory", quiet)
+    monkeypatch.setattr(train, "limit_memory", quiet)
     monkeypatch.setattr(torch, "set_flush_denormal", quiet)
     made = cell(arm="meanflow")
     shutil.rmtree(made.folder, ignore_errors=True)
@@ -764,7 +766,7 @@ def interrupted(
             return original(*args)
 
         with monkeypatch.context() as m:
-            m.setattr(train, "one_step", killed)
+            m.setattr(loop, "one_step", killed)
             made.folder.mkdir()
             with pytest.raises(KeyboardInterrupt):
                 train.run_cell(made, quiet, pulse)
@@ -887,7 +889,7 @@ def test_a_kill_between_training_and_record_does_not_train_again(
 ):
     made, _ = interrupted
     with monkeypatch.context() as m:
-        m.setattr(train, "sample", lambda *_, pulse: interrupt(pulse))
+        m.setattr(sampling, "sample", lambda *_, pulse: interrupt(pulse))
         with made.locked(), pytest.raises(KeyboardInterrupt):
             train.run_cell(made, quiet)
     trained = len([line for line in journal.read(made.folder) if "step" in line])

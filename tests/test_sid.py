@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillbench import config, reading, times
-from distillbench.cells import train
+from distillbench.cells.build import build
+from distillbench.cells.loop import train
 from distillbench.cells.sampling import sample
-from distillbench.cells.setup import furnish, price
+from distillbench.cells.setup import attach, price
 from distillbench.config import MethodFile
 from distillbench.data.mixture import Mixture
 from distillbench.matching import matching_gradient
@@ -742,13 +744,13 @@ def test_sidas_plan_is_what_the_run_costs(checkout):
     b = config.benchmark("tiny")
     made_ = cell("sid@sida", budget=b.budget.model_copy(update={"flops": 4e9}))
     plan, prepared = price(made_, quiet)
-    run = furnish(train.build(made_), prepared)
+    run = attach(build(made_), prepared)
     with run.meter.counting():
-        train.train(run, plan, quiet)
-    assert plan["steps"] % 20 == 0 and plan["steps"] > 20
-    assert plan["rows"] == {role: run.meter.rows[role] for role in plan["rows"]}
-    assert plan["updates"] == {name: player.updates for name, player in run.task.players.items()}
-    assert plan["updates"]["student"] == 19 * plan["steps"] // 20
+        train(run, plan, quiet)
+    assert plan.steps % 20 == 0 and plan.steps > 20
+    assert plan.rows == {role: run.meter.rows[role] for role in plan.rows}
+    assert plan.updates == {name: player.updates for name, player in run.task.players.items()}
+    assert plan.updates["student"] == 19 * plan.steps // 20
     assert sample(run, 1, 10, quiet).shape == (10, 1, 8, 8)
 
 
@@ -780,9 +782,9 @@ def test_training_on_a_mixture():  # SID-1: the naive loss ends worse than the u
         task = Task(
             (2,),
             0,
-            {"width": 48, "depth": 2},
+            partial(VelocityMLP, (2,), 0, width=48, depth=2),
             Teacher(exact, 0),
-            start,
+            start.state_dict(),
             0,
             torch.device("cpu"),
             Meter(),

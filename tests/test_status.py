@@ -12,6 +12,7 @@ import pytest
 from distillbench import config
 from distillbench.cells.cell import Cell
 from distillbench.cells.disk import LAST, is_locked
+from distillbench.cli.evaluate import known_metrics
 from distillbench.registry import folders
 from distillbench.tables import plan
 from tests.conftest import Checkout
@@ -91,7 +92,7 @@ def test_time_left_comes_from_cells_that_are_done_on_this_machine(
 ):
     from distillbench.tables import overview
 
-    jobs = plan.jobs(config.table("tiny-ring"))
+    jobs = plan.jobs(config.table("tiny-ring"), known_metrics)
     arms = [a for a in sorted(folders.discover()) if a != "dmd"]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
 

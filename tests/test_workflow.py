@@ -16,7 +16,7 @@ import pytest
 
 from distillbench.cells import journal
 from distillbench.cells.journal import NAME
-from distillbench.cells.train import CHECKPOINTS
+from distillbench.cells.loop import CHECKPOINTS
 from distillbench.registry import folders
 from tests.conftest import Checkout
 from tests.test_cells import BROKEN, edit
@@ -156,7 +156,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The metrics of a run that nobody disturbs."""
     made = longer(Checkout(tmp_path_factory.mktemp("uninterrupted")))
     assert made.snakemake("results/tiny-ring.md").returncode == 0
-    assert all(repeated(folder) == (0, 0) for folder in folders(made))
+    assert all(repeated(folder) == (0, 0) for folder in cells_of(made))
     return made.metrics()
 
 
@@ -175,7 +175,7 @@ def test_twenty_kills_at_random_moments_change_no_metric(
         assert checkout.metrics() == uninterrupted and len(uninterrupted) == 2 * (1 + len(KILLED))
         counts = {
             f"{folder.parent.name}/{folder.name[:5]}": repeated(folder)
-            for folder in folders(checkout)
+            for folder in cells_of(checkout)
         }
         print(
             f"run {run}: killed {', '.join(log)}; cells (resumes, updates trained again): {counts}"
@@ -198,7 +198,7 @@ def killed_again_and_again(checkout: Checkout, run: int) -> list[str]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        while kill and not any(student_trains(folder, began) for folder in folders(checkout)):
+        while kill and not any(student_trains(folder, began) for folder in cells_of(checkout)):
             assert process.poll() is None, "it ended before the kill"
             time.sleep(0.05)
         time.sleep(chance.uniform(0, 8))
@@ -223,7 +223,7 @@ def student_trains(folder: Path, since: float) -> bool:
     return folder.parent.name != "teacher" and path.exists() and path.stat().st_mtime > since
 
 
-def folders(checkout: Checkout) -> list[Path]:
+def cells_of(checkout: Checkout) -> list[Path]:
     return sorted((checkout.folder / "results/runs").glob("*/*/seed*"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -27,13 +29,13 @@ def random_task(
     meter.watch(teacher.to(device), lambda: "teacher")
     if features is not None:
         meter.watch(features.to(device), lambda: "features")
-    network = {"width": 16, "depth": depth}
+    architecture = partial(VelocityMLP, shape, CLASSES, width=16, depth=depth)
     return Task(
         shape,
         CLASSES,
-        network,
+        architecture,
         Teacher(teacher, CLASSES),
-        teacher,
+        teacher.state_dict(),
         0,
         torch.device(device),
         meter,

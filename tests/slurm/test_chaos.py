@@ -96,7 +96,7 @@ class Chaos:
         return self.kill(self.ours("distillbench.cli")[:2])
 
     def kill_launcher(self, _: str) -> bool:
-        return self.kill(self.ours("distillbench.dispatch slurm")[:1])
+        return self.kill(self.ours("distillbench.cluster.dispatch slurm")[:1])
 
     def kill(self, processes: list[psutil.Process]) -> bool:
         met = 0

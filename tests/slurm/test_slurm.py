@@ -17,7 +17,7 @@ import pytest
 
 from distillbench.cells import journal
 from distillbench.cells.disk import write_json
-from distillbench.cluster import launcher
+from distillbench.cluster import job, launcher
 from distillbench.cluster.job import Work
 from distillbench.cluster.launcher import LOST, Launcher
 from distillbench.cluster.queue import SECONDS, Board
@@ -415,7 +415,7 @@ def test_time_limits_are_counted_for_each_cell(checkout: Checkout, monkeypatch: 
     """A cell that follows one that took long has all of its own, whatever other jobs do."""
     given_up: list[str] = []
     monkeypatch.setattr(
-        "distillbench.work.give_up", lambda words, status, why, log: not given_up.append(why)
+        "distillbench.cells.work.give_up", lambda words, status, why, log: not given_up.append(why)
     )
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     folder = checkout.folder / "results/runs/tiny-ring/meanflow/0.trained.slurm"
@@ -546,7 +546,7 @@ def test_a_job_that_cannot_start_says_what_to_look_at(site: Site, cluster: Clust
     process = site.start(
         str(python),
         "-m",
-        "distillbench.dispatch",
+        "distillbench.cluster.dispatch",
         "slurm",
         "results/runs/tiny-ring/teacher/0.trained",
         request,
@@ -569,7 +569,7 @@ def test_a_job_that_cannot_start_says_what_to_look_at(site: Site, cluster: Clust
 def test_a_node_with_other_packages_is_named(site: Site, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
     monkeypatch.setenv("PATH", site.environment["PATH"])
-    monkeypatch.setattr(slurm_job, "packages", lambda: {"python": "2.7", "torch": "0.1"})
+    monkeypatch.setattr(job, "packages", lambda: {"python": "2.7", "torch": "0.1"})
     request = {
         "nodes": 1,
         "ranks": 1,
@@ -601,7 +601,7 @@ def test_launchers_share_their_questions(site: Site):
     site.write("bin/squeue", f'#!/bin/sh\necho >> {log}\nexec {real} "$@"\n').chmod(0o755)
     site.environment["PATH"] = f"{site.folder}/bin:{site.environment['PATH']}"
     code = (
-        "import pathlib, time; from distillbench.squeue import Board; b = Board(pathlib.Path('.')); end = time.time() + 12\n"
+        "import pathlib, time; from distillbench.cluster.queue import Board; b = Board(pathlib.Path('.')); end = time.time() + 12\n"
         "while time.time() < end: b.look(); time.sleep(0.2)"
     )
     began = time.time()
