@@ -33,7 +33,7 @@ MAY_IMPORT_EVAL = (
     "cli_publish.py",
     "scoring.py",
     "audit_render.py",
-    "bundles.py",
+    "bundle.py",
 )
 
 
