@@ -12,6 +12,7 @@ from distillbench import config, reading
 from distillbench.audits import questions
 from distillbench.audits.experiments import Experiment
 from distillbench.cli import audit_pages
+from distillbench.cli.audit import run_experiment
 from distillbench.cli.evaluate import known_metrics
 from distillbench.config import Path, Table
 from distillbench.errors import UserError
@@ -351,7 +352,7 @@ def test_an_experiment_that_fails_leaves_a_record(checkout, body, capsys):
         "mechanisms/breaks.py",
         f"{head}def measure(seed):\n    if seed == 10:\n        return {{'far': 1.0}}\n    {body}\n",
     )
-    audit_pages.measure("breaks", [10, 11], lambda *_: None)
+    run_experiment("breaks", [10, 11], lambda *_: None)
     good, bad = (
         json.loads(p.read_text())
         for p in sorted((checkout.folder / "results/runs/mechanisms/breaks").glob("seed*.json"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from distillbench import config
 from distillbench.cells.cell import Cell
 from distillbench.cli import evaluate as scoring
+from distillbench.cli.extractors import check_extractors
 from distillbench.data import kinds
 from distillbench.errors import UserError
 from eval.features import weights
@@ -317,7 +318,7 @@ def test_an_unknown_second_extractor_is_one_line(monkeypatch):
     with pytest.raises(
         UserError, match=r"digits\.yaml: key 'cross_extractor': .*did you mean 'digits-simclr-64'"
     ):
-        scoring.check_extractors([b])
+        check_extractors([b])
 
 
 def resident(field: str) -> int:

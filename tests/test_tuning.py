@@ -49,8 +49,12 @@ def with_search(**space: list) -> MethodFolder:
     )
 
 
+def changes_tried(method: MethodFolder) -> list[dict]:
+    return [trial.changes for trial in tune.trials(method)]
+
+
 def test_at_most_twelve_trials_and_the_first_changes_nothing(tunable: Checkout):
-    few = tune.trials(with_search(**{"student.lr": [1e-3, 2e-3], "batch": [32, 64]}))
+    few = changes_tried(with_search(**{"student.lr": [1e-3, 2e-3], "batch": [32, 64]}))
     assert few == [
         {},
         {"student.lr": 1e-3, "batch": 32},
@@ -60,11 +64,11 @@ def test_at_most_twelve_trials_and_the_first_changes_nothing(tunable: Checkout):
     many = with_search(
         **{"student.lr": [1e-4 * i for i in range(1, 9)], "batch": [16, 32, 64, 128]}
     )
-    trials = tune.trials(many)
+    trials = changes_tried(many)
     assert (
         len(trials) == 12 == len({json.dumps(t) for t in trials})
         and trials[0] == {}
-        and trials == tune.trials(many)
+        and trials == changes_tried(many)
     )
     for space, why in {
         "student.rl": "is no setting of config, did you mean 'student.lr'?",
@@ -133,5 +137,5 @@ def test_every_trial_is_kept_and_the_winner_named(tunable: Checkout):
     )
     edit(tunable.folder / "methods/dmd/config.yaml", "pairs: 100000000", "pairs: 2048")
 
-    cell = tune.cells(folder(), {})[0]
+    cell = tune.Trial(folder(), {}).cells[0]
     assert cell.key in trials[0]["key"], "the file beside the code is no part of a cell's key"

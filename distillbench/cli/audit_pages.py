@@ -1,103 +1,142 @@
-"""Publishing and rendering of audits: the part of the command line that stands between `audits.py` and eval."""
+"""Publishing and rendering of audits: between `distillbench.audits` and `eval.audit`."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from distillbench import config
 from distillbench.audits import experiments, freezing, needs, questions
-from distillbench.audits.experiments import (
-    MECHANISMS,
-    Experiment,
-    by_experiment,
-    experiment_file,
-    read_measured,
-)
-from distillbench.audits.freezing import FROZEN, read_frozen
-from distillbench.audits.needs import experiments_of
+from distillbench.audits.experiments import read_measured
+from distillbench.audits.freezing import FROZEN, Frozen, read_frozen
 from distillbench.audits.questions import Question
+from distillbench.cells.cell import Cell
 from distillbench.cells.disk import json_bytes, lock
 from distillbench.cells.jobs import Job
 from distillbench.cells.provenance import hardware
-from distillbench.cli.evaluate import is_evaluated, known_metrics
-from distillbench.cli.render import published, written
+from distillbench.cli.evaluate import has_ended, known_metrics
+from distillbench.cli.render import PageWriter, no_records, published
 from distillbench.config import Table
 from distillbench.errors import UserError
 from distillbench.tables import plan
 
-EXAMINED = "results/examinations.yaml"  # what was looked into where a verdict is CONTRADICTED, and for as many SUPPORTED
+if TYPE_CHECKING:
+    from eval.report.records import Record
+
+# What was looked into where a verdict is CONTRADICTED, and for as many SUPPORTED.
+EXAMINED = "results/examinations.yaml"
+
+
+def audit_table(name: str) -> Table:
+    """The audit called `name`; UserError where the table is of another kind."""
+    table = plan.table(name)
+    if table.kind != "audit":
+        raise UserError(
+            f"audit {name}: workflows/tables/{name}.yaml is a table of kind {table.kind}: "
+            "name one of kind audit"
+        )
+    return table
+
+
+def folder_of(table: Table) -> Path:
+    """The published records of an audit."""
+    return config.root() / "results/records" / table.name
+
+
+def asked_of(table: Table, asked: list[Question]) -> list[dict[str, Any]]:
+    """Questions as eval is told of them."""
+    assert table.seeds is not None
+    return [question.asked(table.seeds) for question in asked]
+
+
+def seeds_words(table: Table) -> str:
+    """The seeds of an audit, '10 to 19'."""
+    assert table.seeds is not None
+    return f"{table.seeds[0]} to {table.seeds[-1]}"
+
+
+def frozen_claims(table: Table, results: list[dict[str, Any]], raw: dict[str, bytes]) -> Frozen:
+    """Claims as they stood at the commits that records, and experiments' results, were run at."""
+    commits = experiments.commits(raw)
+    commits |= {result["provenance"]["commit"] for result in results}
+    return freezing.frozen({commit for commit in commits if commit}, table.name)
 
 
 def publish(table: Table) -> None:
-    """Cells, measurements and the claims as they stood at the runs' commits into results/records; what is not there is left out."""
+    """Copy ended cells, measurements, and the claims as they stood at the runs' commits into
+    results/records; what is not there is left out."""
     from eval.report import records
 
     assert table.seeds is not None
     asked = questions.of_table(table, known_metrics)
-    cells = [c for j in plan.jobs(table, known_metrics) for c in j.cells]
-    ready = [
-        c
-        for c in cells
-        if (r := c.result()) is not None and (r["status"] != "done" or is_evaluated(c))
-    ]
-    found = experiments_of(asked, table.seeds)
-    more = experiments.measured(found)
-    results = [c.result() for c in ready]
-    commits = {r["provenance"]["commit"] for r in results if r is not None} | experiments.commits(
-        more
-    )
-    more[FROZEN] = json_bytes(
-        read_frozen(folder_of(table)) | freezing.frozen({c for c in commits if c}, table.name)
-    )
+    cells = [cell for job in plan.jobs(table, known_metrics) for cell in job.cells]
+    ended = []
+    results = []
+    for cell in cells:
+        if has_ended(cell):
+            result = cell.result()
+            assert result is not None
+            ended.append(cell)
+            results.append(result)
+    more = experiments.measured(needs.experiments_of(asked, table.seeds))
+    frozen = read_frozen(folder_of(table)) | frozen_claims(table, results, more)
+    more[FROZEN] = json_bytes(frozen)
+    labelled = [(cell.folder, cell.labels()) for cell in ended]
     try:
         with lock(config.root() / "results/runs" / f"{table.name}.lock"):
-            same, total = records.publish(
-                folder_of(table), [(c.folder, c.labels()) for c in ready], False, more
-            )
+            same, total = records.publish(folder_of(table), labelled, False, more)
     except ValueError as e:
         raise UserError(str(e)) from None
-    missing = (
-        f"; {len(cells) - len(ready)} of {len(cells)} cells are not there"
-        if len(ready) < len(cells)
-        else ""
-    )
+    missing = ""
+    if len(ended) < len(cells):
+        missing = f"; {len(cells) - len(ended)} of {len(cells)} cells are not there"
     print(
         f"{table.name}: {same} of {total} cells have exactly the metrics published before{missing}",
         file=sys.stderr,
     )
 
 
-def cost(table: Table, jobs: list[Job]) -> list[str]:
-    """What is left to run of an audit, in all: cells, FLOPs, core-hours at the pace of this machine's cells, measurements."""
+def cost(table: Table, jobs: list[Job]) -> str:
+    """What is left to run of an audit: cells, FLOPs, core-hours at the pace of this machine's
+    cells, measurements."""
     assert table.seeds is not None
-    cells = [c for j in jobs for c in j.cells]
-    paces, missing, flops = [], 0, 0.0
-    for cell in cells:
-        if (result := cell.result()) is None:
-            missing, flops = missing + 1, flops + (0 if cell.arm is None else cell.own_budget)
-        elif result["status"] == "done" and result["provenance"]["hardware"] == hardware():
-            paces.append(result["cost"]["flops"] / result["cost"]["seconds"])
+    cells = [cell for job in jobs for cell in job.cells]
+    missing = [cell for cell in cells if cell.result() is None]
+    flops = sum(cell.own_budget for cell in missing if cell.arm is not None)
     asked = questions.of_table(table, known_metrics)
-    left = sum(not e.path(s).is_file() for e in experiments_of(asked, table.seeds) for s in e.seeds)
-    hours = (
-        f", about {flops / median(paces) / 3600:.1f} core-hours by this machine's cells"
-        if paces
-        else ""
+    claims = {question.claim.id for question in asked}
+    tried = [question for question in asked if question.trial is not None]
+    measurements = 0
+    for experiment in needs.experiments_of(asked, table.seeds):
+        paths = [experiment.path(seed) for seed in experiment.seeds]
+        measurements += sum(not path.is_file() for path in paths)
+    paces = flops_per_second(cells)
+    hours = ""
+    if paces:
+        core_hours = flops / median(paces) / 3600
+        hours = f", about {core_hours:.1f} core-hours by this machine's cells"
+    return (
+        f"{table.name}: {len(claims)} claims, {len(tried)} questions; "
+        f"{len(missing)} of {len(cells)} cells to train, "
+        f"{flops / 1e12:.3g} TFLOP besides teachers{hours}; "
+        f"{measurements} measurements of mechanisms"
     )
-    return [
-        f"{table.name}: {len({q.claim.id for q in asked})} claims, {sum(q.trial is not None for q in asked)} questions; {missing} of "
-        f"{len(cells)} cells to train, {flops / 1e12:.3g} TFLOP besides teachers{hours}; {left} measurements of mechanisms"
-    ]
 
 
-def folder_of(table: Table) -> Path:
-    return config.root() / "results/records" / table.name
+def flops_per_second(cells: list[Cell]) -> list[float]:
+    """The pace of each of the cells that was done on this machine."""
+    paces = []
+    for cell in cells:
+        result = cell.result()
+        if result is None or result["status"] != "done":
+            continue
+        if result["provenance"]["hardware"] == hardware():
+            paces.append(result["cost"]["flops"] / result["cost"]["seconds"])
+    return paces
 
 
 def published_findings(table: Table, asked: list[Question], folder: Path) -> list[dict[str, Any]]:
@@ -105,78 +144,73 @@ def published_findings(table: Table, asked: list[Question], folder: Path) -> lis
     from eval.audit import findings
     from eval.report import records
 
-    assert table.seeds is not None
     try:
-        found, measured = records.read(folder), read_measured(folder)
-        frozen = read_frozen(folder)
+        found = records.read(folder)
     except ValueError as e:
         raise UserError(str(e)) from None
-    return findings.findings([q.asked(table.seeds) for q in asked], found, measured, frozen)
+    measured = read_measured(folder)
+    return findings.findings(asked_of(table, asked), found, measured, read_frozen(folder))
 
 
 def current_findings(table: Table, asked: list[Question]) -> list[dict[str, Any]]:
-    """The same from the cells and measurements of this checkout, published or not."""
+    """The findings of questions from the cells and measurements of this checkout, published or
+    not."""
     from eval.audit import findings
     from eval.report.records import Record, read_json
 
     assert table.seeds is not None
-    records = []
-    for cell in (c for j in needs.jobs(asked, table.seeds) for c in j.cells):
-        result = cell.result()
-        if result is not None and (result["status"] != "done" or is_evaluated(cell)):
-            records.append(
-                Record(result, read_json(cell.metrics) if result["status"] == "done" else None)
-            )
-    raw = experiments.measured(experiments_of(asked, table.seeds))
-    measured = by_experiment(raw)
-    commits = {r.result["provenance"]["commit"] for r in records} | experiments.commits(raw)
-    return findings.findings(
-        [q.asked(table.seeds) for q in asked],
-        records,
-        measured,
-        freezing.frozen({c for c in commits if c}, table.name),
-    )
+    records: list[Record] = []
+    for job in needs.jobs(asked, table.seeds):
+        for cell in job.cells:
+            if has_ended(cell):
+                result = cell.result()
+                assert result is not None
+                metrics = read_json(cell.metrics) if result["status"] == "done" else None
+                records.append(Record(result, metrics))
+    raw = experiments.measured(needs.experiments_of(asked, table.seeds))
+    frozen = frozen_claims(table, [record.result for record in records], raw)
+    measured = experiments.by_experiment(raw)
+    return findings.findings(asked_of(table, asked), records, measured, frozen)
 
 
 def render(table: Table, check: bool) -> list[str]:
-    """The pages of an audit from its published records; the names of files that differ from those there."""
+    """Render the pages of an audit from its published records.
+
+    Returns the names of files that differed; UserError where there are no records.
+    """
     from eval.audit import findings, page
     from eval.report import table3
 
-    folder, results = folder_of(table), config.root() / "results"
+    folder = folder_of(table)
+    results = config.root() / "results"
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no published records: run `snakemake --cores all results/{table.name}.md`"
-        )
+        raise no_records(folder, table.name)
     asked = questions.of_table(table, known_metrics)
-    found, records, measured = (
-        published_findings(table, asked, folder),
-        published(table.name),
-        read_measured(folder),
-    )
-    write, differing = written(check)
-    cost = sum(r.result["cost"]["seconds"] for r in records) + sum(
-        m["seconds"] for ms in measured.values() for m in ms
-    )
-    assert table.seeds is not None
+    found = published_findings(table, asked, folder)
+    records = published(table.name)
+    measured = [result for own in read_measured(folder).values() for result in own]
+    seconds = sum(record.result["cost"]["seconds"] for record in records)
+    seconds += sum(result["seconds"] for result in measured)
     about = {
         "name": table.name,
-        "seeds": f"{table.seeds[0]} to {table.seeds[-1]}",
+        "seeds": seeds_words(table),
         "cells": len(records),
-        "measurements": sum(map(len, measured.values())),
-        "core_hours": cost / 3600,
-        "withdrawn": findings.withdrawn([q.asked(table.seeds) for q in asked], read_frozen(folder)),
+        "measurements": len(measured),
+        "core_hours": seconds / 3600,
+        "withdrawn": findings.withdrawn(asked_of(table, asked), read_frozen(folder)),
         "command": f"snakemake --cores all results/{table.name}.md",
         "before": before(table),
     }
-    page.write(table.name, table.title, found, about, examinations(table), results, write)
+    writer = PageWriter(check)
+    examined = examinations(table)
+    page.write(table.name, table.title, found, about, examined, results, writer.write)
     if table.reported_again:
-        papers = [
-            (m.name, m.file.title, m.claims.model_dump())
-            for m in {q.method.name: q.method for q in asked}.values()
-        ]
-        table3.write(table.reported_again, table.name, papers, records, results, write)
-    return differing
+        methods = {question.method.name: question.method for question in asked}
+        papers = []
+        for method in methods.values():
+            papers.append((method.name, method.file.title, method.claims.model_dump()))
+        table3.write(table.reported_again, table.name, papers, records, results, writer.write)
+    return writer.differing
 
 
 def before(table: Table) -> dict[str, Any] | None:
@@ -186,43 +220,31 @@ def before(table: Table) -> dict[str, Any] | None:
     first = plan.table(table.again_of)
     if first.kind != "audit" or not first.seeds or set(first.seeds) & set(table.seeds or []):
         raise UserError(
-            f"workflows/tables/{table.name}.yaml: again_of: '{first.name}' is no audit on other seeds: name one"
+            f"workflows/tables/{table.name}.yaml: again_of: '{first.name}' is no audit on other "
+            "seeds: name one"
         )
-    if not folder_of(first).is_dir():
+    folder = folder_of(first)
+    if not folder.is_dir():
         raise UserError(
-            f"{folder_of(first)}: no published records to compare with: run `snakemake --cores all results/{first.name}.md`"
+            f"{folder}: no published records to compare with: "
+            f"run `snakemake --cores all results/{first.name}.md`"
         )
-    return {
-        "name": first.name,
-        "seeds": f"{first.seeds[0]} to {first.seeds[-1]}",
-        "found": published_findings(
-            first, questions.of_table(first, known_metrics), folder_of(first)
-        ),
-    }
+    asked = questions.of_table(first, known_metrics)
+    found = published_findings(first, asked, folder)
+    return {"name": first.name, "seeds": seeds_words(first), "found": found}
 
 
 def examinations(table: Table) -> dict[str, Any]:
-    """results/examinations.yaml of this audit, and of the one that it repeats, which they say under `of`."""
+    """results/examinations.yaml of this audit, and of the one that it repeats.
+
+    Entries of that one say so under `of`.
+    """
     path = config.root() / EXAMINED
-    every = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
-    first = (
-        {}
-        if table.again_of is None
-        else {
-            key: one | {"of": table.again_of} for key, one in every.get(table.again_of, {}).items()
-        }
-    )
-    return first | every.get(table.name, {})
-
-
-def measure(name: str, seeds: list[int], report: Any) -> None:
-    """Run an experiment on seeds, as a rule of the workflow does."""
-    if not experiment_file(name).is_file():
-        raise UserError(f"measure {name}: no {MECHANISMS}/{name}.py there")
-    chosen = Experiment(name, tuple(seeds))
-    chosen.measure(report)
-    for seed in seeds:
-        if "failed" in (found := json.loads(chosen.path(seed).read_text())):
-            print(
-                f"{MECHANISMS}/{name}.py, seed {seed}: failed: {found['failed']}", file=sys.stderr
-            )
+    if not path.is_file():
+        return {}
+    every = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    found = {}
+    if table.again_of is not None:
+        for key, entry in every.get(table.again_of, {}).items():
+            found[key] = entry | {"of": table.again_of}
+    return found | every.get(table.name, {})

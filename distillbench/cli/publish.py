@@ -1,4 +1,5 @@
-"""The commands that publish records and render pages from them, which `cli.py` adds to its own."""
+"""`distillbench table`, `pages`, `schema` and `rekey`: published records, and what is rendered from
+them."""
 
 from __future__ import annotations
 
@@ -6,26 +7,28 @@ import sys
 from typing import Annotated
 
 import typer
+import yaml
 
 from distillbench import config
 from distillbench.cells.disk import lock, write_atomically, write_json
-from distillbench.cli.evaluate import is_evaluated, known_metrics
-from distillbench.cli.render import render_costs, render_pages, verdict, written
+from distillbench.cli import audit_pages
+from distillbench.cli.evaluate import has_ended, is_evaluated, known_metrics
+from distillbench.cli.options import ProfileName
+from distillbench.cli.render import (
+    PageWriter,
+    no_records,
+    published,
+    render_costs,
+    render_pages,
+    say_rendered,
+)
+from distillbench.config import Table
 from distillbench.errors import UserError
 from distillbench.registry.claims import SCHEMAS
-from distillbench.tables import plan
-
-app = typer.Typer()
-ProfileName = Annotated[
-    str | None,
-    typer.Option(
-        "--profile", help="a Snakemake profile, e.g. slurm: its site.yaml may change benchmarks"
-    ),
-]
+from distillbench.tables import overview, plan
 
 
-@app.command("table")
-def table_(
+def table(
     name: Annotated[str, typer.Argument(help="name of a file in workflows/tables, e.g. table2")],
     check: Annotated[
         bool,
@@ -45,93 +48,103 @@ def table_(
 ) -> None:
     """Publish the records of a table's cells to results/records and render the table from them.
 
-    A table of `kind: costs` has no cells of its own: it is rendered from the published records of its sources.
+    A table of `kind: costs` has no cells of its own: it is rendered from the published records of
+    its sources.
     """
-    import yaml
-
-    from distillbench.cli import audit_pages
-    from distillbench.tables import overview
-    from eval.report import external, figures, records, tables
-
-    table, results = plan.table(name, profile), config.root() / "results"
+    wanted = plan.table(name, profile)
+    incomplete = config.root() / "results" / f"{name}.partial.md"
     if partial:
-        text = (
-            overview.partial(name, plan.jobs(table, known_metrics), is_evaluated)
-            if table.kind != "costs"
-            else ""
-        )
-        return write_atomically(results / f"{name}.partial.md", text.encode()) if text else None
-    (results / f"{name}.partial.md").unlink(missing_ok=True)
-    if table.kind == "costs":
-        raise typer.Exit(verdict(f"results/{name}", render_costs(table, check), check))
-    if table.kind == "audit":
-        if not (check or render):
-            audit_pages.publish(table)
-        raise typer.Exit(verdict(f"results/{name}", audit_pages.render(table, check), check))
-    folder = results / "records" / name
-    if not (check or render):
-        cells = [c for j in plan.jobs(table, known_metrics) for c in j.cells]
-        for c in cells:
-            if (result := c.result()) is None or (
-                result["status"] == "done" and not is_evaluated(c)
-            ):
-                lacks = "trained" if result is None else "evaluated"
-                raise UserError(
-                    f"{c.label} is not {lacks}: run `snakemake --cores all results/{name}.md`"
-                )
-        with lock(results / "runs" / f"{name}.lock"):
-            try:
-                same, total = records.publish(
-                    folder, [(c.folder, c.labels()) for c in cells], table.draws
-                )
-            except ValueError as e:
-                raise UserError(str(e)) from None
-        print(
-            f"{name}: {same} of {total} cells have exactly the metrics published before",
-            file=sys.stderr,
-        )
-    reported = (
-        yaml.safe_load((config.root() / table.reported).read_text()) if table.reported else None
-    )
+        if wanted.kind != "costs":
+            text = overview.partial(name, plan.jobs(wanted, known_metrics), is_evaluated)
+            write_atomically(incomplete, text.encode())
+        return
+    incomplete.unlink(missing_ok=True)
+    from_cells = not (check or render)
+    if wanted.kind == "costs":
+        differing = render_costs(wanted, check)
+    elif wanted.kind == "audit":
+        if from_cells:
+            audit_pages.publish(wanted)
+        differing = audit_pages.render(wanted, check)
+    else:
+        if from_cells:
+            publish_cells(wanted)
+        differing = render_metrics(wanted, check)
+    raise typer.Exit(say_rendered(f"results/{name}", differing, check))
+
+
+def publish_cells(table: Table) -> None:
+    """Copy the records of a table's cells, all of which must have ended, to results/records."""
+    from eval.report import records
+
+    cells = [cell for job in plan.jobs(table, known_metrics) for cell in job.cells]
+    for cell in cells:
+        if not has_ended(cell):
+            lacks = "trained" if cell.result() is None else "evaluated"
+            raise UserError(
+                f"{cell.label} is not {lacks}: run `snakemake --cores all results/{table.name}.md`"
+            )
+    results = config.root() / "results"
+    labelled = [(cell.folder, cell.labels()) for cell in cells]
     try:
-        found, others = (
-            records.read(folder),
-            external.read_external(results / "external", table.benchmarks),
-        )
+        with lock(results / "runs" / f"{table.name}.lock"):
+            same, total = records.publish(results / "records" / table.name, labelled, table.draws)
     except ValueError as e:
         raise UserError(str(e)) from None
-    if not found:
-        raise UserError(
-            f"{folder}: no published records: run `snakemake --cores all results/{name}.md`"
-        )
-    write, differing = written(check)
-    tables.write(name, table.title, found, others, reported, table.compare, results, write)
-    write(results / f"{name}.png", figures.picture(found))
-    raise typer.Exit(verdict(f"results/{name}", differing, check))
+    print(
+        f"{table.name}: {same} of {total} cells have exactly the metrics published before",
+        file=sys.stderr,
+    )
 
 
-@app.command()
+def render_metrics(table: Table, check: bool) -> list[str]:
+    """Render a table of metrics and its picture from published records and external samples.
+
+    Returns the names of files that differed; UserError where there are no records.
+    """
+    from eval.report import external, figures, tables
+
+    results = config.root() / "results"
+    reported = None
+    if table.reported:
+        text = (config.root() / table.reported).read_text(encoding="utf-8")
+        reported = yaml.safe_load(text)
+    records = published(table.name)
+    try:
+        others = external.read_external(results / "external", table.benchmarks)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    if not records:
+        raise no_records(results / "records" / table.name, table.name)
+    writer = PageWriter(check)
+    tables.write(
+        table.name, table.title, records, others, reported, table.compare, results, writer.write
+    )
+    writer.write(results / f"{table.name}.png", figures.picture(records))
+    return writer.differing
+
+
 def pages(
     check: Annotated[
         bool,
         typer.Option(
             "--check",
-            help="compare the files there with folders and published records; exit 1 if they differ",
+            help="compare the files there with folders and published records; exit 1 if they "
+            "differ",
         ),
     ] = False,
 ) -> None:
-    """Render docs/methods, a page for each method and an index, from the methods' folders and published records."""
-    raise typer.Exit(verdict("docs/methods", render_pages(check), check))
+    """Render docs/methods, a page for each method and an index, from the methods' folders and
+    published records."""
+    raise typer.Exit(say_rendered("docs/methods", render_pages(check), check))
 
 
-@app.command(hidden=True)
 def schema() -> None:
     """Write the JSON schemas that editors check benchmark, table and method files with."""
     for path, model in SCHEMAS.items():
         write_json(config.root() / path, model.model_json_schema())
 
 
-@app.command()
 def rekey(
     base: Annotated[str, typer.Argument(help="a commit whose code gave the published keys")],
     prove: Annotated[int, typer.Option(min=1, help="how many cells to train again, at least")] = 12,

@@ -14,10 +14,10 @@ from distillbench import config
 from distillbench.audits import needs, questions
 from distillbench.audits.experiments import Experiment
 from distillbench.cells import validate
-from distillbench.cells.cell import Cell
 from distillbench.cells.environment import BEGAN
 from distillbench.cells.jobs import Job, is_trained
-from distillbench.cli.evaluate import check_extractors, is_evaluated, known_metrics
+from distillbench.cli.evaluate import has_ended, known_metrics
+from distillbench.cli.extractors import check_extractors
 from distillbench.cluster import control
 from distillbench.config import Table
 from distillbench.errors import UserError
@@ -164,9 +164,3 @@ def prepare(arguments: Sequence[str], wanted: str | None) -> Workflow:
         complete = not any(one in unfinished for one in own)
         plan.note_cells(tables[name], jobs, complete)
     return workflow
-
-
-def has_ended(cell: Cell) -> bool:
-    """Whether nothing is left to do for a cell: evaluated, or failed and so nothing to evaluate."""
-    result = cell.result()
-    return result is not None and (result["status"] != "done" or is_evaluated(cell))

@@ -1,6 +1,8 @@
-"""Models of `methods/<name>/claims.yaml`: the numbers a paper reports and the claims it makes, as experiments. Imports no torch.
+"""Models of `methods/<name>/claims.yaml`: the numbers a paper reports and the claims it makes, as
+experiments. Imports no torch.
 
-A claim is frozen by its hash: the commit that its runs record must hold the same claim (`eval/audit.py`).
+A claim is frozen by its hash: the commit that its runs record must hold the same claim
+(`audits/freezing.py`, which reads MARGINS and MARGIN from this file's text at that commit).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ Kind = Literal[
     "instability",
     "mechanism",
 ]
+# How many arms a kind takes; monotone claims and mechanisms take several numbers.
 ARMS = {
     "comparative": 2,
     "interior optimum": 3,
@@ -31,10 +34,12 @@ ARMS = {
     "absolute": 1,
     "instability": 2,
 }
+# Default margins by family, with which a benchmark's name begins: about one sd over training seeds
+# there (docs/audit.md).
 MARGINS = {
     "digits": 0.05,
     "gaussians": 0.10,
-}  # by family, with which a benchmark's name begins: about one sd over training seeds there (docs/audit.md)
+}
 MARGIN = 0.02  # elsewhere; the coefficient of variation of FID at ImageNet scale is 1 to 2 %
 
 
@@ -77,7 +82,8 @@ class Trial(Strict):
     margin: float | None = Field(
         None,
         gt=0,
-        description="smallest relative difference that counts; of the benchmark's family if left out",
+        description="smallest relative difference that counts; of the benchmark's family if left "
+        "out",
     )
     nfe: int | None = Field(
         None, gt=0, description="network evaluations; the headline NFE of each arm if left out"
@@ -85,7 +91,8 @@ class Trial(Strict):
     threshold: float | None = Field(
         None,
         gt=0,
-        description="of an instability: a seed whose metric is beyond it has failed, as one that diverged",
+        description="of an instability: a seed whose metric is beyond it has failed, as one that "
+        "diverged",
     )
 
 
@@ -156,16 +163,16 @@ class Claim(Strict):
             raise ValueError("needs `arms` and `trials`, or `untestable: why`")
         if (self.kind == "mechanism") != (self.experiment is not None):
             raise ValueError("`experiment` belongs to kind: mechanism, and to that alone")
-        n = len(self.arms)
-        if self.kind == "monotone" and n < 3:
-            raise ValueError(f"kind: monotone takes three arms or more, here are {n}")
-        if self.kind in ARMS and n != ARMS[self.kind]:
-            raise ValueError(f"kind: {self.kind} takes {ARMS[self.kind]} arms, here are {n}")
-        if (self.value is not None) != (
-            self.kind == "absolute" or (self.kind == "mechanism" and n == 1)
-        ):
+        count = len(self.arms)
+        if self.kind == "monotone" and count < 3:
+            raise ValueError(f"kind: monotone takes three arms or more, here are {count}")
+        if self.kind in ARMS and count != ARMS[self.kind]:
+            raise ValueError(f"kind: {self.kind} takes {ARMS[self.kind]} arms, here are {count}")
+        is_absolute = self.kind == "absolute" or (self.kind == "mechanism" and count == 1)
+        if (self.value is not None) != is_absolute:
             raise ValueError(
-                "`value` belongs to an absolute claim, or a mechanism with one quantity, and to these alone"
+                "`value` belongs to an absolute claim, or a mechanism with one quantity, and to "
+                "these alone"
             )
         for benchmark, trial in self.trials.items():
             if trial.metric is None and self.kind != "mechanism":
@@ -175,20 +182,24 @@ class Claim(Strict):
         return self
 
     def margin(self, benchmark: str, defaults: dict[str, Any] | None = None) -> float:
-        """The smallest relative difference that counts on a benchmark; `defaults`: this module's constants at another commit."""
-        own, d = self.trials[benchmark].margin, defaults or {}
-        return own or d.get("MARGINS", MARGINS).get(
-            benchmark.partition("-")[0], d.get("MARGIN", MARGIN)
-        )
+        """The smallest relative difference that counts on a benchmark.
+
+        defaults: this module's constants MARGINS and MARGIN at another commit.
+        """
+        own = self.trials[benchmark].margin
+        if own:
+            return own
+        constants = defaults or {}
+        by_family = constants.get("MARGINS", MARGINS)
+        elsewhere = constants.get("MARGIN", MARGIN)
+        return by_family.get(benchmark.partition("-")[0], elsewhere)
 
     def hash(self, defaults: dict[str, Any] | None = None) -> str:
-        """Of everything it says, and so of every choice that a result could have tempted one to make; `defaults` as of `margin`."""
+        """Hash of everything the claim says, every choice that a result could have tempted one to
+        make included; `defaults` as of `margin`."""
         said = self.model_dump(mode="json", exclude_defaults=True)
-        return digest(
-            canonical(
-                said | {"margins": {name: self.margin(name, defaults) for name in self.trials}}
-            )
-        )
+        said["margins"] = {name: self.margin(name, defaults) for name in self.trials}
+        return digest(canonical(said))
 
 
 class ClaimsFile(Strict):

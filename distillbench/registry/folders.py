@@ -1,4 +1,5 @@
-"""Discovery of method folders: `methods/*/` of the checkout and the `method_paths` of `distillbench.yaml`."""
+"""Methods as folders: found in the checkout and in the `method_paths` of `distillbench.yaml`, named
+as arms, their settings merged, their code loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from distillbench.config import SHARE, Benchmark, MethodFile, Project, root
+from distillbench.config import SHARE, Benchmark, MethodFile, Project, Variant, root
 from distillbench.errors import UserError, nearest
 from distillbench.hashing import canonical, digest
 from distillbench.reading import explain, merged, read
@@ -59,7 +60,7 @@ def _hash_of_any(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Arm:
-    """A method with a variant and a share of the benchmark's budget, as one row group of a table."""
+    """A method with a variant and a share of the benchmark's budget: a row group of a table."""
 
     folder: MethodFolder
     variant: str | None
@@ -69,20 +70,25 @@ class Arm:
     @property
     def name(self) -> str:
         """method, method@variant, and @x0.25 behind it for another share of the budget than 1."""
-        share = (
-            None if self.share == 1 else "x" + f"{self.share:.{DIGITS}f}".rstrip("0").rstrip(".")
-        )
-        return "@".join(filter(None, (self.folder.name, self.variant, share)))
+        parts = [self.folder.name]
+        if self.variant:
+            parts.append(self.variant)
+        if self.share != 1:
+            digits = f"{self.share:.{DIGITS}f}".rstrip("0").rstrip(".")
+            parts.append(f"x{digits}")
+        return "@".join(parts)
 
     def at(self, share: float) -> Arm:
-        """The same with that share of its budget."""
-        return replace(
-            self, share=round(self.share * share, DIGITS)
-        )  # as its name says, or the name would be another cell's
+        """This arm with its budget multiplied by `share`."""
+        # Rounded as in its name, or the name would be another cell's.
+        return replace(self, share=round(self.share * share, DIGITS))
 
     @property
     def start(self) -> Arm | None:
-        """The arm whose students this one's start from, with as large a part of its budget; None where there is none."""
+        """The arm from whose students this one's start, at the same share of the budget, or None.
+
+        Raises UserError where there is no such arm, or where it starts from another one itself.
+        """
         name = self.attribute("start")
         if name in (None, "none"):
             return None
@@ -96,34 +102,53 @@ class Arm:
         return found.at(self.share)
 
     def attribute(self, key: str) -> Any:
-        """'group', 'fidelity', 'adaptation', 'trajectory' or 'start': the variant's own, or the method's."""
-        own = getattr(self.folder.file.variants[self.variant], key) if self.variant else None
-        return getattr(self.folder.file, key) if own is None else own
+        """The variant's own value of `key`, or else the method's.
+
+        key: 'group', 'fidelity', 'adaptation', 'trajectory' or 'start'.
+        """
+        if self.variant:
+            own = getattr(self.folder.file.variants[self.variant], key)
+            if own is not None:
+                return own
+        return getattr(self.folder.file, key)
 
     def labels(self) -> dict[str, Any]:
         """What a table says about the arm besides its numbers, from the files as they are now."""
+        reported = []
+        for number in self.folder.claims.reported:
+            if number.arm == self.name:
+                reported.append(number.model_dump())
         return {
             "title": self.folder.file.title,
             "fidelity": self.attribute("fidelity"),
             "adaptation": self.attribute("adaptation"),
             "trajectory": self.attribute("trajectory"),
-            "reported": [r.model_dump() for r in self.folder.claims.reported if r.arm == self.name],
+            "reported": reported,
         }
 
     def settings(self, benchmark: Benchmark) -> dict[str, Any]:
-        """The method's raw configuration on a benchmark: general, family, name; then the same of the variant."""
+        """The method's raw configuration on a benchmark, before it is validated.
+
+        Layers of config.yaml, merged key by key, a later one over the earlier ones:
+
+            1. config                                of the method
+            2. benchmarks.<family>
+            3. benchmarks.<name>
+            4. variants.<variant>.config             of the variant, if there is one
+            5. variants.<variant>.benchmarks.<family>
+            6. variants.<variant>.benchmarks.<name>
+
+        So what a variant changes everywhere also holds on a benchmark for which the method has a
+        value of its own. The changes of a trial of `distillbench tune` come last.
+        """
+        sources: list[MethodFile | Variant] = [self.folder.file]
+        if self.variant:
+            sources.append(self.folder.file.variants[self.variant])
         out: dict[str, Any] = {}
-        for source in (
-            self.folder.file,
-            self.folder.file.variants[self.variant] if self.variant else None,
-        ):
-            if source is not None:
-                for layer in (
-                    source.config,
-                    source.benchmarks.get(benchmark.family),
-                    source.benchmarks.get(benchmark.name),
-                ):
-                    out = merged(out, layer or {})
+        for source in sources:
+            out = merged(out, source.config)
+            out = merged(out, source.benchmarks.get(benchmark.family, {}))
+            out = merged(out, source.benchmarks.get(benchmark.name, {}))
         return merged(out, self.changes)
 
 
@@ -136,55 +161,69 @@ def read_folder(path: Path) -> MethodFolder:
 
 def discover() -> dict[str, MethodFolder]:
     """Every method folder by name; two folders of one name are an error."""
-    project_file = root() / "distillbench.yaml"
-    candidates = sorted(p.parent for p in (root() / "methods").glob("*/method.py"))
-    for entry in read(project_file, Project).method_paths:
-        path = (root() / entry).resolve()
-        inside = (
-            [path]
-            if (path / "method.py").is_file()
-            else sorted(p.parent for p in path.glob("*/method.py"))
-        )
-        if not inside:
-            raise UserError(
-                f"{project_file}: method_paths: no method.py in '{entry}' or in its folders"
-            )
-        candidates += inside
     found: dict[str, MethodFolder] = {}
-    for path in candidates:
-        if path.name in found or path.name in RESERVED or "@" in path.name:
-            why = (
-                f"is also the name of {found[path.name].path}"
-                if path.name in found
-                else "is reserved"
-            )
+    for path in _candidates():
+        why = None
+        if path.name in found:
+            why = f"is also the name of {found[path.name].path}"
+        elif path.name in RESERVED or "@" in path.name:
+            why = "is reserved"
+        if why is not None:
             raise UserError(f"{path}: the method name '{path.name}' {why}: rename the folder")
         found[path.name] = read_folder(path)
     return found
 
 
-def arm(name: str) -> Arm:
-    """`method`, `method@variant`, either with @x0.25 for that share of the budget; UserError offers the nearest name."""
-    methods, share = discover(), 1.0
-    method, _, variant = name.partition("@")
-    if found := SHARE.fullmatch(variant.rpartition("@")[2]):
-        share, variant = float(found[1]), variant.rpartition("@")[0]
-        if not share or share != round(share, DIGITS):
+def _candidates() -> list[Path]:
+    """Folders that hold a method.py: in methods/, and at or inside each of `method_paths`."""
+    project_file = root() / "distillbench.yaml"
+    found = _with_method(root() / "methods")
+    for entry in read(project_file, Project).method_paths:
+        path = (root() / entry).resolve()
+        inside = [path] if (path / "method.py").is_file() else _with_method(path)
+        if not inside:
             raise UserError(
-                f"{name}: a share of the budget is above 0, with at most {DIGITS} decimal places, e.g. {method}@x0.25"
+                f"{project_file}: method_paths: no method.py in '{entry}' or in its folders"
+            )
+        found += inside
+    return found
+
+
+def _with_method(folder: Path) -> list[Path]:
+    return sorted(file.parent for file in folder.glob("*/method.py"))
+
+
+def arm(name: str) -> Arm:
+    """The arm called `method` or `method@variant`, either with @x0.25 for that share of the budget.
+
+    Raises UserError, which offers the nearest name, where there is none.
+    """
+    methods = discover()
+    method, _, variant = name.partition("@")
+    share = 1.0
+    before, _, last = variant.rpartition("@")
+    if found := SHARE.fullmatch(last):
+        variant = before
+        share = float(found[1])
+        if share == 0 or share != round(share, DIGITS):
+            raise UserError(
+                f"{name}: a share of the budget is above 0, with at most {DIGITS} decimal places, "
+                f"e.g. {method}@x0.25"
             )
     if method not in methods:
         raise UserError(f"unknown method '{method}', {nearest(method, methods)}")
-    if variant and variant not in methods[method].file.variants:
-        variants = methods[method].file.variants
-        raise UserError(
-            f"{methods[method].path / 'config.yaml'}: unknown variant '{variant}', {nearest(variant, variants)}"
-        )
-    return Arm(methods[method], variant or None, share=share)
+    folder = methods[method]
+    if variant and variant not in folder.file.variants:
+        near = nearest(variant, folder.file.variants)
+        raise UserError(f"{folder.path / 'config.yaml'}: unknown variant '{variant}', {near}")
+    return Arm(folder, variant or None, share=share)
 
 
 def load(folder: MethodFolder) -> type[Method]:
-    """The Method subclass of a folder; imports its code (and torch). Whatever that raises is raised."""
+    """The Method subclass of a folder; imports its code (and torch).
+
+    Raises TypeError where there is not exactly one, and whatever the code raises.
+    """
     from distillbench.method import Method
 
     name = f"distillbench_method_{folder.name}"
@@ -193,11 +232,11 @@ def load(folder: MethodFolder) -> type[Method]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    classes = [
-        c
-        for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, Method) and c.__module__ == name
-    ]
+    classes = []
+    for value in vars(module).values():
+        is_method = isinstance(value, type) and issubclass(value, Method)
+        if is_method and value.__module__ == name:
+            classes.append(value)
     if len(classes) != 1:
         raise TypeError(
             f"{folder.path / 'method.py'}: expected one subclass of Method, found {len(classes)}"
@@ -206,10 +245,9 @@ def load(folder: MethodFolder) -> type[Method]:
 
 
 def configuration(arm: Arm, benchmark: Benchmark, method: type[Method]) -> Any:
-    """The validated `Method.Config` of an arm on a benchmark; UserError names file, key and remedy."""
+    """The validated `Method.Config` of an arm on a benchmark; UserError names file, key, remedy."""
     try:
         return method.Config.model_validate(arm.settings(benchmark))
     except ValidationError as e:
-        raise explain(
-            e, method.Config, f"{arm.folder.path / 'config.yaml'} ({benchmark.name})"
-        ) from None
+        where = f"{arm.folder.path / 'config.yaml'} ({benchmark.name})"
+        raise explain(e, method.Config, where) from None

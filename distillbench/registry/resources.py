@@ -1,4 +1,5 @@
-"""What a job may use on a cluster: `workflows/resources.yaml`, and what is particular to one: `slurm/site.yaml`. Imports no torch."""
+"""What a job may use on a cluster: `workflows/resources.yaml`, and what is particular to one of
+them: `slurm/site.yaml`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ FILE = "workflows/resources.yaml"
 
 
 class Resources(Strict):
-    """Of one job: one arm, some of its seeds, one after another. With several ranks a job trains one cell."""
+    """What one job may use; it trains some seeds of one arm, one after another.
+
+    With several ranks it trains one cell.
+    """
 
     nodes: int = Field(gt=0)
     ranks: int = Field(gt=0, description="processes per node; all of them train one cell together")
@@ -26,7 +30,8 @@ class Resources(Strict):
     memory_gb: float = Field(gt=0, description="per node")
     minutes: int = Field(
         gt=0,
-        description="time limit; a job that reaches it saves a checkpoint and goes on in the next one",
+        description="time limit; a job that reaches it saves a checkpoint and goes on in the next "
+        "one",
     )
     time_limits: int = Field(
         ge=0, description="how many of them a cell may reach before it is recorded as `timeout`"
@@ -50,7 +55,10 @@ class Resources(Strict):
 
 
 class ResourcesFile(Strict):
-    """`workflows/resources.yaml`: defaults, then per benchmark, then per method or arm ('teacher' is one)."""
+    """`workflows/resources.yaml`: defaults, then per benchmark, then per method or arm.
+
+    'teacher' is an arm.
+    """
 
     defaults: dict[str, Any]
     benchmarks: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -77,7 +85,8 @@ def _file(path: Path, _mtime: int) -> ResourcesFile:
 
 
 def of(benchmark: str, arm: str) -> Resources:
-    """The resources of an arm's jobs on a benchmark; UserError names the file and the key of a mistake."""
+    """Resources of an arm's jobs on a benchmark: the defaults, over them the benchmark's, the
+    method's, the arm's; UserError names file and key of a mistake."""
     path = root() / FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file: take it from the repository")
@@ -95,22 +104,20 @@ def site(profile: str) -> Site:
     """The site file of a Snakemake profile; UserError where there is none."""
     path = root() / profile / "site.yaml"
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file, {nearest(profile, (p.parent.name for p in root().glob('*/site.yaml')))}"
-        )
+        profiles = (file.parent.name for file in root().glob("*/site.yaml"))
+        raise UserError(f"{path}: no such file, {nearest(profile, profiles)}")
     return read(path, Site)
 
 
 def request(benchmark: str, arm: str, stage: str, where: Site) -> str:
-    """What the launcher of a job is told, as JSON: resources, and sbatch's options of this cluster. Evaluation takes one rank."""
+    """JSON that tells a job's launcher its resources, and sbatch's options of this cluster.
+
+    Evaluation takes one rank.
+    """
     found = of(benchmark, arm)
     if stage == "evaluate":
         found = found.model_copy(update={"nodes": 1, "ranks": 1})
-    named = {
-        key: value
-        for key in ("partition", "account", "qos")
-        if (value := getattr(where, key)) is not None
-    }
-    return json.dumps(
-        found.model_dump(exclude={"seeds"}) | {"sbatch": named | where.sbatch}, sort_keys=True
-    )
+    named = where.model_dump(include={"partition", "account", "qos"}, exclude_none=True)
+    asked = found.model_dump(exclude={"seeds"})
+    asked["sbatch"] = named | where.sbatch
+    return json.dumps(asked, sort_keys=True)

@@ -1,4 +1,5 @@
-"""What a method's folder says without being run: its imports, and the code that its README points at."""
+"""What a method's folder says without being run: its imports, and the code that its README points
+at."""
 
 from __future__ import annotations
 
@@ -8,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-TARGET = re.compile(
-    r"`([\w/.-]+\.py):([\w.]+)`"
-)  # `file.py:function` or `file.py:Class.method` in a README
+# `file.py:function` or `file.py:Class.method` in a README.
+TARGET = re.compile(r"`([\w/.-]+\.py):([\w.]+)`")
 # What a method may import of distillbench: mathematics and the contract. Data come in its batches.
 ALLOWED = frozenset(
     (
@@ -41,66 +41,82 @@ FORBIDDEN = {
 def imports(path: Path) -> list[tuple[int, str]]:
     """(line, module) of every import in a file, at any depth; relative ones begin with a dot."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, a.name) for a in node.names]
+            found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
             found.append((node.lineno, "." * node.level + (node.module or "")))
         elif isinstance(node, ast.ImportFrom):
-            found += [(node.lineno, f"{node.module}.{a.name}") for a in node.names]
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
         elif isinstance(node, ast.Name) and node.id == "__import__":
             found.append((node.lineno, "importlib"))
     return found
 
 
 def forbidden(path: Path, siblings: set[str]) -> list[tuple[int, str, str]]:
-    """(line, module, why) of every import that a method may not have; `siblings` are the names of the other methods."""
-    out = []
+    """(line, module, why) of every import that a method may not have.
+
+    siblings: names of the other methods.
+    """
+    found = []
     for line, name in imports(path):
-        parts = name.split(".")
-        if name.startswith("."):
-            out.append((line, name, "a method is one file"))
-        elif parts[0] in FORBIDDEN:
-            out.append((line, name, FORBIDDEN[parts[0]]))
-        elif parts[0] == "distillbench" and (len(parts) < 2 or parts[1] not in ALLOWED):
-            out.append((line, name, f"a method uses of distillbench: {', '.join(sorted(ALLOWED))}"))
-        elif siblings & {parts[0], parts[0].removeprefix("distillbench_method_")}:
-            out.append((line, name, FORBIDDEN["methods"]))
-    return out
+        why = _why_forbidden(name, siblings)
+        if why is not None:
+            found.append((line, name, why))
+    return found
+
+
+def _why_forbidden(name: str, siblings: set[str]) -> str | None:
+    if name.startswith("."):
+        return "a method is one file"
+    parts = name.split(".")
+    if parts[0] in FORBIDDEN:
+        return FORBIDDEN[parts[0]]
+    if parts[0] == "distillbench" and (len(parts) < 2 or parts[1] not in ALLOWED):
+        return f"a method uses of distillbench: {', '.join(sorted(ALLOWED))}"
+    if siblings & {parts[0], parts[0].removeprefix("distillbench_method_")}:
+        return FORBIDDEN["methods"]
+    return None
 
 
 def defined(path: Path) -> set[str]:
-    """Functions, classes and methods of a file: f, C, C.f."""
-    out = set()
-    for node in ast.parse(path.read_text()).body:
+    """Functions, classes and methods that a file defines: f, C, C.f."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            out.add(node.name)
+            names.add(node.name)
         if isinstance(node, ast.ClassDef):
-            out |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
-    return out
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef):
+                    names.add(f"{node.name}.{inner.name}")
+    return names
 
 
 def targets(page: Path) -> list[str]:
     """Every `file.py:name` of a README."""
-    return [f"{file}:{name}" for file, name in TARGET.findall(page.read_text())]
+    found = TARGET.findall(page.read_text(encoding="utf-8"))
+    return [f"{file}:{name}" for file, name in found]
 
 
 def unresolved(page: Path, root: Path) -> list[str]:
-    """Those that do not exist, looked for from the root of the checkout and from the README's own folder."""
-    out = []
+    """Targets of a README that do not exist.
+
+    Their files are looked for from the root of the checkout and from the README's own folder.
+    """
+    missing = []
     for target in targets(page):
         file, _, name = target.partition(":")
-        found = next((p for p in (root / file, page.parent / file) if p.is_file()), None)
-        if found is None or name not in defined(found):
-            out.append(target)
-    return out
+        there = [path for path in (root / file, page.parent / file) if path.is_file()]
+        if not there or name not in defined(there[0]):
+            missing.append(target)
+    return missing
 
 
 def literals(text: str) -> dict[str, Any]:
     """Literals that a module's text assigns to names, read without running it."""
-    out = {}
-    for line in ast.parse(text).body:
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+    found = {}
+    for statement in ast.parse(text).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             with suppress(ValueError):
-                out[line.targets[0].id] = ast.literal_eval(line.value)
-    return out
+                found[statement.targets[0].id] = ast.literal_eval(statement.value)
+    return found
