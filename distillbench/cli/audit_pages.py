@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -29,7 +29,11 @@ from distillbench.cli.evaluate import is_evaluated, known_metrics
 from distillbench.cli.render import published, written
 from distillbench.config import Table
 from distillbench.errors import UserError
+from distillbench.registry import folders
 from distillbench.tables import plan
+
+if TYPE_CHECKING:
+    from eval.report.tables import Appendix
 
 EXAMINED = "results/examinations.yaml"  # what was looked into where a verdict is CONTRADICTED, and for as many SUPPORTED
 
@@ -141,7 +145,6 @@ def current_findings(table: Table, asked: list[Question]) -> list[dict[str, Any]
 def render(table: Table, check: bool) -> list[str]:
     """The pages of an audit from its published records; the names of files that differ from those there."""
     from eval.audit import findings, page
-    from eval.report import table3
 
     folder, results = folder_of(table), config.root() / "results"
     if not folder.is_dir():
@@ -170,13 +173,21 @@ def render(table: Table, check: bool) -> list[str]:
         "before": before(table),
     }
     page.write(table.name, table.title, found, about, examinations(table), results, write)
-    if table.reported_again:
-        papers = [
-            (m.name, m.file.title, m.claims.model_dump())
-            for m in {q.method.name: q.method for q in asked}.values()
-        ]
-        table3.write(table.reported_again, table.name, papers, records, results, write)
     return differing
+
+
+def beside_papers(name: str) -> Appendix:
+    """The papers' ablations beside the arms of an audit, from its published records."""
+    from eval.report import table3
+
+    audit = plan.table(name)
+    if audit.kind != "audit":
+        raise UserError(f"workflows/tables: key 'beside': '{name}' is no audit: name one")
+    papers = [
+        table3.Paper(method.name, method.file.title, tuple(method.claims.model_dump()["reported"]))
+        for method in folders.discover().values()
+    ]
+    return table3.appendix(papers, published(name), name)
 
 
 def before(table: Table) -> dict[str, Any] | None:

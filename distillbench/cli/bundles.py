@@ -85,12 +85,7 @@ def contents(name: str) -> dict[str, bytes]:
         "packages": dict(sorted(packages.items())),
     }
     files[ENVIRONMENT] = json_bytes(environment)
-    pages = [name] if (again := plan.table(name).reported_again) is None else [name, again]
-    results = [
-        f
-        for f in files
-        if any(f.startswith((f"results/{page}.", f"results/{page}/")) for page in pages)
-    ]
+    results = [f for f in files if f.startswith((f"results/{name}.", f"results/{name}/"))]
     files[MANIFEST] = yaml.safe_dump(
         {
             "version": "https://codecheck.org.uk/spec/config/1.0/",

@@ -105,8 +105,11 @@ def table_(
             f"{folder}: no published records: run `snakemake --cores all results/{name}.md`"
         )
     write, differing = written(check)
-    tables.write(name, table.title, found, others, reported, table.compare, results, write)
-    write(results / f"{name}.png", figures.picture(found))
+    appendix = audit_pages.beside_papers(table.beside) if table.beside else None
+    tables.write(
+        name, table.title, found, others, reported, table.compare, results, write, appendix
+    )
+    write(results / f"{name}.png", figures.picture(found, with_variants=table.methods != "all"))
     raise typer.Exit(verdict(f"results/{name}", differing, check))
 
 
