@@ -261,9 +261,9 @@ class Table(Strict):
     reported: str | None = Field(
         None, description="file with the papers' own numbers, shown in a section of their own"
     )
-    reported_again: str | None = Field(
+    beside: str | None = Field(
         None,
-        description="of an audit: name of the page that sets the papers' ablations beside its arms",
+        description="name of an audit: its arms stand beside the papers' own ablations, in a section of their own",
     )
     again_of: str | None = Field(
         None,
@@ -281,10 +281,10 @@ class Table(Strict):
                 "an audit names its seeds: fresh ones, on which no setting was chosen "
                 "and no claim was thought of"
             )
-        if self.kind != "audit" and (self.again_of or self.reported_again):
-            raise ValueError(
-                "again_of and reported_again are keys of an audit: remove them or set kind: audit"
-            )
+        if self.kind != "audit" and self.again_of:
+            raise ValueError("again_of is a key of an audit: remove it or set kind: audit")
+        if self.kind != "metrics" and self.beside:
+            raise ValueError("beside is a key of a table of metrics: remove it")
         return self
 
 

@@ -479,8 +479,10 @@ def test_a_second_audit_is_compared_with_an_audit_on_other_seeds(checkout):
         audit_pages.before(made("second", [2, 3]))
     with pytest.raises(UserError, match="again_of: 'tiny-ring' is no audit on other seeds"):
         audit_pages.before(made("second", [3, 4], more=", again_of: tiny-ring"))
-    with pytest.raises(UserError, match="again_of and reported_again are keys of an audit"):
+    with pytest.raises(UserError, match="again_of is a key of an audit"):
         made("second", [3, 4], kind="metrics")
+    with pytest.raises(UserError, match="beside is a key of a table of metrics"):
+        made("second", [3, 4], more=", beside: first")
 
 
 def test_table_3_sets_a_papers_numbers_beside_arms():
@@ -499,7 +501,7 @@ def test_table_3_sets_a_papers_numbers_beside_arms():
             for arm in ("a", "a@b", "a@gone", None)
         ]
     }
-    found = table3.rows([("a", "A", paper)], arms())
+    found = table3.beside([table3.Paper("a", "A", tuple(paper["reported"]))], arms())
     text = table3.markdown(found, "audit")
     assert (
         len(found) == 3

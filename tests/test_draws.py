@@ -58,9 +58,20 @@ def test_draws_are_independent_repeat_and_are_published(checkout, capsys, monkey
     for arm in ("teacher", "dmd"):
         assert run(capsys, "evaluate", "tiny", arm)[0] == 0
     assert run(capsys, "table", "tiny")[0] == 0
-    assert Path("results/records/tiny/tiny/dmd/seed0/draws.json").read_bytes() == first
+    published = Path("results/records/tiny/tiny/dmd/seed0/draws.json")
+    assert published.read_bytes() == first
     line = protocol.sampling_error(Path("results/records/tiny")).splitlines()[2]
     assert [c.strip() for c in line.strip("|").split("|")][:4] == ["dmd", "seed0", "1", "3"]
+
+    file.unlink()
+    assert run(capsys, "table", "tiny")[0] == 0
+    assert published.read_bytes() == first  # the same numbers: of this checkpoint still
+    metrics = published.with_name("metrics.json")
+    other = json.loads(metrics.read_text())
+    other["rows"][0]["fid"] += 1
+    metrics.write_text(json.dumps(other))
+    assert run(capsys, "table", "tiny")[0] == 0
+    assert not published.exists()
 
 
 def test_draws_of_a_mixture_are_refused(checkout, capsys):

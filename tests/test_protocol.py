@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ from eval.report.protocol import (
 )
 from tests.test_tables import record
 
-ROOT = Path(protocol.__file__).parents[1]
+ROOT = protocol.ROOT
 PAGE = "".join(f"before {name}\n<!-- {name} -->\nold\n<!-- end -->\n" for name in TABLES)
 
 
@@ -114,7 +113,7 @@ def test_a_page_is_refused_before_it_is_measured(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no published records"):
         protocol.update(page, tmp_path / "records")
     with pytest.raises(ValueError, match="needs one '<!-- trivial generators -->'"):
-        protocol.update(page, ROOT / "results/records/table2")
+        protocol.update(page, ROOT / "results/records")
     assert page.read_text() == "no markers"
 
 
@@ -126,9 +125,9 @@ def test_the_same_data_give_the_same_page(tmp_path, monkeypatch):
     for name in "ab":
         page = tmp_path / name
         page.write_text(PAGE)
-        protocol.update(page, ROOT / "results/records/table2")
+        protocol.update(page, ROOT / "results/records")
         pages.append(page.read_bytes())
-        protocol.update(page, ROOT / "results/records/table2")
+        protocol.update(page, ROOT / "results/records")
         assert page.read_bytes() == pages[-1]  # over its own result
     assert (
         pages[0] == pages[1]
@@ -161,18 +160,22 @@ def test_spread_of_training_against_hand_computed_values():
         record("a", s, "distillation", {1: 4.0}) for s in range(3)
     ]
     given += [record("single", 0, "distillation", {1: 4.0})]
-    text = protocol.spread_of_training(given)
+    quarter = [record("a", s, "distillation", {1: 4.0 + s}, variant="x0.25") for s in range(3)]
+    other = [record("a", s, "distillation", {1: 4.0 + s}, variant="b") for s in range(3)]
+    text = protocol.spread_of_training([quarter + other, given])
     found = {
         line.split("|")[1].strip(): [c.strip() for c in line.strip("|").split("|")[1:]]
         for line in text.splitlines()
         if "|" in line
     }
     assert (
-        found["teacher"] == ["8", "3", "33", "0"]
-        and found["a"] == ["1", "3", "0", "0"]
+        found["teacher"] == ["", "8", "3", "33", "0"]
+        and found["a"] == ["1", "1", "3", "0", "0"]
+        and "| a       | 0.25            | 1     | 3       | 20 " in text
+        and text.count("| a ") == 2
         and "single" not in found
     )
-    assert protocol.spread_of_training(given[-1:]) == "No arm with several seeds is published."
+    assert protocol.spread_of_training([given[-1:]]) == "No arm with several seeds is published."
     assert protocol._percent(-0.1, 0.2) == "–"  # a share of a negative KID says nothing
 
 

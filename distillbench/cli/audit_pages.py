@@ -22,10 +22,12 @@ from distillbench.cli.evaluate import has_ended, known_metrics
 from distillbench.cli.render import PageWriter, no_records, published
 from distillbench.config import Table
 from distillbench.errors import UserError
+from distillbench.registry import folders
 from distillbench.tables import plan
 
 if TYPE_CHECKING:
     from eval.report.records import Record
+    from eval.report.tables import Appendix
 
 # What was looked into where a verdict is CONTRADICTED, and for as many SUPPORTED.
 EXAMINED = "results/examinations.yaml"
@@ -179,7 +181,6 @@ def render(table: Table, check: bool) -> list[str]:
     Returns the names of files that differed; UserError where there are no records.
     """
     from eval.audit import findings, page
-    from eval.report import table3
 
     folder = folder_of(table)
     results = config.root() / "results"
@@ -204,13 +205,21 @@ def render(table: Table, check: bool) -> list[str]:
     writer = PageWriter(check)
     examined = examinations(table)
     page.write(table.name, table.title, found, about, examined, results, writer.write)
-    if table.reported_again:
-        methods = {question.method.name: question.method for question in asked}
-        papers = []
-        for method in methods.values():
-            papers.append((method.name, method.file.title, method.claims.model_dump()))
-        table3.write(table.reported_again, table.name, papers, records, results, writer.write)
     return writer.differing
+
+
+def beside_papers(name: str) -> Appendix:
+    """The papers' ablations beside the arms of an audit, from its published records."""
+    from eval.report import table3
+
+    audit = plan.table(name)
+    if audit.kind != "audit":
+        raise UserError(f"workflows/tables: key 'beside': '{name}' is no audit: name one")
+    papers = [
+        table3.Paper(method.name, method.file.title, tuple(method.claims.model_dump()["reported"]))
+        for method in folders.discover().values()
+    ]
+    return table3.appendix(papers, published(name), name)
 
 
 def before(table: Table) -> dict[str, Any] | None:

@@ -100,12 +100,9 @@ def environment() -> dict[str, Any]:
 
 def manifest(table: Table, files: list[str]) -> dict[str, Any]:
     """CODECHECK's manifest: what was run, and which of the files came out."""
-    pages = [table.name]
-    if table.reported_again is not None:
-        pages.append(table.reported_again)
     outputs = []
     for file in files:
-        if any(file.startswith((f"results/{page}.", f"results/{page}/")) for page in pages):
+        if file.startswith((f"results/{table.name}.", f"results/{table.name}/")):
             comment = f"rendered from results/records by `distillbench table {table.name}`"
             outputs.append({"file": file, "comment": comment})
     return {

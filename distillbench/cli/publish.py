@@ -117,10 +117,20 @@ def render_metrics(table: Table, check: bool) -> list[str]:
     if not records:
         raise no_records(results / "records" / table.name, table.name)
     writer = PageWriter(check)
+    appendix = audit_pages.beside_papers(table.beside) if table.beside else None
     tables.write(
-        table.name, table.title, records, others, reported, table.compare, results, writer.write
+        table.name,
+        table.title,
+        records,
+        others,
+        reported,
+        table.compare,
+        results,
+        writer.write,
+        appendix,
     )
-    writer.write(results / f"{table.name}.png", figures.picture(records))
+    picture = figures.picture(records, with_variants=table.methods != "all")
+    writer.write(results / f"{table.name}.png", picture)
     return writer.differing
 
 

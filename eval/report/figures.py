@@ -1,9 +1,16 @@
-"""The picture under a table: samples of teacher and students on the same noise, from published records."""
+"""The picture under a table: samples of the teacher and of students, from published records.
+
+A row per student at its headline NFE, below the teacher at its most and at one evaluation. All of a
+benchmark are of the lowest seed and start from the same noise: what differs down a column, or from
+panel to panel, is the model.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -13,9 +20,64 @@ from eval.report.records import Record
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.figure import SubFigure
+from matplotlib.figure import Figure
 
-COLUMNS = 4  # of scatter plots
+# Lengths are in pixels of the picture.
+DPI = 100
+WIDTH = 960
+MARGIN = 16
+LABEL = 226  # left of a row of images
+TILE = 64  # an image; whole pixels of it, so images of 8x8 are enlarged eightfold
+GAP = 8
+IMAGES = 10  # of a row: one of each class where classes are drawn in turn
+HEADING = 44
+PANELS = 4  # scatter plots in a row
+CAPTION = 26  # above a scatter plot
+EXTENT = 3.0  # of a scatter plot, to all sides
+INK = "#1a1a1a"
+PALE = "#767676"
+FRAME = "#d0d0d0"
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Samples of one model at one NFE: images [N, C, H, W], or points [N, 2]."""
+
+    title: str
+    note: str
+    is_teacher: bool
+    samples: np.ndarray
+
+
+class Canvas:
+    """A figure addressed in pixels from its upper left corner, filled downwards."""
+
+    def __init__(self, height: int):
+        self.height = height
+        self.figure: Figure = plt.figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI)
+        self.top = MARGIN
+
+    def text(self, x: float, y: float, words: str, size: float, **style: Any) -> None:
+        """Words of `size` pixels whose middle is at height y."""
+        style = {"color": INK, "va": "center_baseline"} | style
+        points = size * 72 / DPI
+        self.figure.text(x / WIDTH, 1 - y / self.height, words, fontsize=points, **style)
+
+    def image(self, x: int, y: int, pixels: np.ndarray) -> None:
+        """An image [H, W, 3] in [0, 1], pixel by pixel."""
+        self.figure.figimage(pixels, x, self.height - y - len(pixels), origin="upper")
+
+    def axes(self, x: float, y: float, size: float) -> Any:
+        """Square axes."""
+        box = (x / WIDTH, 1 - (y + size) / self.height, size / WIDTH, size / self.height)
+        return self.figure.add_axes(box)
+
+    def png(self) -> bytes:
+        """The file; the same figure gives the same bytes."""
+        out = io.BytesIO()
+        self.figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+        plt.close(self.figure)
+        return out.getvalue()
 
 
 def decode(entry: dict[str, Any]) -> np.ndarray:
@@ -23,81 +85,111 @@ def decode(entry: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(entry["base64"]), entry["dtype"]).reshape(entry["shape"])
 
 
-def picture(records: list[Record]) -> bytes:
-    """PNG of the lowest seed: a strip of images, or a scatter of points, per teacher and student at every NFE."""
-    strips = []
-    done = [(r, r.metrics["gallery"]) for r in records if r.metrics is not None]
-    seeds = {
-        b: min(r.result["seed"] for r, _ in done if r.result["benchmark"] == b)
-        for b in {r.result["benchmark"] for r, _ in done}
-    }
+def picture(records: list[Record], with_variants: bool) -> bytes:
+    """PNG of the teachers and students of a table, benchmark by benchmark.
+
+    with_variants: every arm and not only methods as they are by default.
+    """
+    parts = {}
+    for benchmark in sorted({r.result["benchmark"] for r in records}):
+        own = [r for r in records if r.result["benchmark"] == benchmark and r.metrics is not None]
+        rows = strips(own, with_variants)
+        if rows:
+            parts[benchmark] = rows
+    # Points first: a page shows them larger.
+    names = sorted(parts, key=lambda name: (parts[name][0].samples.ndim, name))
+    headed = len(names) > 1
+    height = sum(height_of(parts[name]) + HEADING * headed for name in names)
+    canvas = Canvas(height + 2 * MARGIN)
+    for name in names:
+        if headed:
+            canvas.text(MARGIN, canvas.top + HEADING / 2, name, 19, weight="bold")
+            canvas.top += HEADING
+        draw = draw_points if parts[name][0].samples.ndim == 2 else draw_images
+        draw(canvas, parts[name])
+    return canvas.png()
+
+
+def strips(records: list[Record], with_variants: bool) -> list[Strip]:
+    """The rows of one benchmark: its lowest seed that finished, the teacher first."""
+    seed = min((r.result["seed"] for r in records), default=0)
+    own = [r for r in records if r.result["seed"] == seed]
     order = {"teacher": 0, "from_scratch": 1, "distillation": 2}
-    for r, gallery in sorted(
-        done,
-        key=lambda one: (one[0].result["benchmark"], order[one[0].result["group"]], one[0].arm),
-    ):
-        if r.result["seed"] != seeds[r.result["benchmark"]]:
+    found = []
+    for record in sorted(own, key=lambda r: (order[r.result["group"]], r.arm)):
+        result = record.result
+        is_teacher = result["group"] == "teacher"
+        if result["variant"] and not with_variants:
             continue
-        nfes = sorted(r.result["nfe"], reverse=r.result["group"] == "teacher")
+        nfes = [result["headline_nfe"]]
+        if is_teacher:
+            nfes = sorted({max(result["nfe"]), min(result["nfe"])}, reverse=True)
         for nfe in nfes:
-            label = (
-                f"{r.result['benchmark']}: {r.arm}, {nfe} NFE"
-                if len(seeds) > 1
-                else f"{r.arm}, {nfe} NFE"
-            )
-            strips.append((label, decode(gallery[f"nfe{nfe}"])))
-    images = [(label, a) for label, a in strips if a.ndim == 4]
-    points = [(label, a) for label, a in strips if a.ndim == 2]
-    heights = [2.6 * -(-len(points) // COLUMNS), 0.46 * len(images) + 0.1 * bool(images)]
-    fig = plt.figure(figsize=(10, sum(heights) or 0.5))  # blank where every cell failed
-    parts = [
-        (draw, own, h)
-        for draw, own, h in zip((_scatters, _strips), (points, images), heights)
-        if own
-    ]
-    if parts:
-        for part, (draw, own, _) in zip(
-            fig.subfigures(len(parts), 1, squeeze=False, height_ratios=[h for *_, h in parts])[
-                :, 0
-            ],
-            parts,
-        ):
-            draw(part, own)
-    out = io.BytesIO()
-    fig.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    plt.close(fig)
-    return out.getvalue()
+            assert record.metrics is not None
+            samples = decode(record.metrics["gallery"][f"nfe{nfe}"])
+            note = f"{nfe} NFE"
+            if result["variant"]:
+                note = f"{result['variant']}, {note}"
+            found.append(Strip(result["title"], note, is_teacher, samples))
+    return found
 
 
-def _strips(fig: SubFigure, strips: list[tuple[str, np.ndarray]]) -> None:
-    axes = fig.subplots(len(strips), 1, squeeze=False)
-    for ax, (label, images) in zip(axes[:, 0], strips):
-        grey = (
-            images[:, 0].astype(float) / 255
-            if images.dtype == np.uint8
-            else images[:, 0].astype(float) / 3 + 0.5
-        )
-        padded = np.pad(grey, ((0, 0), (0, 0), (1, 1)))  # background between images
-        ax.imshow(
-            np.concatenate(list(padded), axis=1),
-            cmap="gray_r",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-        )
-        ax.set_yticks([padded.shape[1] / 2], [label], fontsize=9)
-        ax.set_xticks([])
-        ax.tick_params(length=0)
-        ax.set_frame_on(False)
-    fig.subplots_adjust(left=0.28, right=0.995, top=0.99, bottom=0.01, hspace=0.12)
+def height_of(rows: Sequence[Strip]) -> int:
+    """Pixels that the strips of a benchmark take."""
+    if rows[0].samples.ndim == 2:
+        return -(-len(rows) // PANELS) * (panel_size() + CAPTION + GAP)
+    return len(rows) * (TILE + GAP) + 2 * GAP
 
 
-def _scatters(fig: SubFigure, scatters: list[tuple[str, np.ndarray]]) -> None:
-    axes = fig.subplots(-(-len(scatters) // COLUMNS), COLUMNS, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, (label, x) in zip(axes.flat, scatters):
-        ax.scatter(x[:, 0].astype(float), x[:, 1].astype(float), s=1.5, lw=0, color="black")
-        ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
-        ax.set_title(label, fontsize=8)
-    fig.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.01, wspace=0.05, hspace=0.2)
+def panel_size() -> int:
+    """Side of a scatter plot."""
+    return (WIDTH - 2 * MARGIN - (PANELS - 1) * GAP) // PANELS
+
+
+def draw_images(canvas: Canvas, rows: Sequence[Strip]) -> None:
+    """A row of images per strip; a wider gap between teacher and students."""
+    for previous, row in zip([rows[0], *rows], rows):
+        if previous.is_teacher and not row.is_teacher:
+            canvas.top += 2 * GAP
+        middle = canvas.top + TILE / 2
+        canvas.text(MARGIN, middle - 9, row.title, 17, weight="bold")
+        canvas.text(MARGIN, middle + 12, row.note, 14, color=PALE)
+        for i, pixels in enumerate(row.samples[:IMAGES]):
+            canvas.image(LABEL + i * (TILE + GAP), canvas.top, enlarged(pixels))
+        canvas.top += TILE + GAP
+    if rows[0].is_teacher == rows[-1].is_teacher:
+        canvas.top += 2 * GAP
+
+
+def enlarged(pixels: np.ndarray) -> np.ndarray:
+    """An image [C, H, W] as [TILE, TILE, 3] in [0, 1] by nearest neighbours, grey as ink on paper.
+
+    Bytes are of [0, 255]; floats, of mixtures, are shown from -1.5 to 1.5.
+    """
+    if pixels.dtype == np.uint8:
+        shown = pixels.astype(float) / 255
+    else:
+        shown = np.clip(pixels.astype(float) / 3 + 0.5, 0, 1)
+    if len(shown) == 1:
+        shown = np.repeat(0.95 - 0.87 * shown, 3, axis=0)
+    at = np.arange(TILE) * shown.shape[-1] // TILE
+    return shown[:, at][:, :, at].transpose(1, 2, 0)
+
+
+def draw_points(canvas: Canvas, rows: Sequence[Strip]) -> None:
+    """A scatter plot per strip."""
+    size = panel_size()
+    for i, row in enumerate(rows):
+        column = i % PANELS
+        if i and not column:
+            canvas.top += size + CAPTION + GAP
+        x = MARGIN + column * (size + GAP)
+        middle = canvas.top + CAPTION / 2
+        canvas.text(x, middle, row.title, 15, weight="bold")
+        canvas.text(x + size, middle, row.note, 14, color=PALE, ha="right")
+        ax = canvas.axes(x, canvas.top + CAPTION, size)
+        points = row.samples.astype(float)
+        ax.scatter(points[:, 0], points[:, 1], s=4, lw=0, color=INK, alpha=0.6)
+        ax.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), xticks=[], yticks=[])
+        ax.spines[:].set_color(FRAME)
+    canvas.top += size + CAPTION + GAP

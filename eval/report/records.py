@@ -68,7 +68,13 @@ def publish(
                 json.dumps(result, indent=1, ensure_ascii=False) + "\n"
             )
             if result["status"] == "done":
-                metrics, draws = read_json(cell / "metrics.json"), cell / "draws.json"
+                metrics = read_json(cell / "metrics.json")
+                is_same = (
+                    before.get((result["benchmark"], arm, result["seed"])) == metrics | without_key
+                )
+                draws = cell / "draws.json"
+                if is_same and not draws.is_file():  # a run that repeats the numbers keeps these
+                    draws = folder / target.relative_to(fresh) / "draws.json"
                 shutil.copyfile(cell / "metrics.json", target / "metrics.json")
                 if more is None:
                     publish_curve(fresh, cell, result, arm)
@@ -79,9 +85,7 @@ def publish(
                 ):  # else of an older evaluation
                     shutil.copyfile(draws, target / "draws.json")
                 total += 1
-                same += (
-                    before.get((result["benchmark"], arm, result["seed"])) == metrics | without_key
-                )
+                same += is_same
         for name, data in (more or {}).items():
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             (fresh / name).write_bytes(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ DIAGNOSTICS: dict[str, tuple[str, float, int]] = {
     "c2st": ("C2ST → 0.5", 1, 3),
     "noise_distance": ("same noise", 1, 3),
 }
+
+
+@dataclass(frozen=True)
+class Appendix:
+    """A section of its own at the end of a table's page, and its rows under `key` in the JSON."""
+
+    key: str
+    rows: list[dict[str, Any]]
+    markdown: str
 
 
 def beside(records: list[Record], record: Row, count: int) -> tuple[list[str], list[list[str]]]:
@@ -322,6 +332,7 @@ def write(
     compare: list[tuple[str, str]],
     folder: Path,
     write_bytes: Callable[[Path, bytes], None],
+    appendix: Appendix | None = None,
 ) -> None:
     """The three twins of a table into `folder`; `compare`: pairs of arms, see `eval/effects.py`."""
     rows, differences = build_rows(records, external), effects(records, compare)
@@ -329,8 +340,12 @@ def write(
     content = {"protocol": protocol(records), "rows": every} | (
         {"differences": differences} if differences else {}
     )
+    page = markdown(title, rows, records, reported, f"{name}.png", differences)
+    if appendix is not None:
+        page += f"\n{appendix.markdown}"
+        content[appendix.key] = appendix.rows
     twins = {
-        "md": markdown(title, rows, records, reported, f"{name}.png", differences).encode(),
+        "md": page.encode(),
         "json": (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(),
         "csv": pd.DataFrame(
             [r | {"reported": r["reported"] and json.dumps(r["reported"])} for r in every]
