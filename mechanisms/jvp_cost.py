@@ -1,8 +1,10 @@
-"""What the derivative costs: floating-point operations of one update, over those of flow matching with the same network and batch.
+"""What the derivative costs: FLOPs of one update, over those of flow matching.
 
-MeanFlow (arXiv 2505.13447, section 4.1 and App. B.4) puts it below 20 % of an update's time, with 25 % of the rows at s < t. TVM (arXiv
-2511.19797, Figure 10) differentiates through its derivative, and reports 0.95 s an update, 0.69 s with the derivative detached and
-0.81 s for MeanFlow. Operations are counted, not timed, so that the numbers repeat: matrix products, as budgets count them.
+Network and batch are the same. MeanFlow (arXiv 2505.13447, section 4.1 and App. B.4) puts it below
+20 % of an update's time, with 25 % of the rows at s < t. TVM (arXiv 2511.19797, Figure 10)
+differentiates through its derivative, and reports 0.95 s an update, 0.69 s with the derivative
+detached and 0.81 s for MeanFlow. Operations are counted, not timed, so that the numbers repeat:
+matrix products, as budgets count them.
 
     meanflow          from scratch, tangent on 25 % of the rows
     meanflow_all      from scratch, tangent on every row
@@ -34,15 +36,19 @@ ARMS = {
 
 def flow_matching(run: Run, steps: int) -> None:
     """One update on |u(x_t, t, t) - (e - x)|^2."""
-    step, player = Step(1, steps, run.cell.seed, run.device), run.task.players["student"]
+    step = Step(1, steps, run.cell.seed, run.device)
+    player = run.task.players["student"]
     x = batch_of(run, step).x
     assert x is not None
-    e, t = step.rng("e").normal(*x.shape), step.rng("t").uniform(len(x))
-    player.update((player.networks[0](noised(x, e, t), t, s=t) - (e - x)).square().mean())
+    e = step.rng("e").normal(*x.shape)
+    t = step.rng("t").uniform(len(x))
+    u = player.networks[0](noised(x, e, t), t, s=t)
+    player.update((u - (e - x)).square().mean())
 
 
 def measure(seed: int) -> dict[str, float]:
-    out = {}
+    """FLOPs of every arm's update in units of flow matching's."""
+    ratios = {}
     for name, arm in ARMS.items():
         run, steps = ready(BENCHMARK, arm, seed)
         with run.meter.measured():
@@ -50,5 +56,5 @@ def measure(seed: int) -> dict[str, float]:
         own = run.meter.flops
         with run.meter.measured():
             flow_matching(run, steps)
-        out[name] = own / (run.meter.flops - own)
-    return out
+        ratios[name] = own / (run.meter.flops - own)
+    return ratios

@@ -1,11 +1,13 @@
-"""AlphaFlow's reading of MeanFlow (arXiv 2510.20771): do the two parts of its loss pull against each other?
+"""AlphaFlow's reading of MeanFlow (arXiv 2510.20771): do the parts of its loss pull apart?
 
-Up to a constant, |u - sg(v - (t-s) du/dt)|^2 = L_TFM + L_TC (section 3): trajectory flow matching L_TFM = |u - v|^2 and trajectory
-consistency L_TC = 2 (t-s) <u, sg(du/dt)>. Figure 6 and App. E: over training the cosine of their gradients is negative, mostly below
--0.4; that of L_FM' = L_TFM at s = t with L_TC is higher, which is why rows with s = t help.
+Up to a constant, |u - sg(v - (t-s) du/dt)|^2 = L_TFM + L_TC (section 3): trajectory flow matching
+L_TFM = |u - v|^2 and trajectory consistency L_TC = 2 (t-s) <u, sg(du/dt)>. Figure 6 and App. E:
+over training the cosine of their gradients is negative, mostly below -0.4; that of L_FM' = L_TFM at
+s = t with L_TC is higher, which is why rows with s = t help.
 
-Measured at POINTS places of a run of UPDATES updates, on the training weights: the mean over BATCHES batches of ROWS rows with s < t
-of the cosine of two gradients on the same rows. All quantities are 1 - cosine: 1 no correlation, 2 opposite.
+Measured at POINTS places of a run of UPDATES updates, on the training weights: the mean over
+BATCHES batches of ROWS rows with s < t of the cosine of two gradients on the same rows. All
+quantities are 1 - cosine: 1 no correlation, 2 opposite.
 
     tfm_tc            L_TFM with L_TC, from scratch, mean over the places
     tfm_tc_smallest   the same at the place where they conflict least
@@ -31,21 +33,28 @@ from distillbench.seeds import Rng
 
 BENCHMARK = "gaussians-ring"
 METHODS = ("meanflow",)
-UPDATES, POINTS, BATCHES, ROWS = 400, 5, 8, 128
+UPDATES = 400
+POINTS = 5
+BATCHES = 8
+ROWS = 128
 
 
 def terms(run: Run, rng: Rng) -> dict[str, Tensor]:
-    """The three parts of the loss on one batch of pairs s < t of the run's own law, each a scalar with its graph."""
+    """The three parts of the loss on one batch of pairs s < t, each a scalar with its graph.
+
+    Pairs are of the run's own law.
+    """
     method: Any = run.method
-    c, net, cond = method.config, run.task.players["student"].networks[0], Condition(None)
+    c = method.config
+    net = run.task.players["student"].networks[0]
+    cond = Condition(None)
     x, _ = run.data.draw(rng, ROWS)
     t, s = times.sorted_pair(rng, ROWS, c.time_mean, c.time_std, diagonal=0)
     e = rng.normal(*x.shape)
     x_t = noised(x, e, t)
     v = e - x if c.velocity == "data" else run.task.teacher.velocity(x_t, t, cond)
-    u, du = run.task.jvp(
-        net, (x_t, t, s), (v, torch.ones_like(t), torch.zeros_like(s)), cond
-    )  # du/dt, no gradient
+    tangents = (v, torch.ones_like(t), torch.zeros_like(s))
+    u, du = run.task.jvp(net, (x_t, t, s), tangents, cond)  # du/dt, no gradient
     return {
         "tfm": (u - v).square().sum(1).mean(),
         "tc": (2 * (t - s) * (u * du).sum(1)).mean(),
@@ -54,11 +63,9 @@ def terms(run: Run, rng: Rng) -> dict[str, Tensor]:
 
 
 def conflicts(run: Run, rng: Rng) -> dict[str, float]:
-    """1 - cosine of the gradients of every two parts, mean over batches."""
-    parameters, total = (
-        run.task.players["student"].parameters,
-        dict.fromkeys(("tfm_tc", "tfm_fm", "tc_fm"), 0.0),
-    )
+    """1 - cosine of the gradients of every two parts, mean over batches, as `tfm_tc`."""
+    parameters = run.task.players["student"].parameters
+    total = dict.fromkeys(("tfm_tc", "tfm_fm", "tc_fm"), 0.0)
     for _ in range(BATCHES):
         gradients = {}
         for name, loss in terms(run, rng).items():
@@ -67,26 +74,32 @@ def conflicts(run: Run, rng: Rng) -> dict[str, float]:
             )
             gradients[name] = torch.cat([g.flatten() for g in parts]).double()
         for a, b in combinations(gradients, 2):
-            total[f"{a}_{b}"] += (
-                1 - torch.cosine_similarity(gradients[a], gradients[b], 0).item()
-            ) / BATCHES
+            cosine = torch.cosine_similarity(gradients[a], gradients[b], 0).item()
+            total[f"{a}_{b}"] += (1 - cosine) / BATCHES
     return total
 
 
 def along(arm: str, seed: int) -> list[dict[str, float]]:
     """The conflicts after 1/POINTS, 2/POINTS, ... of a run."""
-    run, found = ready(BENCHMARK, arm, seed)[0], []
+    run, _ = ready(BENCHMARK, arm, seed)
+    places = []
     run.task.players["student"].total_updates = UPDATES
     for i in range(UPDATES):
         one_step(run, i, UPDATES)
         if (i + 1) % (UPDATES // POINTS) == 0:
-            found.append(conflicts(run, Rng(seed, "term cosine", arm, i)))
-    return found
+            places.append(conflicts(run, Rng(seed, "term cosine", arm, i)))
+    return places
+
+
+def mean(places: list[dict[str, float]], name: str) -> float:
+    """Mean of one conflict over the places of a run."""
+    return sum(place[name] for place in places) / POINTS
 
 
 def measure(seed: int) -> dict[str, float]:
-    scratch, distilled = along("meanflow@scratch", seed), along("meanflow", seed)
-    mean = lambda found, name: sum(place[name] for place in found) / POINTS
+    """The four quantities, each 1 - cosine."""
+    scratch = along("meanflow@scratch", seed)
+    distilled = along("meanflow", seed)
     return {
         "tfm_tc": mean(scratch, "tfm_tc"),
         "tfm_tc_smallest": min(place["tfm_tc"] for place in scratch),

@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
             real(path) if path == folder.path else (_ for _ in ()).throw(ValueError("broken"))
         ),
     )
-    found, broken = gpu.folders()
+    found, broken = gpu.readable_folders()
     assert set(found) == {"meanflow"} and "sid" in broken and "broken" in broken["sid"]
     result, page = run(tmp_path, "--precisions", "tf32")
     assert {r["status"] for r in result["rows"] if r["method"] == "sid"} == {

@@ -1,4 +1,7 @@
-"""ADD, adversarial diffusion distillation (Sauer et al., arXiv 2311.17042): heads on frozen features judge, and so does the teacher."""
+"""ADD, adversarial diffusion distillation (Sauer et al., arXiv 2311.17042).
+
+Heads on frozen features judge the student's samples, and so does the teacher.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from distillbench.players import PlayerConfig
 from distillbench.samplers import renoising
 from distillbench.seeds import Rng
 
-# c(t) of Eq. 4 (App. A). "sds" is c = (1-t) w(t) / (2t) with w(t) = t^2, so that nothing is divided by t.
+# c(t) of Eq. 4 (App. A). "sds" is c = (1-t) w(t) / (2t) with w(t) = t^2: nothing is divided by t.
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "exponential": lambda t: 1 - t,
     "sds": lambda t: (1 - t) * t / 2,
@@ -30,33 +33,49 @@ def generator_loss(fake: list[Tensor]) -> Tensor:
 
 
 def discriminator_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """sum_k mean max(0, 1 - D_k(real)) + mean max(0, 1 + D_k(fake)), 2 for each head at D = 0 (Eq. 3 without R1): a scalar."""
+    """sum_k mean max(0, 1 - D_k(real)) + mean max(0, 1 + D_k(fake)), Eq. 3 without R1: a scalar.
+
+    real, fake: logits of each head, [B] or [B, tokens]; 2 for each head at D = 0.
+    """
     return torch.stack([hinge_discriminator(r, f) for r, f in zip(real, fake)]).sum()
 
 
 def penalty(logits: list[Tensor], features: list[Tensor]) -> Tensor:
-    """sum_k R1 of head k with respect to what it is given, not to pixels (Eq. 3): a scalar; `features` require a gradient."""
+    """sum_k R1 of head k with respect to what it is given, not to pixels (Eq. 3): a scalar.
+
+    `features`, from which each head's logits were computed, require a gradient.
+    """
     return torch.stack([r1(d, f) for d, f in zip(logits, features)]).sum()
 
 
 def distillation_loss(x: Tensor, v: Tensor, x_t: Tensor, t: Tensor, weighting: str) -> Tensor:
-    """mean c(t) (x_hat - sg x_psi)^2, x_psi = x_t - t v the teacher's denoised image of the re-noised x_hat (Eq. 4): a scalar.
+    """mean c(t) (x_hat - sg x_psi)^2 (Eq. 4): a scalar.
 
-    x = x_hat, v, x_t: [B, ...]; t: [B] in [0, 1]; `weighting`: a key of WEIGHTINGS (KeyError otherwise). With
+    x_psi = x_t - t v is the teacher's denoised image of the re-noised x_hat. x = x_hat, v, x_t:
+    [B, ...]; t: [B] in [0, 1]; `weighting`: a key of WEIGHTINGS (KeyError otherwise). With
     x_t = (1-t) x_hat + t e its gradient in x_hat is 2 c(t) t (v - (e - x_hat)) / elements.
     """
-    return (over(WEIGHTINGS[weighting](t), x) * (x - denoiser(x_t, v, t).detach()).square()).mean()
+    c = over(WEIGHTINGS[weighting](t), x)
+    x_psi = denoiser(x_t, v, t).detach()
+    return (c * (x - x_psi).square()).mean()
 
 
 def draw_level(rng: Rng, n: int, law: tuple[float, ...]) -> Tensor:
-    """[n] student times s from {1, 1 - 1/N, ..., 1/N}, N = len(law), with the probabilities `law` in this order (section 3.1)."""
+    """[n] student times s from {1, 1 - 1/N, ..., 1/N}, N = len(law) (section 3.1).
+
+    `law`: their probabilities in this order.
+    """
     u = rng.uniform(n)
     edges = torch.tensor(law, device=u.device).cumsum(0)[:-1]
     return 1 - torch.searchsorted(edges, u, right=True) / len(law)
 
 
 class ADD(Method):
+    """Student on real images noised to N levels, heads on frozen features, the teacher as judge."""
+
     class Config(BaseModel):
+        """Settings of ADD."""
+
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
         init: Literal["teacher", "random"] = Field(description="of the student")
@@ -69,7 +88,8 @@ class ADD(Method):
         )
         kernel: int | None = Field(
             ge=1,
-            description="of the heads' convolution over tokens, odd; null: one hidden layer on all tokens",
+            description="of the heads' convolution over tokens, odd; "
+            "null: one hidden layer on all tokens",
         )
         pixel: bool = Field(description="one more head, on the image itself")
         conditional: bool = Field(description="heads are projected on the class")
@@ -90,93 +110,109 @@ class ADD(Method):
     @classmethod
     def needs(cls, config: Config) -> Needs:
         n = len(config.levels)
-        nfe = tuple(
-            k for k in range(1, n + 1) if n % k == 0
-        )  # samplers all of whose levels are trained
-        data = config.adversarial or n > 1  # the distillation loss at s = 1 alone sees none
         return Needs(
             batch=config.batch,
-            nfe=nfe,
+            nfe=tuple(k for k in range(1, n + 1) if n % k == 0),  # all their levels are trained
             headline_nfe=1,
-            data=data,
+            data=config.adversarial or n > 1,  # the distillation loss at s = 1 alone sees none
             features=config.features if config.adversarial else None,
         )
 
     def __init__(self, task: Task, config: Config):
-        self.task, self.config = task, config
+        self.task = task
+        self.config = config
         self.net = task.network(config.init)
         self.student = task.player("student", config.student, self.net)
         if config.adversarial:
             probe = self.features(torch.zeros(1, *task.shape, device=task.device))
-            self.heads = [
-                self.head(f.shape[-1], task.classes if config.conditional else 0) for f in probe
-            ]
+            classes = task.classes if config.conditional else 0
+            self.heads = [self.head(f.shape[-1], classes) for f in probe]
             self.discriminator = task.player("discriminator", config.discriminator, *self.heads)
 
     def head(self, width: int, classes: int) -> nn.Module:
-        """D_k on features of this width."""
+        """D_k on features of this width, projected on the class unless `classes` is 0."""
         c = self.config
-        return (
-            VectorHead(width, c.hidden, classes)
-            if c.kernel is None
-            else TokenHead(width, c.hidden, c.kernel, classes)
-        )
+        if c.kernel is None:
+            return VectorHead(width, c.hidden, classes)
+        return TokenHead(width, c.hidden, c.kernel, classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """F_k(x) for every head: tokens [B, T, width], flattened for heads without a kernel; one evaluation."""
-        found = [*self.task.features(x), *([x.flatten(1)[:, None]] if self.config.pixel else [])]
-        return [f.flatten(1) for f in found] if self.config.kernel is None else found
+        """F_k(x [B, ...]) for every head, by one evaluation of the frozen network.
+
+        Tokens [B, T, width]; flattened to [B, T width] for heads without a kernel.
+        """
+        assert self.task.features is not None
+        tokens = list(self.task.features(x))
+        if self.config.pixel:
+            tokens.append(x.flatten(1)[:, None])
+        if self.config.kernel is None:
+            return [f.flatten(1) for f in tokens]
+        return tokens
 
     def judge(self, features: list[Tensor], labels: Tensor | None) -> list[Tensor]:
-        """D_k(F_k(x)) of every head; real and generated rows in calls of their own (heads may normalise over rows)."""
+        """Logits D_k(F_k(x)) of every head, [B] or [B, tokens].
+
+        Real and generated rows go in calls of their own: heads may normalise over rows.
+        """
         return [head(f, labels) for head, f in zip(self.heads, features)]
 
     def denoise(self, net: nn.Module, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         """x_hat(x_s, s) = x_s - s v(x_s, s) (section 3.1); at s = 1 its input is pure noise."""
-        return lambda x_s, s: denoiser(x_s, net(x_s, s, labels), s)
+
+        def x_hat(x_s: Tensor, s: Tensor) -> Tensor:
+            return denoiser(x_s, net(x_s, s, labels), s)
+
+        return x_hat
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Section 3.1: the student, then the heads on the same samples."""
-        c, n, labels, x_0, logged = self.config, batch.size, batch.cond.labels, batch.x, {}
-        s, e = draw_level(step.rng("s"), n, c.levels), step.rng("e").normal(n, *self.task.shape)
-        x = self.denoise(self.net, labels)(e if x_0 is None else noised(x_0, e, s), s)
+        c = self.config
+        n = batch.size
+        labels = batch.cond.labels
+        x_0 = batch.x
+        logged = {}
+        s = draw_level(step.rng("s"), n, c.levels)
+        e = step.rng("e").normal(n, *self.task.shape)
+        x_s = e if x_0 is None else noised(x_0, e, s)
+        x = self.denoise(self.net, labels)(x_s, s)
 
         loss = x.new_zeros(())
         if c.adversarial:  # Eq. 2
             fake = self.features(x)
             adversarial = generator_loss(self.judge(fake, labels))
-            loss, logged["generator"] = loss + adversarial, adversarial.detach()
+            loss = loss + adversarial
+            logged["generator"] = adversarial.detach()
         if c.distillation:  # Eq. 4: the teacher sees the student's own sample, noised again
-            t, e_t = times.uniform(step.rng("t"), n), step.rng("teacher e").normal(*x.shape)
+            t = times.uniform(step.rng("t"), n)
+            e_t = step.rng("teacher e").normal(*x.shape)
             x_t = noised(x.detach(), e_t, t)
             with torch.no_grad():
                 v = self.task.teacher.velocity(x_t, t, batch.cond)
             distillation = distillation_loss(x, v, x_t, t, c.weighting)
-            loss, logged["distillation"] = (
-                loss + c.distillation * distillation,
-                distillation.detach(),
-            )
+            loss = loss + c.distillation * distillation
+            logged["distillation"] = distillation.detach()
         self.student.update(loss)
 
-        if c.adversarial:  # Eq. 3, real images against samples: the features are frozen, those of the samples need no second evaluation
+        # Eq. 3, real images against samples. The features are frozen: those of the samples need no
+        # second evaluation.
+        if c.adversarial:
+            assert x_0 is not None
             real = self.features(x_0.detach().requires_grad_(c.r1 > 0))
-            d_real, d_fake = (
-                self.judge(real, labels),
-                self.judge([f.detach() for f in fake], labels),
-            )
+            d_real = self.judge(real, labels)
+            d_fake = self.judge([f.detach() for f in fake], labels)
             loss = discriminator_loss(d_real, d_fake)
             logged["discriminator"] = loss.detach()
             if c.r1:
                 r = penalty(d_real, real)
-                loss, logged["r1"] = loss + c.r1 * r, r.detach()
+                loss = loss + c.r1 * r
+                logged["r1"] = r.detach()
             self.discriminator.update(loss)
         return logged
 
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
-        """Predict, noise again to the next level, predict: evaluations at s = 1, 1 - 1/nfe, ... (section 3)."""
-        return renoising(
-            self.denoise(self.student.averaged(), cond.labels),
-            noise,
-            nfe,
-            lambda: rng.normal(*noise.shape),
-        )
+        """Predict, noise again to the next level, predict: s = 1, 1 - 1/nfe, ... (section 3)."""
+
+        def fresh() -> Tensor:
+            return rng.normal(*noise.shape)
+
+        return renoising(self.denoise(self.student.averaged(), cond.labels), noise, nfe, fresh)

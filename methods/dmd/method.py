@@ -1,4 +1,7 @@
-"""DMD, distribution matching distillation (Yin et al., arXiv 2311.18828): a one-step generator, a critic, ODE pairs."""
+"""DMD, distribution matching distillation (Yin et al., arXiv 2311.18828).
+
+A one-step generator, a critic that follows its samples, and regression on the teacher's ODE pairs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillbench import times
 from distillbench.matching import critic_loss, matching_gradient, pseudo_loss
@@ -17,12 +20,19 @@ from distillbench.seeds import Rng
 
 
 def regression_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared distance of generated x to the teacher's ODE samples y of the same noise, both [B, ...] (Eq. 9; App. I)."""
+    """Mean squared distance of generated x to the teacher's ODE samples y (Eq. 9; App. I).
+
+    x, y: [B, ...], of the same noise; a scalar.
+    """
     return (x - y).square().mean()
 
 
 class DMD(Method):
+    """One-step generator trained by distribution matching and by regression on pairs."""
+
     class Config(BaseModel):
+        """Settings of DMD."""
+
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
         weighting: Literal["residual", "alpha_residual", "sigma_alpha", "sigma3_alpha", "velocity"]
@@ -39,53 +49,54 @@ class DMD(Method):
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
-        pairs = (
-            Pairs(config.pairs, config.pair_heun_steps, config.pair_batch)
-            if config.regression
-            else None
-        )
+        pairs: Pairs | None = None
+        if config.regression:
+            pairs = Pairs(config.pairs, config.pair_heun_steps, config.pair_batch)
         return Needs(batch=config.batch, nfe=(1,), headline_nfe=1, pairs=pairs)
 
     def __init__(self, task: Task, config: Config):
-        self.task, self.config = task, config
-        self.net, self.fake = task.network("teacher"), task.network("teacher")
+        self.task = task
+        self.config = config
+        self.net = task.network("teacher")
+        self.fake = task.network("teacher")
         self.student = task.player("student", config.student, self.net)
         self.critic = task.player("critic", config.critic, self.fake)
 
-    def generate(self, net: torch.nn.Module, z: Tensor, labels: Tensor | None) -> Tensor:
-        """G(z) = the network's denoised image at t = 1 (section 3.1)."""
+    def generate(self, net: nn.Module, z: Tensor, labels: Tensor | None) -> Tensor:
+        """G(z) = the network's denoised image at t = 1 (section 3.1), like z [B, ...]."""
         one = z.new_ones(len(z))
         return denoiser(z, net(z, one, labels), one)
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Algorithm 1: the generator first, then the critic on the same samples."""
-        c, n, labels = self.config, batch.size, batch.cond.labels
+        c = self.config
+        n = batch.size
+        cond = batch.cond
+        labels = cond.labels
         z = step.rng("z").normal(n, *self.task.shape)
 
         # Generator: both of its batches in one evaluation.
-        y = None
+        y: Tensor | None = None
         if batch.pairs is not None:
             z_ref, y, ref = batch.pairs
-            z, labels = (
-                torch.cat([z, z_ref]),
-                None if labels is None else torch.cat([labels, ref.labels]),
-            )
+            z = torch.cat([z, z_ref])
+            if labels is not None:
+                assert ref.labels is not None
+                labels = torch.cat([labels, ref.labels])
         x_all = self.generate(self.net, z, labels)
-        x, cond = x_all[:n], batch.cond
+        x = x_all[:n]
         t = times.uniform(step.rng("t"), n, c.time_low, c.time_high)
         e = step.rng("e").normal(*x.shape)
         with torch.no_grad():  # Algorithm 2
             x_t = noised(x, e, t)
-            v_fake, v_real = (
-                self.fake(x_t, t, cond.labels),
-                self.task.teacher.velocity(x_t, t, cond),
-            )
+            v_fake = self.fake(x_t, t, cond.labels)
+            v_real = self.task.teacher.velocity(x_t, t, cond)
             g = matching_gradient(v_real, v_fake, x, e, t, c.weighting)
-        loss = matching = pseudo_loss(x, g)
+        loss = pseudo_loss(x, g)
         logged = {"matching_gradient": g.square().mean().sqrt()}
         if y is not None:
             regression = regression_loss(x_all[n:], y)
-            loss = matching + c.regression * regression
+            loss = loss + c.regression * regression
             logged["regression"] = regression.detach()
         self.student.update(loss)
 
@@ -98,4 +109,5 @@ class DMD(Method):
         return logged | {"critic": fake.detach()}
 
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
+        """G(noise) of the averaged generator."""
         return self.generate(self.student.averaged(), noise, cond.labels)

@@ -1,5 +1,7 @@
-"""DMD2 (Yin et al., arXiv 2405.14867): distribution matching without pairs, a critic that moves more often, a GAN on its features,
-a student of one or a few steps trained on its own intermediate samples.
+"""DMD2 (Yin et al., arXiv 2405.14867): distribution matching without pairs.
+
+A critic that moves more often, a GAN on its features, and a student of one or a few steps trained
+on its own intermediate samples.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from distillbench.seeds import Rng
 
 
 class DMD2(Method):
+    """Student of N steps trained by distribution matching and a GAN, without regression pairs."""
+
     class Config(BaseModel):
+        """Settings of DMD2."""
+
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
         steps: int = Field(gt=0, description="N, denoising steps of the student")
@@ -66,52 +72,58 @@ class DMD2(Method):
                 raise ValueError("disjoint with every: 1 never trains the critic")
             if self.inputs == "noised_real" and self.input_time < 1:
                 raise ValueError(
-                    "inputs: noised_real needs input_time: 1, whose first step sees noise without data, as in sampling"
+                    "inputs: noised_real needs input_time: 1, "
+                    "whose first step sees noise without data, as in sampling"
                 )
             return self
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
-        n = config.steps  # the grid of a divisor of N is part of the grid trained on
-        nfe = tuple(k for k in range(1, n + 1) if n % k == 0)
-        data = config.gan > 0 or config.inputs == "noised_real"
+        n = config.steps
+        cycle = config.every
+        if config.inputs == "simulated":
+            cycle *= n
         return Needs(
             batch=config.batch,
-            nfe=nfe,
+            # The grid of a divisor of N is part of the grid trained on.
+            nfe=tuple(k for k in range(1, n + 1) if n % k == 0),
             headline_nfe=n,
-            data=data,
-            cycle=config.every * (n if config.inputs == "simulated" else 1),
+            data=config.gan > 0 or config.inputs == "noised_real",
+            cycle=cycle,
         )
 
     def __init__(self, task: Task, config: Config):
-        self.task, self.config = task, config
-        self.net, self.fake = (
-            task.network("teacher"),
-            task.network("teacher", second_time=config.conditioned),
-        )
+        self.task = task
+        self.config = config
+        self.net = task.network("teacher")
+        self.fake = task.network("teacher", second_time=config.conditioned)
         self.student = task.player("student", config.student, self.net)
         guidance: list[nn.Module] = [self.fake]
         if config.gan:
-            self.config = config.model_copy(
-                update={"blocks": min(config.blocks, len(self.fake.blocks))}
-            )  # of a shallow network all
-            self.head = VectorHead(self.fake.enter.out_features, config.head_width, task.classes)
-            # A copy of the teacher's network: where the teacher is a closed form it has no features.
-            self.trunk = (
-                self.fake
-                if config.features == "critic"
-                else task.network("teacher").requires_grad_(False)
-            )
+            blocks = self.fake.blocks
+            enter = self.fake.enter
+            assert isinstance(blocks, nn.ModuleList) and isinstance(enter, nn.Linear)
+            # Of a shallow network all blocks.
+            self.config = config.model_copy(update={"blocks": min(config.blocks, len(blocks))})
+            self.head = VectorHead(enter.out_features, config.head_width, task.classes)
+            self.trunk = self.fake
+            if config.features == "teacher":
+                # A copy of the network: where the teacher is a closed form it has no features.
+                self.trunk = task.network("teacher").requires_grad_(False)
             guidance.append(self.head)
         self.critic = task.player("critic", config.critic, *guidance)
 
     def generate(self, net: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """G(x_t, t) = the network's denoised image x_t - t v(x_t, t)."""
+        """G(x_t, t) = the network's denoised image x_t - t v(x_t, t), like x_t [B, ...]; t: [B]."""
         return denoiser(x_t, net(x_t, t, labels), t)
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """The student on every r-th step, then always the critic with the classifier, on the same samples (section 4.2)."""
-        c, cond = self.config, batch.cond
+        """Section 4.2: the student on every r-th step, then the critic with the classifier.
+
+        The critic moves on every step (unless `disjoint`), on the same samples.
+        """
+        c = self.config
+        cond = batch.cond
         turn = step.index % c.every == 0
         x_k, t_k = self.student_input(batch, step)
         with torch.set_grad_enabled(turn):
@@ -125,27 +137,25 @@ class DMD2(Method):
                 terms.append(pseudo_loss(x, g))
                 logged["matching_gradient"] = g.square().mean().sqrt()
             if c.gan:
-                adversarial = softplus_generator(
-                    self.logits(x, t_k, cond.labels, step, "adversarial")
-                )
+                logits = self.logits(x, t_k, cond.labels, step, "adversarial")
+                adversarial = softplus_generator(logits)
                 terms.append(c.gan * adversarial)
                 logged["adversarial"] = adversarial.detach()
             self.student.update(torch.stack(terms).sum())
 
         if not (turn and c.disjoint):
             x = x.detach()
-            t, e = (
-                times.uniform(step.rng("critic t"), len(x)),
-                step.rng("critic e").normal(*x.shape),
-            )
-            fake = loss = critic_loss(self.fake(noised(x, e, t), t, cond.labels, s=t - t_k), x, e)
+            t = times.uniform(step.rng("critic t"), len(x))
+            e = step.rng("critic e").normal(*x.shape)
+            fake = critic_loss(self.fake(noised(x, e, t), t, cond.labels, s=t - t_k), x, e)
+            loss = fake
             if c.gan:
                 assert batch.x is not None
                 labels = None if cond.labels is None else torch.cat([cond.labels, cond.labels])
-                both = self.logits(
-                    torch.cat([batch.x, x]), torch.cat([t_k, t_k]), labels, step, "classifier"
-                )
-                classifier = softplus_discriminator(*both.chunk(2))
+                images = torch.cat([batch.x, x])
+                steps = torch.cat([t_k, t_k])
+                real, generated = self.logits(images, steps, labels, step, "classifier").chunk(2)
+                classifier = softplus_discriminator(real, generated)
                 loss = fake + c.classifier * classifier
                 logged["classifier"] = classifier.detach()
             self.critic.update(loss)
@@ -153,47 +163,62 @@ class DMD2(Method):
         return logged
 
     def student_input(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
-        """(x_t, t) of one of the student's N steps: on its own path (section 4.5) or, k drawn per row, of noised real images."""
-        n, steps, labels = batch.size, self.config.steps, batch.cond.labels
+        """(x_t [B, ...], t [B]) of one of the student's N steps.
+
+        On its own path (section 4.5) or, k drawn per row, of noised real images.
+        """
+        n = batch.size
+        steps = self.config.steps
         z = step.rng("z").normal(n, *self.task.shape)
         if self.config.inputs == "noised_real":
             assert batch.x is not None
             t = self.config.input_time * (1 - step.rng("k").integers(n, steps) / steps)
             return noised(batch.x, z, t), t
-        k, fresh = drawn_step(step, steps, self.config.every), step.rng("renoise")
-        denoise = lambda x, t: self.generate(self.net, x, t, labels)
-        return simulated_input(
-            denoise, z, steps, k, lambda: fresh.normal(*z.shape), self.config.input_time
-        )
+        k = drawn_step(step, steps, self.config.every)
+        rng = step.rng("renoise")
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return self.generate(self.net, x, t, batch.cond.labels)
+
+        def fresh() -> Tensor:
+            return rng.normal(*z.shape)
+
+        return simulated_input(denoise, z, steps, k, fresh, self.config.input_time)
 
     @torch.no_grad()
     def matching(self, x: Tensor, t_k: Tensor, cond: Condition, step: Step) -> Tensor:
-        """Gradient of the distribution-matching loss at the student's samples (Eq. 1, DMD Algorithm 2); the critic is never guided."""
+        """Gradient of the distribution-matching loss at the student's samples x, like x [B, ...].
+
+        Eq. 1 and DMD's Algorithm 2; t_k [B] are the times of the student's steps. The critic is
+        never guided.
+        """
         c = self.config
-        t, e = (
-            times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high),
-            step.rng("matching e").normal(*x.shape),
-        )
+        t = times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high)
+        e = step.rng("matching e").normal(*x.shape)
         x_t = noised(x, e, t)
-        v_fake, v_real = (
-            self.fake(x_t, t, cond.labels, s=t - t_k),
-            self.task.teacher.velocity(x_t, t, cond),
-        )
+        v_fake = self.fake(x_t, t, cond.labels, s=t - t_k)
+        v_real = self.task.teacher.velocity(x_t, t, cond)
         return matching_gradient(v_real, v_fake, x, e, t, c.weighting)
 
     def logits(self, x: Tensor, t_k: Tensor, labels: Tensor | None, step: Step, use: str) -> Tensor:
-        """D [B]: the head on features of x, every row with noise and t ~ U(0, 1) of its own and of this `use` (Eq. 4).
+        """D [B]: the head on features of x [B, ...] (Eq. 4).
 
-        s: the critic's second time, where it has one, is told t - s = t_k.
+        Every row has noise and t ~ U(0, 1) of its own and of this `use`. s: the critic's second
+        time, where it has one, is told t - s = t_k.
         """
-        t, e = times.uniform(step.rng(f"{use} t"), len(x)), step.rng(f"{use} e").normal(*x.shape)
+        t = times.uniform(step.rng(f"{use} t"), len(x))
+        e = step.rng(f"{use} e").normal(*x.shape)
         features = self.trunk(noised(x, e, t), t, labels, s=t - t_k, features=self.config.blocks)
         return self.head(features[-1], labels)
 
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:
         """Denoise, noise anew, denoise, ... (section 4.4)."""
         net = self.student.averaged()
-        denoise = lambda x, t: self.generate(net, x, t, cond.labels)
-        return renoising(
-            denoise, noise, nfe, lambda: rng.normal(*noise.shape), start=self.config.input_time
-        )
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return self.generate(net, x, t, cond.labels)
+
+        def fresh() -> Tensor:
+            return rng.normal(*noise.shape)
+
+        return renoising(denoise, noise, nfe, fresh, start=self.config.input_time)

@@ -1,10 +1,11 @@
-"""DP-DMD, diversity-preserved DMD (arXiv 2602.03139): the first of a student's N steps learns the teacher's secant from the same noise,
-the others learn distribution matching, and no gradient of the matching passes back through the first.
+"""DP-DMD, diversity-preserved DMD (arXiv 2602.03139).
+
+The first of a student's N steps learns the teacher's secant from the same noise, the others learn
+distribution matching, and no gradient of the matching passes back through the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -17,10 +18,8 @@ from distillbench.matching import critic_loss, matching_gradient, pseudo_loss
 from distillbench.method import Batch, Condition, Method, Needs, Step, Task
 from distillbench.paths import denoiser, noised, over
 from distillbench.players import PlayerConfig
-from distillbench.samplers import euler, grid, heun
+from distillbench.samplers import Velocity, euler, grid, heun
 from distillbench.seeds import Rng
-
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], t [B]) -> v like x
 
 
 def anchor_target(
@@ -31,15 +30,21 @@ def anchor_target(
     solver: Literal["euler", "heun"],
     x0: bool,
 ) -> Tensor:
-    """What the student's velocity at (noise, t = 1) should be, like noise [B, ...]; the caller decides about gradients.
+    """What the student's velocity at (noise, t = 1) should be, like noise [B, ...].
 
-    z_tbar: `steps` equal steps of the teacher's ODE from noise at t = 1 to tbar = `time` in [0, 1). Eq. 6: the secant
-    vtilde = (noise - z_tbar) / (1 - tbar). With `x0` (App. C, Eq. 39-41) the student's x0 = noise - v should be the teacher's at the
-    anchor, z_tbar - tbar v(z_tbar, tbar), so that its velocity should be noise less that; one evaluation more.
+    z_tbar: `steps` equal steps of the teacher's ODE from noise at t = 1 to tbar = `time` in [0, 1).
+    Eq. 6: the secant vtilde = (noise - z_tbar) / (1 - tbar). With `x0` (App. C, Eq. 39-41) the
+    student's x0 = noise - v should be the teacher's at the anchor, z_tbar - tbar v(z_tbar, tbar),
+    so that its velocity should be noise less that; one evaluation more. The caller decides about
+    gradients.
     """
+
     # The samplers go from 1 to 0: tau with t = 1 - (1 - tbar)(1 - tau), exactly 1 at the start.
-    scaled = lambda x, tau: (1 - time) * velocity(x, 1 - (1 - time) * (1 - tau))
-    z = (euler if solver == "euler" else heun)(scaled, noise, steps)
+    def scaled(x: Tensor, tau: Tensor) -> Tensor:
+        return (1 - time) * velocity(x, 1 - (1 - time) * (1 - tau))
+
+    solve = euler if solver == "euler" else heun
+    z = solve(scaled, noise, steps)
     if x0:
         t = noise.new_full((len(noise),), time)
         return noise - denoiser(z, velocity(z, t), t)
@@ -47,29 +52,38 @@ def anchor_target(
 
 
 def diversity_loss(v_1: Tensor, target: Tensor) -> Tensor:
-    """L_Div = mean |v_theta(noise, 1) - sg(vtilde)|^2 over all elements of [B, ...], a scalar (Eq. 7)."""
+    """L_Div = mean |v_theta(noise, 1) - sg(vtilde)|^2 over all elements of [B, ...] (Eq. 7).
+
+    A scalar; no gradient in the target.
+    """
     return (v_1 - target.detach()).square().mean()
 
 
 def rollout(
     velocity: Velocity, noise: Tensor, steps: int, detach: bool, first: bool
 ) -> tuple[Tensor, Tensor]:
-    """(x, v_1): the end of `steps` Euler steps on the uniform grid, as in sampling, and the velocity of the first (Algorithm 1).
+    """(x, v_1): the end of `steps` Euler steps, as in sampling, and the velocity of the first.
 
-    noise, x, v_1: [B, ...]. With `detach` z_1 = sg(z_1): x has a gradient through steps 2 to N only. Without `first`, the first step has
-    no graph at all; nobody may then want a gradient through it.
+    Algorithm 1 on the uniform grid; noise, x, v_1: [B, ...]. With `detach` z_1 = sg(z_1): x has a
+    gradient through steps 2 to N only. Without `first`, the first step has no graph at all; nobody
+    may then want a gradient through it.
     """
     t, *later = grid(steps, noise)
     with torch.set_grad_enabled(first and torch.is_grad_enabled()):
         v_1 = velocity(noise, t)
-    x = noise - over(t - later[0], noise) * (v_1.detach() if detach else v_1)
+    slope = v_1.detach() if detach else v_1
+    x = noise - over(t - later[0], noise) * slope
     for t, s in pairwise(later):
         x = x - over(t - s, x) * velocity(x, t)
     return x, v_1
 
 
 class DPDMD(Method):
+    """Student of N Euler steps: the first learns the teacher's secant, the others matching."""
+
     class Config(BaseModel):
+        """Settings of DP-DMD."""
+
         model_config = ConfigDict(extra="forbid")
         batch: int = Field(gt=0)
         steps: int = Field(
@@ -79,8 +93,9 @@ class DPDMD(Method):
             gt=0, description="M, moves of the critic for one of the student"
         )
         reuse: bool = Field(
-            description="the critic moves on every step, on the student's turn, each M-th step, on the student's own samples; "
-            "false: on the student's turn, each (M+1)-th step, it rests (the official counter)"
+            description="the critic moves on every step, on the student's turn, each M-th step, "
+            "on the student's own samples; false: on the student's turn, each (M+1)-th step, "
+            "it rests (the official counter)"
         )
         diversity: float = Field(ge=0, description="lambda, weight of L_Div; 0 asks for no anchor")
         anchor: Literal["velocity", "x0"] = Field(
@@ -142,32 +157,35 @@ class DPDMD(Method):
 
     @classmethod
     def needs(cls, config: Config) -> Needs:
-        return Needs(
-            batch=config.batch, nfe=(config.steps,), headline_nfe=config.steps, cycle=config.cycle
-        )
+        n = config.steps
+        return Needs(batch=config.batch, nfe=(n,), headline_nfe=n, cycle=config.cycle)
 
     def __init__(self, task: Task, config: Config):
-        self.task, self.config = task, config
-        self.net, self.fake = task.network("teacher"), task.network("teacher")
+        self.task = task
+        self.config = config
+        self.net = task.network("teacher")
+        self.fake = task.network("teacher")
         self.student = task.player("student", config.student, self.net)
         self.critic = task.player("critic", config.critic, self.fake)
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Algorithm 1. The student on the last step of a cycle, L = L_DMD + lambda L_Div in one backward pass (Eq. 8); the critic on
-        the others or, with `reuse`, on all, always on samples of the student as it was at the beginning of the step.
+        """Algorithm 1, always on samples of the student as it was at the beginning of the step.
+
+        The student moves on the last step of a cycle, by L = L_DMD + lambda L_Div in one backward
+        pass (Eq. 8); the critic on the others or, with `reuse`, on all.
         """
-        c, cond = self.config, batch.cond
+        c = self.config
+        cond = batch.cond
         turn = (step.index + 1) % c.cycle == 0
         z = step.rng("z").normal(batch.size, *self.task.shape)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return self.net(x, t, cond.labels)
+
+        # With lambda = 0 and the gradient cut nothing is asked of step 1.
+        first = c.diversity > 0 or not c.detach
         with torch.set_grad_enabled(turn):
-            # With lambda = 0 and the gradient cut nothing is asked of step 1.
-            x, v_1 = rollout(
-                lambda x, t: self.net(x, t, cond.labels),
-                z,
-                c.steps,
-                c.detach,
-                first=c.diversity > 0 or not c.detach,
-            )
+            x, v_1 = rollout(velocity, z, c.steps, c.detach, first)
         logged = {}
 
         if turn:
@@ -182,10 +200,8 @@ class DPDMD(Method):
 
         if c.reuse or not turn:
             x = x.detach()
-            t, e = (
-                times.uniform(step.rng("critic t"), len(x), c.time_low, c.time_high),
-                step.rng("critic e").normal(*x.shape),
-            )
+            t = times.uniform(step.rng("critic t"), len(x), c.time_low, c.time_high)
+            e = step.rng("critic e").normal(*x.shape)
             fake = critic_loss(self.fake(noised(x, e, t), t, cond.labels), x, e)
             self.critic.update(fake)
             logged["critic"] = fake.detach()
@@ -193,22 +209,30 @@ class DPDMD(Method):
 
     @torch.no_grad()
     def anchor(self, z: Tensor, cond: Condition) -> Tensor:
-        """The guided teacher's target for v_theta(z, 1) from the student's own noise and labels, like z."""
+        """Target for v_theta(z, 1) from the student's own noise and labels, like z [B, ...].
+
+        By the guided teacher, without a gradient.
+        """
         c = self.config
         time = 1 - 1 / c.steps if c.anchor_time is None else c.anchor_time
-        velocity = lambda x, t: self.task.teacher.velocity(x, t, cond)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return self.task.teacher.velocity(x, t, cond)
+
         return anchor_target(velocity, z, time, c.anchor_steps, c.anchor_solver, c.anchor == "x0")
 
     @torch.no_grad()
     def matching(self, x: Tensor, cond: Condition, step: Step) -> Tensor:
-        """Gradient of L_DMD at the student's samples x, like x: guided teacher, unguided critic, t for every row."""
+        """Gradient of L_DMD at the student's samples x, like x [B, ...].
+
+        The teacher is guided, the critic is not; every row has a t of its own.
+        """
         c = self.config
-        t, e = (
-            times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high),
-            step.rng("matching e").normal(*x.shape),
-        )
+        t = times.uniform(step.rng("matching t"), len(x), c.time_low, c.time_high)
+        e = step.rng("matching e").normal(*x.shape)
         x_t = noised(x, e, t)
-        v_fake, v_real = self.fake(x_t, t, cond.labels), self.task.teacher.velocity(x_t, t, cond)
+        v_fake = self.fake(x_t, t, cond.labels)
+        v_real = self.task.teacher.velocity(x_t, t, cond)
         return matching_gradient(v_real, v_fake, x, e, t, c.weighting)
 
     def sample(self, noise: Tensor, cond: Condition, nfe: int, rng: Rng) -> Tensor:

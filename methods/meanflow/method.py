@@ -1,4 +1,7 @@
-"""MeanFlow (Geng et al., arXiv 2505.13447), from a teacher's velocity or from data. Average velocity u(x_t, t, s)."""
+"""MeanFlow (Geng et al., arXiv 2505.13447), from a teacher's velocity or from data.
+
+The network is the average velocity u(x_t, t, s).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ from distillbench.seeds import Rng
 
 
 class MeanFlow(Method):
+    """Average velocity trained by the MeanFlow identity."""
+
     class Config(BaseModel):
+        """Settings of MeanFlow."""
+
         model_config = ConfigDict(extra="forbid")
         velocity: Literal["teacher", "data"] = Field(
             description="v: the teacher's at x_t, or e - x (from scratch)"
@@ -44,26 +51,31 @@ class MeanFlow(Method):
         return Needs(batch=config.batch, nfe=(1, 2, 4), headline_nfe=1, data=True, teacher=teacher)
 
     def __init__(self, task: Task, config: Config):
-        self.task, self.config = task, config
-        self.net = task.network(
-            "teacher" if config.velocity == "teacher" else "random", second_time=True
-        )
+        self.task = task
+        self.config = config
+        init: Literal["teacher", "random"] = "teacher" if config.velocity == "teacher" else "random"
+        self.net = task.network(init, second_time=True)
         self.student = task.player("student", config.student, self.net)
 
     def train_step(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Algorithm 1. The teacher's velocity replaces e - x both as target and as tangent (FreeFlow Eq. 5)."""
-        c, x, n = self.config, batch.x, batch.size
+        """Algorithm 1.
+
+        The teacher's velocity replaces e - x both as target and as tangent (FreeFlow Eq. 5).
+        """
+        c = self.config
+        x = batch.x
+        n = batch.size
         assert x is not None
         t, s = times.sorted_pair(step.rng("t, s"), n, c.time_mean, c.time_std, c.diagonal)
         e = step.rng("e").normal(*x.shape)
         x_t = noised(x, e, t)
         v = self.task.teacher.velocity(x_t, t, batch.cond) if c.velocity == "teacher" else e - x
 
-        # du/dt = (d_x u) v + d_t u along dx/dt = v: tangent (v, 1, 0), on the rows with s < t only, which come first.
+        # du/dt = (d_x u) v + d_t u along dx/dt = v: tangent (v, 1, 0), on the rows with s < t only,
+        # which come first.
         m = times.off_diagonal(n, c.diagonal)
-        u, du = self.task.jvp(
-            self.net, (x_t, t, s), (v[:m], t.new_ones(m), t.new_zeros(m)), batch.cond
-        )
+        tangents = (v[:m], t.new_ones(m), t.new_zeros(m))
+        u, du = self.task.jvp(self.net, (x_t, t, s), tangents, batch.cond)
         target = v.clone()
         target[:m] = meanflow_target(v[:m], du, t[:m], s[:m])
 
