@@ -25,8 +25,7 @@ from typing import Any
 
 import psutil
 
-from distillbench.cluster.job import OUTCOME, STARTED
-from distillbench.cluster.launcher import read
+from distillbench.cluster.messages import OUTCOME, STARTED, read
 from perf.__main__ import machine
 from tests.conftest import Checkout
 from tests.slurm.cluster import Cluster

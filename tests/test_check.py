@@ -172,7 +172,7 @@ def examined(path: Path) -> Check:
 
 def found(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(made.folder)
-    stages = check.run(
+    stages = check.examine(
         folders.read_folder(made.folder / "methods" / name),
         sliced_wasserstein,
         known_metrics,
@@ -249,10 +249,10 @@ def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.Monke
     before = examined(path)
     edit(path / "claims.yaml", "digits: {metric", "digtis: {metric")
     before.files()
-    assert before.findings == []  # claims were read before the edit
+    assert before.broken == []  # claims were read before the edit
     after = examined(path)
     after.files()
-    (finding,) = after.findings
+    (finding,) = after.broken
     assert "unknown benchmark 'digtis', did you mean 'digits'?" in str(finding)
 
 
@@ -286,7 +286,7 @@ def test_claims_that_nobody_can_judge(
     one = examined(path)
     one.files()
     shutil.rmtree(path)
-    assert [expected in str(f) for f in one.findings] == [True], one.findings
+    assert [expected in str(f) for f in one.broken] == [True], one.broken
 
 
 def test_a_variant_from_scratch_with_a_teacher_is_caught(
@@ -302,7 +302,7 @@ def test_a_variant_from_scratch_with_a_teacher_is_caught(
     one = examined(path)
     one.sampling()
     shutil.rmtree(path)
-    (finding,) = one.findings
+    (finding,) = one.broken
     assert (
         "method.py @short: expected no error; saw ValueError: group: from_scratch has the teacher's budget on top"
         in str(finding)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distillbench.conformance.anatomy import anatomies, anatomy
+from distillbench.conformance.anatomies import anatomies
+from distillbench.conformance.anatomy import anatomy
 from eval.report import costs, gpu
 from eval.report.records import Record
 from tests import commands

@@ -13,7 +13,7 @@ import typer
 
 from distillbench.cli import publish
 from distillbench.cli.render import render_pages
-from distillbench.conformance import anatomy
+from distillbench.conformance import anatomies
 from eval.report import curves, method_pages
 from eval.report.curves import POINTS
 from eval.report.method_pages import Source, parse
@@ -310,7 +310,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
     shutil.copyfile(ROOT / "distillbench.yaml", tmp_path / "distillbench.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(anatomy, "anatomies", cache(anatomy.anatomies))
+    monkeypatch.setattr(anatomies, "anatomies", cache(anatomies.anatomies))
     return tmp_path
 
 

@@ -29,7 +29,6 @@ from distillbench.cells.checkpoint import (
     write_tensors,
 )
 from distillbench.cells.disk import LAST, PREVIOUS, is_locked, lock, write_atomically, write_json
-from distillbench.cells.jobs import Job
 from distillbench.cells.journal import NAME
 from distillbench.cells.loop import CHECKPOINTS
 from distillbench.cells.pulse import TRAINING, Pulse, TimedOut
@@ -262,7 +261,9 @@ def test_what_a_method_raises_costs_its_own_row(
     assert record["status"] == status and re.search(reason, record["reason"]), record["reason"]
     assert not list(made.folder.glob(".*"))
     if name == "stop_at_import":
-        assert "does not import (GeneratorExit: no)" in str(validate.check(Job((made,))))
+        assert "does not import (GeneratorExit: no)" in str(
+            validate.validate_here(made.benchmark, made.arm)
+        )
 
 
 @pytest.mark.parametrize("name", list(DEADLY))

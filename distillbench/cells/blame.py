@@ -1,4 +1,4 @@
-"""Which line a failure is charged to, and a watched ending in a record's words. Imports no torch."""
+"""Which line a failure is charged to, and a watched ending in words. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def line_of(error: BaseException, cell: Cell) -> str:
 
 
 def line_in(text: str, cell: Cell) -> str:
-    """The same from the words of faulthandler."""
+    """`method.py:83` from the words of faulthandler, as `line_of` from an error; '' of none."""
     frames = [(file, int(line)) for file, line in FAULTHANDLER_FRAME.findall(text)]
     return _innermost(frames, cell)
 
@@ -36,12 +36,16 @@ def line_in(text: str, cell: Cell) -> str:
 def _innermost(frames: list[Frame], cell: Cell) -> str:
     """Of the frames, innermost first, the first of the method, of ours, or of any; '' of none."""
     folder = None if cell.arm is None else cell.arm.folder.path
-    own = [f for f in frames if folder is not None and Path(f[0]).is_relative_to(folder)]
-    ours = [f for f in frames if Path(f[0]).is_relative_to(PACKAGE)]
-    real = [f for f in frames if not f[0].startswith("<")]  # no `<frozen importlib._bootstrap>`
+    own = [] if folder is None else _within(folder, frames)
+    ours = _within(PACKAGE, frames)
+    real = [frame for frame in frames if not frame[0].startswith("<")]  # `<frozen importlib>`
     for file, line in own or ours or real:
         return f"{Path(file).name}:{line}"
     return ""
+
+
+def _within(folder: Path, frames: list[Frame]) -> list[Frame]:
+    return [frame for frame in frames if Path(frame[0]).is_relative_to(folder)]
 
 
 def at_line(pulse: Pulse, line: str) -> str:
@@ -49,9 +53,9 @@ def at_line(pulse: Pulse, line: str) -> str:
     return f"{pulse.where()} ({line})" if line else pulse.where()
 
 
-def reason_of(kind: int, cell: Cell, pulse: Pulse, line: str) -> tuple[str, str]:
-    """Status and reason of a cell that its watcher ended; kind: TIMED_OUT or HUNG."""
+def reason_of(cause: int, cell: Cell, pulse: Pulse, line: str) -> tuple[str, str]:
+    """Status and reason of a cell that its watcher ended; cause: TIMED_OUT or HUNG."""
     at = at_line(pulse, line)
-    if kind == TIMED_OUT:
+    if cause == TIMED_OUT:
         return "timeout", f"more than {cell.benchmark.timeout_s:g} s, {at}"
     return "hung", f"nothing ended for {cell.benchmark.stall_s:g} s {at}"

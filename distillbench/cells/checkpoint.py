@@ -1,13 +1,16 @@
 """Checkpoints and weights as safetensors, written atomically and loaded without executing code.
 
-A cell in training keeps its last two checkpoints, `checkpoint.safetensors` and `checkpoint.previous.safetensors`: where one
-is damaged the other continues. A finished cell keeps neither.
+A cell in training keeps its last two checkpoints, `checkpoint.safetensors` and
+`checkpoint.previous.safetensors`: where one is damaged the other continues. A finished cell keeps
+neither. A checkpoint holds the tensors `players.<name>.<entry>` and `method.<entry>`, and as
+metadata, all strings: `key` of its cell, the next `step`, `seconds` so far, `checksum`.
 """
 
 from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from torch import Tensor
 
 from distillbench.cells.disk import LAST, PREVIOUS, write_atomically, writing
 from distillbench.errors import UserError
+from distillbench.method import Method
+from distillbench.players import Player
 
 
 class Damaged(UserError):
@@ -25,24 +30,35 @@ class Damaged(UserError):
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], previous: Path | None = None, **metadata: Any
+    path: Path, tensors: Mapping[str, Tensor], previous: Path | None = None, **metadata: Any
 ) -> None:
-    """A flat dictionary of tensors with a few words of metadata; a file that was there is kept as `previous`, if that is given."""
-    flat = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(flat, metadata={k: str(v) for k, v in metadata.items()}), previous)
+    """Write tensors, from any device and of any strides, with a few words of metadata.
+
+    A file that was there is kept as `previous`, if that is given. Raises UserError where the disk
+    is full or read-only.
+    """
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    words = {name: str(value) for name, value in metadata.items()}
+    write_atomically(path, save(flat, metadata=words), previous)
 
 
 def read_tensors(
     path: Path, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata; UserError when the file is truncated or of another format."""
+    """Tensors on `device` and metadata of a file.
+
+    Raises Damaged, a UserError, where it is truncated or of another format, UserError where it is
+    missing or cannot be read.
+    """
     if not path.is_file():
         raise UserError(
-            f"{path}: missing, though its cell has a record: delete {path.parent} and rerun the same command"
+            f"{path}: missing, though its cell has a record: "
+            f"delete {path.parent} and rerun the same command"
         )
     try:
-        with safe_open(path, framework="pt", device=str(device)) as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except SafetensorError as e:
         raise Damaged(
             f"{path}: not a readable safetensors file ({e}): delete it and rerun the same command"
@@ -53,14 +69,15 @@ def read_tensors(
         ) from None
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """CRC-32 of the bytes of all tensors in order of their names: safetensors itself notices a cut file only."""
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the bytes of all tensors in order of their names, as 8 hexadecimal digits.
+
+    safetensors itself notices only that a file was cut.
+    """
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(
-            tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data,
-            crc,
-        )
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
@@ -69,63 +86,92 @@ def save_progress(
     key: str,
     step: int,
     seconds: float,
-    players: dict,
-    method_state: dict[str, Tensor],
+    players: Mapping[str, Player],
+    method_state: Mapping[str, Tensor],
 ) -> None:
-    """Everything that a resumed run needs: players, the method's own state, next step, seconds so far. Keeps the one before."""
+    """Write all that a resumed run needs, and keep the checkpoint before it.
+
+    That is the players, the method's own state, the next step and the seconds so far. Raises
+    TypeError on a method's state that is no tensor, UserError as `write_tensors`.
+    """
     for name, value in method_state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"state_dict()['{name}'] is of type {type(value).__name__}: keep tensors there, torch.tensor(value)"
+                f"state_dict()['{name}'] is of type {type(value).__name__}: "
+                "keep tensors there, torch.tensor(value)"
             )
-    state = {f"method.{k}": v for k, v in method_state.items()}
-    for name, player in players.items():
-        state |= {f"players.{name}.{k}": v for k, v in player.state_dict().items()}
-    words = {"key": key, "step": step, "seconds": f"{seconds:.1f}", "checksum": checksum(state)}
-    write_tensors(folder / LAST, state, folder / PREVIOUS, **words)
+    state = {f"method.{name}": value for name, value in method_state.items()}
+    for player_name, player in players.items():
+        for name, value in player.state_dict().items():
+            state[f"players.{player_name}.{name}"] = value
+    write_tensors(
+        folder / LAST,
+        state,
+        folder / PREVIOUS,
+        key=key,
+        step=step,
+        seconds=f"{seconds:.1f}",
+        checksum=checksum(state),
+    )
 
 
 def load_progress(
-    folder: Path, key: str, players: dict, method: Any, device: torch.device
+    folder: Path, key: str, players: Mapping[str, Player], method: Method, device: torch.device
 ) -> tuple[int, float]:
-    """Inverse of `save_progress`: next step and seconds so far, 0 without a checkpoint. A damaged one is removed with a warning
-    and the one before is taken; UserError on a checkpoint of another cell."""
+    """Inverse of `save_progress`: next step and seconds so far, (0, 0.0) without a checkpoint.
+
+    A damaged checkpoint is removed with a warning and the one before it is taken. Raises UserError
+    on a checkpoint of another cell.
+    """
     for path in (folder / LAST, folder / PREVIOUS):
         if not path.is_file():
             continue
         try:
-            state, metadata = read_tensors(path, device)
-            if metadata.get("key") == key and metadata.get("checksum") != checksum(state):
-                raise Damaged("checksum differs")
+            state, metadata = _read_checkpoint(path, key, device)
         except Damaged:
-            instead = (
-                "the checkpoint before"
-                if (folder / PREVIOUS).is_file() and path.name == LAST
-                else "the start"
-            )
-            print(
-                f"distillbench: {path} is damaged: removed, training continues from {instead}",
-                file=sys.stderr,
-                flush=True,
-            )
-            with writing(path):
-                path.unlink()
+            _remove_damaged(path)
             continue
-        if metadata.get("key") != key:
-            raise UserError(
-                f"{path}: checkpoint of another cell ({metadata.get('key')}, expected {key}): delete it and rerun"
-            )
-
-        def under(prefix: str, state: dict[str, Tensor] = state) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
         try:
             for name, player in players.items():
-                player.load_state_dict(under(f"players.{name}."))
-            method.load_state_dict(under("method."))
+                player.load_state_dict(_under(f"players.{name}.", state))
+            method.load_state_dict(_under("method.", state))
         except (KeyError, RuntimeError) as e:
+            why = str(e).splitlines()[0]
             raise UserError(
-                f"{path}: does not fit this cell ({str(e).splitlines()[0]}): delete it and rerun"
+                f"{path}: does not fit this cell ({why}): delete it and rerun"
             ) from None
         return int(metadata["step"]), float(metadata["seconds"])
     return 0, 0.0
+
+
+def _read_checkpoint(
+    path: Path, key: str, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint of the cell of this key; Damaged, UserError."""
+    state, metadata = read_tensors(path, device)
+    other = metadata.get("key")
+    if other != key:
+        raise UserError(
+            f"{path}: checkpoint of another cell ({other}, expected {key}): delete it and rerun"
+        )
+    if metadata.get("checksum") != checksum(state):
+        raise Damaged("checksum differs")
+    return state, metadata
+
+
+def _remove_damaged(path: Path) -> None:
+    """Remove a checkpoint, and say from where training continues without it."""
+    another = path.name == LAST and path.with_name(PREVIOUS).is_file()
+    instead = "the checkpoint before" if another else "the start"
+    print(
+        f"distillbench: {path} is damaged: removed, training continues from {instead}",
+        file=sys.stderr,
+        flush=True,
+    )
+    with writing(path):
+        path.unlink()
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries of a state whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,8 +1,4 @@
-"""A cell is (benchmark, arm, seed): its key, its folder, its record. Imports no torch.
-
-The key is a hash of everything that determines the result. If the record stands in the keyed folder the cell is fresh;
-nothing else decides.
-"""
+"""Files and locks in folders of results: all of a file is written or nothing. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,15 +13,22 @@ from typing import IO, Any
 
 from distillbench.errors import UserError
 
-LAST, PREVIOUS = (
-    "checkpoint.safetensors",
-    "checkpoint.previous.safetensors",
-)  # of a cell in training
-
+# Names of files in the folder of a cell: the last two checkpoints of its training, why it failed.
+LAST = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
+TRACEBACK = "traceback.txt"
 
 _held: set[IO[str]] = set()
-# A lock lives as long as any copy of its file is open: a process that a method forks must not keep it.
-os.register_at_fork(after_in_child=lambda: [f.close() for f in _held])
+
+
+def _release_held() -> None:
+    for file in _held:
+        file.close()
+
+
+# A lock lives as long as any copy of its file is open: a process that a method forks must not keep
+# it.
+os.register_at_fork(after_in_child=_release_held)
 
 
 @contextmanager
@@ -33,26 +36,26 @@ def lock(path: Path) -> Iterator[None]:
     """Hold the file `path` for this process alone; says so when it has to wait."""
     make_folder(path.parent)
     with writing(path):
-        f = open(path, "w")  # noqa: SIM115
-    with f:
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+    with file:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with suppress(OSError):
                 print(f"waiting for another process to release {path}", file=sys.stderr, flush=True)
-            fcntl.flock(f, fcntl.LOCK_EX)
-        _held.add(f)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        _held.add(file)
         try:
             yield
         finally:
-            _held.discard(f)
+            _held.discard(file)
 
 
 def is_locked(path: Path) -> bool:
-    """Some process holds the lock now; a lock file alone says nothing."""
+    """Whether some process holds the lock now; that the file exists says nothing."""
     try:
-        with open(path) as f:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
@@ -62,7 +65,7 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """An error of the file system in this block is a UserError that names `path` and the remedy."""
+    """A block whose errors of the file system become a UserError with `path` and the remedy."""
     try:
         yield
     except OSError as e:
@@ -79,35 +82,45 @@ def make_folder(folder: Path) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as e:
         raise UserError(
-            f"{folder}: cannot write there ({e.strerror}): make it writable or free space, then rerun"
+            f"{folder}: cannot write there ({e.strerror}): "
+            "make it writable or free space, then rerun"
         ) from None
 
 
 def write_atomically(path: Path, data: bytes, previous: Path | None = None) -> None:
-    """All of the file or nothing of it; UserError on a full or read-only disk. The old file becomes `previous`, if that is given."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write all of a file or nothing of it; the old file becomes `previous`, if that is given.
+
+    UserError on a full or read-only disk.
+    """
     with writing(path):
-        try:
-            with open(temporary, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            if previous is not None and path.is_file():
-                os.replace(path, previous)
-            os.replace(temporary, path)
-        except BaseException:  # a full disk, and Ctrl-C in the middle
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        replace_file(path, data, previous)
+
+
+def replace_file(path: Path, data: bytes, previous: Path | None = None) -> None:
+    """Write a file as `write_atomically` does; OSError on a full or read-only disk."""
+    # Processes on several nodes may write into one folder, with equal ids.
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.is_file():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, and Ctrl-C in the middle
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Files that an earlier process left half written, and its traceback."""
-    _remove([*folder.glob(".*"), *folder.glob("traceback.txt")])
+    """Remove files that an earlier process left half written, and its traceback."""
+    _remove([*folder.glob(".*"), *folder.glob(TRACEBACK)])
 
 
 def remove_progress(folder: Path) -> None:
-    """A finished cell needs no checkpoint."""
+    """Remove a cell's checkpoints, which it needs no more once it is finished."""
     _remove([*folder.glob(LAST), *folder.glob(PREVIOUS)])
 
 
@@ -123,5 +136,5 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline, atomically."""
+    """Write indented JSON with a final newline, atomically; UserError as `write_atomically`."""
     write_atomically(path, json_bytes(value))

@@ -1,8 +1,12 @@
-"""Names of the environment variables that processes of the suite pass to each other. Imports nothing."""
+"""Names of the environment variables that processes of the suite pass to each other.
 
-# Set: progress is printed as lines, in place of bars, which jobs that share a terminal would overwrite.
+Imports nothing.
+"""
+
+# Set: progress is printed as lines, in place of bars, which jobs that share a terminal overwrite.
 LINES = "DISTILLBENCH_LINES"
-# Seconds since the epoch at which the workflow began; launchers tell by it which cancellation is meant for them.
+# Seconds since the epoch at which the workflow began; launchers tell by it which cancellation is
+# meant for them.
 BEGAN = "DISTILLBENCH_BEGAN"
 # Path of a SLURM job's log, relative to the checkout, for the record of a cell that failed in it.
 LOG = "DISTILLBENCH_LOG"

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distillbench.cells.cell import Cell
+from distillbench.cells.cell import KEY_DIGITS, Cell
 from distillbench.cells.disk import make_folder, writing
 from distillbench.config import root
 from distillbench.hashing import canonical, digest
 from distillbench.registry.folders import Arm
-
-KEY_DIGITS = 12
 
 
 @dataclass(frozen=True)

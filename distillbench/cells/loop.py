@@ -13,9 +13,9 @@ from distillbench.cells.setup import Plan
 from distillbench.cells.steps import one_step
 from distillbench.seeds import ranks
 
-LOGGED = 200  # steps of a run whose scalars are logged, about
-CHECKPOINTS = 20  # per run, and
-CHECKPOINT_SECONDS = 600.0  # after the last one, for a machine that may be taken away at any time
+LOGGED = 200  # about how many steps of a run have their scalars in the journal
+CHECKPOINTS = 20  # of a run, in equal numbers of steps
+CHECKPOINT_SECONDS = 600.0  # after which one more is saved: a machine may be taken away any time
 
 
 def train(run: Run, plan: Plan, report: Report, pulse: Pulse | None = None) -> None:

@@ -1,4 +1,7 @@
-"""Progress with ETA: bars on a terminal, a line every few seconds elsewhere or where jobs share the terminal."""
+"""Progress with ETA: bars on a terminal; elsewhere, or where jobs share one, lines now and then.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from contextlib import suppress
 from functools import lru_cache
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from distillbench.cells.environment import LINES
 
@@ -20,7 +23,8 @@ SECONDS_BETWEEN_LINES = 10
 
 def reporter(label: str) -> Report:
     """`report(what, done, total)` for one cell."""
-    shown = _bars(label) if sys.stderr.isatty() and LINES not in os.environ else _lines(label)
+    bars = sys.stderr.isatty() and LINES not in os.environ
+    shown: Report = _Bars(label) if bars else _Lines(label)
 
     def report(what: str, done: int, total: int) -> None:
         with suppress(OSError):  # a terminal that is gone is no reason to stop
@@ -30,33 +34,49 @@ def reporter(label: str) -> Report:
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
-    """A report that nobody watches."""
+    """A `Report` that prints nothing."""
 
 
 def say(text: str) -> None:
-    """A line for whoever still listens."""
+    """Print a line to stderr; a terminal that is gone is no error."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
-def _lines(label: str) -> Report:
-    what_now, since, first, said = "", 0.0, 0, time.monotonic()
+class _Lines:
+    """A report as lines on stderr, SECONDS_BETWEEN_LINES apart."""
 
-    def report(what: str, done: int, total: int) -> None:
-        nonlocal what_now, since, first, said
+    def __init__(self, label: str):
+        self.label = label
+        self.what = ""  # that is in progress
+        self.since = 0.0  # when that began
+        self.first = 0  # what was done of it then
+        self.printed = time.monotonic()  # when the last line was
+
+    def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if what != what_now:
-            what_now, since, first = what, now, done
-        if now - said >= SECONDS_BETWEEN_LINES and done > first:
-            left = (now - since) * (total - done) / (done - first)
-            print(
-                f"{label}: {what} {done / total:4.0%}, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-            said = now
+        if what != self.what:
+            self.what = what
+            self.since = now
+            self.first = done
+        if now - self.printed >= SECONDS_BETWEEN_LINES and done > self.first:
+            left = (now - self.since) * (total - done) / (done - self.first)
+            line = f"{self.label}: {what} {done / total:4.0%}, {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+            self.printed = now
 
-    return report
+
+class _Bars:
+    """A report as a bar for each thing that is in progress."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self.tasks:
+            self.tasks[what] = _display().add_task(f"{self.label}: {what}", total=total)
+        _display().update(self.tasks[what], completed=done)
 
 
 @lru_cache
@@ -70,17 +90,6 @@ def _display() -> Progress:
     display = Progress(*columns, console=Console(stderr=True))
     display.start()
     return display
-
-
-def _bars(label: str) -> Report:
-    tasks: dict[str, object] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = _display().add_task(f"{label}: {what}", total=total)
-        _display().update(tasks[what], completed=done)  # type: ignore[arg-type]
-
-    return report
 
 
 def stop() -> None:

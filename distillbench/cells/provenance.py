@@ -1,8 +1,4 @@
-"""A cell is (benchmark, arm, seed): its key, its folder, its record. Imports no torch.
-
-The key is a hash of everything that determines the result. If the record stands in the keyed folder the cell is fresh;
-nothing else decides.
-"""
+"""Where a measurement comes from: commit, versions, processor. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,34 +12,35 @@ from typing import Any
 
 from distillbench.config import root
 
-GIT_SECONDS = 30
+GIT_SECONDS = 30  # that git may take to answer
+# Changes of these do not make a checkout dirty: the suite itself writes them.
+NOT_DIRTY = (":!results", ":!methods/*/tuning.json")
 
 
 def circumstances(hashes: dict[str, Any]) -> dict[str, Any]:
-    """The same of any measurement, whose sources have these hashes."""
+    """A measurement's commit, versions, hardware and threads, as records state them.
+
+    hashes: of its sources, by name; they are stated as they are given.
+    """
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy"):
+        versions[package] = version(package)
     return {
         "commit": git("rev-parse", "HEAD") or None,
-        "dirty": bool(
-            git("status", "--porcelain", "--", ".", ":!results", ":!methods/*/tuning.json")
-        ),
+        "dirty": bool(git("status", "--porcelain", "--", ".", *NOT_DIRTY)),
         "hashes": hashes,
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("torch", "numpy")},
+        "versions": versions,
         "hardware": hardware(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
     }
 
 
 def git(*args: str) -> str:
-    """What git says of this checkout; nothing where it cannot."""
+    """Output of a git command in this checkout, stripped; '' where git is missing or fails."""
+    command = ["git", "-C", str(root()), *args]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root()), *args], capture_output=True, text=True, timeout=GIT_SECONDS
-        )
-    except (
-        OSError,
-        subprocess.TimeoutExpired,
-    ):  # no git here, or a file system that does not answer
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):  # not installed, or a disk that does not answer
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -51,11 +48,15 @@ def git(*args: str) -> str:
 @lru_cache
 def hardware() -> str:
     """Architecture and processor of this machine, as records name it."""
+    return f"{platform.machine()} {_processor()}"
+
+
+def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(
-            line.split(":")[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        processor = platform.processor()
-    return f"{platform.machine()} {processor}"
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    for line in text.splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()

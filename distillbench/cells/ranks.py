@@ -1,4 +1,8 @@
-"""Several processes that train one cell: how they meet. One process alone unless WORLD_SIZE says otherwise (torch's `env://`)."""
+"""Ranks: several processes that train one cell, and how they meet.
+
+One process alone unless WORLD_SIZE says otherwise (torch's `env://`). Imports no torch for one
+process alone.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-PATIENCE = timedelta(
-    days=7
-)  # the others wait while rank 0 samples; who dies is noticed by the launcher of the ranks
+# The others wait while rank 0 samples; one that dies is noticed by the launcher of the ranks.
+PATIENCE = timedelta(days=7)
 
 
 def alone() -> bool:
+    """Whether this process is the only one that trains its cell."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
@@ -23,14 +27,18 @@ def leads() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Inside this block the processes of WORLD_SIZE are torch's process group: NCCL with a GPU for each, else gloo."""
+    """A block in which the processes of WORLD_SIZE are torch's process group.
+
+    Over NCCL with a GPU for each where there are GPUs, else over gloo.
+    """
     if alone():
         yield
         return
     import torch
     import torch.distributed as dist
 
-    if gpus := torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
     dist.init_process_group("nccl" if gpus else "gloo", timeout=PATIENCE)
     try:
@@ -39,8 +47,8 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def meet() -> None:
-    """Wait for all."""
+def barrier() -> None:
+    """Barrier over all ranks; nothing for one process alone."""
     if not alone():
         import torch.distributed as dist
 

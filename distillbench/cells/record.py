@@ -1,4 +1,7 @@
-"""The record of a cell, `result.json`: what is known before it runs, where it comes from, how it ended. Imports no torch."""
+"""The record of a cell, `result.json`: what is known before it runs, and how it ended.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,50 @@ import os
 from typing import Any
 
 from distillbench.cells.cell import Cell
-from distillbench.cells.disk import write_json
+from distillbench.cells.disk import TRACEBACK, write_json
 from distillbench.cells.environment import LOG
 from distillbench.cells.provenance import circumstances
 from distillbench.config import root
 
+FORMAT = 1
+HASHES = ("ground", "data", "method", "teacher")  # of a cell's recipe, stated as its provenance
+
 
 def describe(cell: Cell) -> dict[str, Any]:
-    """What is known of a cell before it runs; labels such as its fidelity are not facts of the run (`Arm.labels`)."""
+    """A record of what is known of a cell before it runs, with status `done`.
+
+    Labels such as its fidelity are not facts of the run (`Arm.labels`).
+    """
     arm = cell.arm
-    return {
-        "format": 1,
+    method, _, variant = cell.arm_name.partition("@")
+    # Teacher, data and evaluator cannot be others, so a share of the budget alone opens it.
+    closed = arm is None or arm.share == 1
+    record: dict[str, Any] = {
+        "format": FORMAT,
         "benchmark": cell.benchmark.name,
-        "method": cell.arm_name.partition("@")[0],
-        "variant": cell.arm_name.partition("@")[2] or None,
+        "method": method,
+        "variant": variant or None,
         "seed": cell.seed,
         "key": cell.key,
         "status": "done",
         "reason": None,
         "group": arm.attribute("group") if arm else "teacher",
-        "division": "closed"
-        if arm is None or arm.share == 1
-        else "open",  # teacher, data and evaluator cannot be others
+        "division": "closed" if closed else "open",
         "params": None,
         "nfe": [],
         "headline_nfe": None,
-        **({"budget_share": arm.share} if arm and arm.share != 1 else {}),
-        **({"start": cell.start.arm_name} if cell.start else {}),
     }
+    if arm is not None and arm.share != 1:
+        record["budget_share"] = arm.share
+    if cell.start is not None:
+        record["start"] = cell.start.arm_name
+    return record
 
 
 def provenance(cell: Cell) -> dict[str, Any]:
     """Where a result comes from: commit, hashes, versions, hardware."""
     recipe = cell.recipe
-    return circumstances(
-        {k: recipe[k] for k in ("ground", "data", "method", "teacher") if k in recipe}
-    )
+    return circumstances({name: recipe[name] for name in HASHES if name in recipe})
 
 
 def finish(
@@ -52,22 +63,23 @@ def finish(
     memory_mb: float | None,
     hardware: str | None = None,
 ) -> dict[str, Any]:
-    """Complete and write a cell's record: from here on the cell is fresh. `hardware`: where it was trained, if not here.
+    """Complete and write a cell's record, which is returned: from here on the cell is fresh.
 
-    A failure's `log` says where to read more, relative to the checkout: its traceback, or the log of its job on a cluster.
+    plan: the first entries of its `cost`; seconds and memory_mb, the peak, follow. hardware: where
+    it was trained, if not here. A failure's `log` says where to read more, relative to the
+    checkout: its traceback, or the log of its job on a cluster.
     """
-    if record["status"] != "done":
-        trace = cell.folder / "traceback.txt"
-        record.setdefault(
-            "log", os.path.relpath(trace, root()) if trace.is_file() else os.environ.get(LOG)
-        )
-    cost = {
+    if record["status"] != "done" and "log" not in record:
+        trace = cell.folder / TRACEBACK
+        known = trace.is_file()
+        record["log"] = os.path.relpath(trace, root()) if known else os.environ.get(LOG)
+    record["cost"] = {
+        **(plan or {}),
         "seconds": round(seconds, 1),
         "peak_memory_mb": None if memory_mb is None else round(memory_mb),
     }
-    record |= {
-        "cost": (plan or {}) | cost,
-        "provenance": provenance(cell) | ({"hardware": hardware} if hardware else {}),
-    }
+    record["provenance"] = provenance(cell)
+    if hardware:
+        record["provenance"]["hardware"] = hardware
     write_json(cell.record, record)
     return record

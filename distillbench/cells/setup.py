@@ -1,4 +1,4 @@
-"""What comes before a cell's first step: what its method asks for, and the steps that it can pay."""
+"""What comes before a cell's first step: what its method asks for, and the steps it can pay."""
 
 from __future__ import annotations
 

@@ -15,7 +15,12 @@ from distillbench.cells.blame import line_of, reason_of
 from distillbench.cells.build import build, saved_player, weights_file
 from distillbench.cells.cell import Cell
 from distillbench.cells.checkpoint import write_tensors
-from distillbench.cells.disk import remove_leftovers, remove_progress, write_atomically
+from distillbench.cells.disk import (
+    TRACEBACK,
+    remove_leftovers,
+    remove_progress,
+    write_atomically,
+)
 from distillbench.cells.loop import train
 from distillbench.cells.memory import is_out_of_memory, limit_memory
 from distillbench.cells.progress import Report
@@ -101,7 +106,7 @@ def run_cell(cell: Cell, report: Report, pulse: Pulse | None = None) -> dict[str
 
 def traceback_file(cell: Cell) -> Path:
     """Where the traceback of a failed cell is kept."""
-    return cell.folder / "traceback.txt"
+    return cell.folder / TRACEBACK
 
 
 def refuse_after_failure(cell: Cell) -> None:
@@ -145,8 +150,8 @@ def how_it_ended(error: BaseException, cell: Cell, pulse: Pulse) -> tuple[str, s
         words = in_one_line(error, cell)
         raise UserError(f"{cell.label}: {words}: mend the disk or terminal, then rerun") from None
     if isinstance(error, (TimedOut, Hung)):
-        kind = TIMED_OUT if isinstance(error, TimedOut) else HUNG
-        return reason_of(kind, cell, pulse, line_of(error, cell))
+        cause = TIMED_OUT if isinstance(error, TimedOut) else HUNG
+        return reason_of(cause, cell, pulse, line_of(error, cell))
     for kinds, status in STATUSES:
         if isinstance(error, kinds):
             return status, " ".join(str(error).split())

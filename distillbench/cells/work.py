@@ -1,92 +1,116 @@
-"""Training of cells under supervision: what `distillbench train` and `distillbench tune` do. Imports no torch."""
+"""Training of cells under supervision: what `distillbench train` and `distillbench tune` do.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from distillbench import config
-from distillbench.cells import ranks, validate
+from distillbench.cells import ranks
 from distillbench.cells.cell import Cell
 from distillbench.cells.disk import LAST, remove_progress
-from distillbench.cells.jobs import Job
 from distillbench.cells.progress import reporter, say, silent
 from distillbench.cells.pulse import Pulse
 from distillbench.cells.record import describe, finish
 from distillbench.cells.supervisor import supervise
+from distillbench.cells.validate import validate_here
 from distillbench.registry import folders
 
 
-def again(cell: Cell) -> str:
-    """What to delete where a student was refused for the sake of its teacher or start: its key does not tell how they ended."""
-    failed = [
-        c.record for c in cell.needed if (r := c.result()) is not None and r["status"] != "done"
-    ]
-    return (
-        f"; to try again delete {' and '.join(map(str, [*failed, cell.record]))}" if failed else ""
-    )
-
-
 def train_cells(cells: list[Cell]) -> None:
-    """Give every cell of one arm its record, each after its teacher and its start; what has a record is left as it is."""
-    order = [one for cell in cells for one in (*cell.needed, cell)]
-    for one in order:
-        if (record := one.result()) is not None and record["status"] != "done":
+    """Give every cell of one arm its record, each after its teacher and its start.
+
+    What has a record is left as it is. Raises what `supervise` does.
+    """
+    order: list[Cell] = []
+    for cell in cells:
+        order += [*cell.needed, cell]
+    for cell in order:
+        record = cell.result()
+        if record is None:
+            continue
+        if record["status"] == "done":
+            remove_progress(cell.folder)  # where a process was killed between its record and this
+        else:
             print(
-                f"{one.label}: {record['status']} before; to try again delete {one.record}",
+                f"{cell.label}: {record['status']} before; to try again delete {cell.record}",
                 file=sys.stderr,
             )
-        elif record is not None:
-            remove_progress(one.folder)  # where a process was killed between its record and this
+    supervise(order, partial(_work, order, cells))
 
-    def work(pulse: Pulse) -> None:
-        """Give every cell its record, in a process of its own."""
-        from distillbench.cells.train import run_cell
 
-        if (
-            first := next(
-                (
-                    i
-                    for i, one in enumerate(order)
-                    if one.arm is cells[0].arm and one.result() is None
-                ),
-                None,
-            )
-        ) is not None:
-            pulse.enter(first)
-            with pulse.limits():
-                warning = validate.check(Job(tuple(cells)))
-            if warning:
-                say(f"distillbench: {warning}")
-        with ranks.joined():
-            for index, one in enumerate(order):
-                with one.locked() if ranks.leads() else nullcontext():
-                    pulse.enter(index)
-                    ranks.meet()  # the first one has the lock
-                    if one.result() is None:
-                        record = run_cell(
-                            one, reporter(one.label) if ranks.leads() else silent, pulse
-                        )
-                        if ranks.leads():
-                            text = (
-                                "done"
-                                if record["status"] == "done"
-                                else f"{record['status'].upper()}: {record['reason']}"
-                            )
-                            say(
-                                f"{one.label}: {text} in {record['cost']['seconds']:g} s{again(one)}"
-                            )
-                    ranks.meet()  # the record is there for all
+def _work(order: list[Cell], own: list[Cell], pulse: Pulse) -> None:
+    """Give every cell of `order` its record, in a process of its own; `own`: those of the arm."""
+    # Imports torch, before any cell begins: that this fails is no cell's doing.
+    from distillbench.cells.train import run_cell
 
-    supervise(order, work)
+    _validate(order, own[0], pulse)
+    with ranks.joined():
+        for index, cell in enumerate(order):
+            with cell.locked() if ranks.leads() else nullcontext():
+                pulse.enter(index)
+                ranks.barrier()  # the first one has the lock
+                if cell.result() is None:
+                    _train(run_cell, cell, pulse)
+                ranks.barrier()  # the record is there for all
+
+
+def _validate(order: list[Cell], own: Cell, pulse: Pulse) -> None:
+    """Print a warning where the arm's method does not import, as a part of its first cell's time.
+
+    Raises UserError on a mistake in its files.
+    """
+    for index, cell in enumerate(order):
+        if cell.arm is not own.arm or cell.result() is not None:
+            continue
+        pulse.enter(index)
+        with pulse.limits():
+            warning = None if own.arm is None else validate_here(own.benchmark, own.arm)
+        if warning:
+            say(f"distillbench: {warning}")
+        return
+
+
+def _train(run_cell: Callable[..., dict[str, Any]], cell: Cell, pulse: Pulse) -> None:
+    """Train a cell, and say how it ended unless another rank does."""
+    if not ranks.leads():
+        run_cell(cell, silent, pulse)
+        return
+    record = run_cell(cell, reporter(cell.label), pulse)
+    ending = "done"
+    if record["status"] != "done":
+        ending = f"{record['status'].upper()}: {record['reason']}"
+    say(f"{cell.label}: {ending} in {record['cost']['seconds']:g} s{retry_advice(cell)}")
+
+
+def retry_advice(cell: Cell) -> str:
+    """What to delete before another try, where what the cell needs failed; '' where it did not.
+
+    A student is refused for the sake of its teacher or start, and its key does not tell how they
+    ended.
+    """
+    failed = []
+    for needed in cell.needed:
+        record = needed.result()
+        if record is not None and record["status"] != "done":
+            failed.append(needed.record)
+    if not failed:
+        return ""
+    return f"; to try again delete {' and '.join(map(str, [*failed, cell.record]))}"
 
 
 def seconds_saved(cell: Cell) -> float:
-    """That the steps up to the last checkpoint took, in all processes; 0 without one."""
+    """Training seconds up to the last checkpoint, summed over processes; 0 without one."""
     try:
         with safe_open(cell.folder / LAST, framework="numpy") as f:
             return float(f.metadata()["seconds"])
@@ -94,37 +118,38 @@ def seconds_saved(cell: Cell) -> float:
         return 0.0
 
 
-def at_hand(words: list[str]) -> Cell | None:
-    """The first cell of `train BENCHMARK ARM --seeds ...` without a record; None where all have one, or the words train nothing."""
+def first_unfinished(words: list[str]) -> Cell | None:
+    """The first cell of `train BENCHMARK ARM --seeds ...` without a record.
+
+    None where all have one, or where the words train nothing.
+    """
     if words[0] != "train":
         return None
-    _, benchmark, arm, _, seeds = words
-    b, found = config.benchmark(benchmark), None if arm == "teacher" else folders.arm(arm)
-    return next(
-        (
-            cell
-            for cell in (Cell(b, found, int(seed)) for seed in seeds.split(","))
-            if cell.result() is None
-        ),
-        None,
-    )
+    _, benchmark_name, arm_name, _, seeds = words
+    benchmark = config.benchmark(benchmark_name)
+    arm = None if arm_name == "teacher" else folders.arm(arm_name)
+    for seed in seeds.split(","):
+        cell = Cell(benchmark, arm, int(seed))
+        if cell.result() is None:
+            return cell
+    return None
 
 
 def give_up(words: list[str], status: str, reason: str, log: Path, node: str | None = None) -> bool:
-    """Write the record of the cell at which SLURM ended a job's command for good; False where it was at none.
+    """Write the record of the cell at which SLURM ended a job's command for good.
 
-    `log`: of the job; `node`: where it ran, if not here.
+    False where it was at none. log: of the job; node: where it ran, if not here.
     """
-    cell = at_hand(words)
+    cell = first_unfinished(words)
     if cell is None:
         return False
     with cell.locked():
         if cell.result() is None:
-            record = describe(cell) | {
-                "status": status,
-                "reason": reason,
-                "log": os.path.relpath(log, config.root()),
-            }
-            finish(cell, record, None, seconds_saved(cell), None, node and f"node {node}")
+            record = describe(cell)
+            record["status"] = status
+            record["reason"] = reason
+            record["log"] = os.path.relpath(log, config.root())
+            hardware = f"node {node}" if node else None
+            finish(cell, record, None, seconds_saved(cell), None, hardware)
             say(f"{cell.label}: {status.upper()}: {reason}")
     return True

@@ -44,7 +44,7 @@ def check_method(target: str) -> bool:
     else:
         folder = folders.arm(target).folder
     start, bad = time.monotonic(), 0
-    for about, findings in check.run(
+    for about, findings in check.examine(
         folder, sliced_wasserstein, known_metrics, reporter(f"check {folder.name}")
     ):
         out.print(f"{'FAILED' if findings else 'ok    '}  {about}", soft_wrap=True, markup=False)

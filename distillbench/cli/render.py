@@ -52,7 +52,7 @@ def recorded_anatomies(
     records: list[Record], more: list[tuple[str, str]]
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """`anatomy` of the arms of these records that this checkout has, and of `more`, by (benchmark, arm)."""
-    from distillbench.conformance.anatomy import anatomies
+    from distillbench.conformance.anatomies import anatomies
     from distillbench.registry import folders
 
     wanted = set(more)

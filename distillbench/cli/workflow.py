@@ -155,7 +155,7 @@ def prepare(arguments: Sequence[str], wanted: str | None) -> Workflow:
     if profile:
         requests = [workflow.request(job.benchmark, job.arm, "train") for job in to_train]
         requests += [workflow.request(job.benchmark, job.arm, "evaluate") for job in to_evaluate]
-        control.check(requests)
+        control.check_requests(requests)
     for warning in validate.validate(to_train):
         print(f"distillbench: {warning}", file=sys.stderr)
     unfinished: list[Any] = [*to_evaluate, *to_measure]

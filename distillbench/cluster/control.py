@@ -1,109 +1,130 @@
-"""A cluster as the command line sees it: would it take the jobs, which are in its queue, what did it lose; and an end to all of them."""
+"""A cluster as the command line sees it: would it take the jobs, which has it, and an end to them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distillbench.cells.jobs import Job
-from distillbench.cluster.launcher import ABSENT, CANCELLED, LOST, name_of, options, read, remedy
-from distillbench.cluster.queue import Board, Queued
+from distillbench.cluster import messages
+from distillbench.cluster.launcher import ABSENT, name_of
+from distillbench.cluster.messages import CANCELLED, LOST
+from distillbench.cluster.queue import Queue, Queued, SharedQueue
+from distillbench.cluster.request import Request, remedy
 from distillbench.config import root
 from distillbench.errors import UserError
 from distillbench.registry import resources
 
-SECONDS = 30
+SECONDS = 30  # that sbatch and scancel may take to answer
 STAGES = ("trained", "evaluated")
+HOUR = 3600
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a cell's job is: in the queue as `queued`, or lost for the reason `why`; `evaluates` rather than trains."""
+class JobState:
+    """Where a cell's job on a cluster is: in the queue, lost, or (by default) nowhere."""
 
     queued: Queued | None = None
-    why: str = ""
-    evaluates: bool = False
+    why: str = ""  # it was lost
+    evaluates: bool = False  # rather than trains
 
 
-def flags(request: dict[str, Any]) -> list[str]:
-    """sbatch's options for a request (`distillbench.resources.request`), as submitit writes them into its script."""
-    found = {key.replace("_", "-"): value for key, value in options(request).items()} | request[
-        "sbatch"
-    ]
-    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in found.items()]
+def check_requests(requests: Iterable[str]) -> None:
+    """Ask sbatch about every distinct request, in JSON, without submitting anything.
 
-
-def check(requests: Iterable[str]) -> None:
-    """Ask sbatch about every distinct request without submitting anything; UserError with its words and the remedy."""
+    UserError with its words and the remedy where it refuses one.
+    """
     for program in ("sbatch", "srun", "squeue"):
         if shutil.which(program) is None:
             raise UserError(ABSENT.format(program))
     for request in sorted(set(requests)):
-        command = ["sbatch", "--test-only", *flags(json.loads(request)), "--wrap", "true"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            raise UserError(
-                f"sbatch has not answered for {SECONDS} s: see that `sinfo` works, then rerun"
-            ) from None
-        if done.returncode:
-            message = (
-                " ".join(done.stderr.split())
-                .replace("sbatch: error: ", "")
-                .replace("allocation failure: ", "")
-            )
-            help_ = remedy(message) or "see slurm/site.yaml and workflows/resources.yaml"
-            raise UserError(f"sbatch refuses the jobs: {message}: {help_}")
+        _check(Request.parse(request))
 
 
-def folders(jobs: Iterable[Job]) -> Iterator[tuple[Job, str, Path]]:
-    """(job, stage, folder) of those that were ever launched on a cluster."""
+def _check(request: Request) -> None:
+    command = ["sbatch", "--test-only", *request.flags(), "--wrap", "true"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"sbatch has not answered for {SECONDS} s: see that `sinfo` works, then rerun"
+        ) from None
+    if done.returncode:
+        message = " ".join(done.stderr.split())
+        for words in ("sbatch: error: ", "allocation failure: "):
+            message = message.replace(words, "")
+        help_ = remedy(message) or "see slurm/site.yaml and workflows/resources.yaml"
+        raise UserError(f"sbatch refuses the jobs: {message}: {help_}")
+
+
+def launched(jobs: Iterable[Job]) -> Iterator[tuple[Job, str, Path]]:
+    """(job, stage, folder) of the jobs that were ever launched on a cluster."""
     for job in jobs:
         for stage in STAGES:
-            if (folder := root() / f"{job.stamp(stage)}.slurm").is_dir():
+            folder = root() / f"{job.stamp(stage)}.slurm"
+            if folder.is_dir():
                 yield job, stage, folder
 
 
-def places(jobs: list[Job]) -> dict[str, Place]:
-    """By the key of a cell; empty where no cluster was used. Asks squeue as rarely as the launchers do."""
-    launched = list(folders(jobs))
-    if not launched:
+def job_states(jobs: list[Job]) -> dict[str, JobState]:
+    """States of jobs by the keys of their cells; empty where no cluster was used.
+
+    Asks squeue as rarely as the launchers do.
+    """
+    found = list(launched(jobs))
+    if not found:
         return {}
-    queue = Board(root() / "results/runs").look() if shutil.which("squeue") else None
-    found: dict[str, Place] = {}
-    for job, stage, folder in launched:
-        queued = queue.named(name_of(folder)) if queue is not None else None
-        if (why := read(folder / LOST).get("why")) is not None:
-            found |= {cell.key: Place(why=why) for cell in job.cells}
-        elif queued is not None and queued.active:
-            found |= {cell.key: Place(queued, evaluates=stage == "evaluated") for cell in job.cells}
-    return found
+    queue = _shared_queue().recent() if shutil.which("squeue") else None
+    states: dict[str, JobState] = {}
+    for job, stage, folder in found:
+        state = _state(folder, stage, queue)
+        if state is not None:
+            states |= {cell.key: state for cell in job.cells}
+    return states
+
+
+def _state(folder: Path, stage: str, queue: Queue | None) -> JobState | None:
+    """State of the job of a folder; None where it is neither lost nor in the queue."""
+    why = messages.read(folder / LOST).get("why")
+    if why is not None:
+        return JobState(why=why)
+    queued = None if queue is None else queue.named(name_of(folder))
+    if queued is None or not queued.active:
+        return None
+    return JobState(queued, evaluates=stage == "evaluated")
+
+
+def _shared_queue() -> SharedQueue:
+    return SharedQueue(root() / "results/runs")
 
 
 def cancel(jobs: list[Job]) -> list[str]:
-    """End the active jobs of these cells; their launchers do not try again, and those still to come do not submit. Job numbers."""
+    """End the active jobs of these cells; returns their numbers.
+
+    Their launchers do not try again, and those still to come do not submit.
+    """
     if shutil.which("scancel") is None:
         raise UserError("no scancel here: run on a login node of the cluster")
-    for stamp in (root() / job.stamp(stage) for job in jobs for stage in STAGES):
-        if not stamp.exists():
-            (folder := Path(f"{stamp}.slurm")).mkdir(parents=True, exist_ok=True)
-            (folder / CANCELLED).touch()
-    launched = list(folders(jobs))
+    for job in jobs:
+        for stage in STAGES:
+            _mark_cancelled(root() / job.stamp(stage))
+    found = list(launched(jobs))
     try:
-        queue = Board(root() / "results/runs").since(time.time())
+        queue = _shared_queue().since(time.time())
     except RuntimeError as e:
         raise UserError(str(e)) from None
-    active = [
-        q.id
-        for *_, folder in launched
-        if (q := queue.named(name_of(folder))) is not None and q.active
-    ]
+    active = []
+    for _, _, folder in found:
+        queued = queue.named(name_of(folder))
+        if queued is not None and queued.active:
+            active.append(queued.id)
     if active:
         done = subprocess.run(["scancel", *active], capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
@@ -111,7 +132,18 @@ def cancel(jobs: list[Job]) -> list[str]:
     return active
 
 
+def _mark_cancelled(stamp: Path) -> None:
+    """Tell the launchers of an unfinished stage, present and future, to submit nothing."""
+    if stamp.exists():
+        return
+    folder = Path(f"{stamp}.slurm")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CANCELLED).touch()
+
+
 def hours(job: Job, seconds: float) -> tuple[float, float]:
     """(GPU-hours, core-hours) of so many seconds of a job."""
     r = resources.of(job.benchmark, job.arm)
-    return r.nodes * r.gpus * seconds / 3600, r.nodes * r.ranks * r.cpus * seconds / 3600
+    gpus = r.nodes * r.gpus
+    cores = r.nodes * r.ranks * r.cpus
+    return gpus * seconds / HOUR, cores * seconds / HOUR

@@ -24,7 +24,7 @@ from distillbench.cells.jobs import Job
 from distillbench.cells.journal import NAME
 from distillbench.cells.provenance import hardware
 from distillbench.cluster import control
-from distillbench.cluster.control import Place
+from distillbench.cluster.control import JobState
 from distillbench.cluster.queue import SECONDS, Queued
 from distillbench.errors import UserError, nearest
 from distillbench.registry import folders, resources
@@ -108,9 +108,9 @@ def progress_of(folder: Path, running: bool = False) -> State:
     return State(word, share, left, pace)
 
 
-def state_of(cell: Cell, evaluated: Callable[[Cell], bool], place: Place | None = None) -> State:
+def state_of(cell: Cell, evaluated: Callable[[Cell], bool], place: JobState | None = None) -> State:
     """The state of a cell; `place`: where its job on a cluster is."""
-    place = place or Place()
+    place = place or JobState()
     queued = place.queued
     if (record := cell.result()) is not None:
         if record["status"] != "done" or evaluated(cell):
@@ -148,7 +148,7 @@ def is_current(cell: Cell, queued: Queued) -> bool:
 
 def matrix(jobs: list[Job], evaluated: Callable[[Cell], bool]) -> Group:
     """Rows benchmark/arm, columns seeds, and a line that sums it up."""
-    places = control.places(jobs)
+    places = control.job_states(jobs)
     states = [
         (cell, state_of(cell, evaluated, places.get(cell.key)))
         for job in jobs
@@ -177,9 +177,9 @@ def matrix(jobs: list[Job], evaluated: Callable[[Cell], bool]) -> Group:
 
 def details(jobs: list[Job], evaluated: Callable[[Cell], bool]) -> list[str]:
     """A line for each cell: state, reason, pace, seconds, where its job is, folder."""
-    places, out = control.places(jobs), []
+    places, out = control.job_states(jobs), []
     for cell in (cell for job in jobs for cell in job.cells):
-        place = places.get(cell.key) or Place()
+        place = places.get(cell.key) or JobState()
         result, state = cell.result() or {}, state_of(cell, evaluated, place)
         reason = f": {result['reason']}" if result.get("reason") else ""
         facts = [state.why] if state.why and state.word != "queued" else []
@@ -240,7 +240,7 @@ def forecast(jobs: list[Job], trained: Callable[[Cell], bool], profile: str | No
 
 def partial(name: str, jobs: list[Job], evaluated: Callable[[Cell], bool]) -> str:
     """results/<name>.partial.md: which cells keep a table from being rendered, and why."""
-    places = control.places(jobs)
+    places = control.job_states(jobs)
     states = [
         (cell, state_of(cell, evaluated, places.get(cell.key)))
         for job in jobs

@@ -17,10 +17,12 @@ import pytest
 
 from distillbench.cells import journal
 from distillbench.cells.disk import write_json
-from distillbench.cluster import job, launcher
-from distillbench.cluster.job import Work
-from distillbench.cluster.launcher import LOST, Launcher
-from distillbench.cluster.queue import SECONDS, Board
+from distillbench.cluster import job
+from distillbench.cluster.job import Command
+from distillbench.cluster.launcher import Launcher
+from distillbench.cluster.messages import LOST, read
+from distillbench.cluster.queue import SECONDS, SharedQueue
+from distillbench.cluster.request import Request
 from tests.conftest import Checkout
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site
@@ -249,7 +251,7 @@ def test_a_number_that_another_job_has_now_is_not_ours(site: Site, monkeypatch: 
         "sbatch", "--job-name=distillbench-1", "--wrap", "sleep 60", "--output=/dev/null"
     )
     number = site.until(lambda: list(site.cluster.jobs()), "a job")[0]
-    queue = Board(site.folder).since(time.time())
+    queue = SharedQueue(site.folder).since(time.time())
     assert queue.job(number, "distillbench-1") is not None
     assert queue.job(number, "distillbench-0") is None and queue.named("distillbench-0") is None
 
@@ -419,7 +421,7 @@ def test_time_limits_are_counted_for_each_cell(checkout: Checkout, monkeypatch: 
     )
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     folder = checkout.folder / "results/runs/tiny-ring/meanflow/0.trained.slurm"
-    work = Work(
+    work = Command(
         ["train", "tiny-ring", "meanflow", "--seeds", "0,1"], checkout.folder, folder, 60, 1
     )
     work._began = -1e9
@@ -585,12 +587,12 @@ def test_a_node_with_other_packages_is_named(site: Site, monkeypatch: pytest.Mon
     one = Launcher(
         site.folder / "results/runs/tiny-ring/teacher/0.trained",
         ["train", "tiny-ring", "teacher", "--seeds", "0"],
-        request,
+        Request(**request),
     )
     assert one.run() == 2
     assert (
-        "has python 3." in launcher.read(one.folder / LOST)["why"]
-        and "instead of 2.7" in launcher.read(one.folder / LOST)["why"]
+        "has python 3." in read(one.folder / LOST)["why"]
+        and "instead of 2.7" in read(one.folder / LOST)["why"]
     )
 
 
@@ -601,8 +603,9 @@ def test_launchers_share_their_questions(site: Site):
     site.write("bin/squeue", f'#!/bin/sh\necho >> {log}\nexec {real} "$@"\n').chmod(0o755)
     site.environment["PATH"] = f"{site.folder}/bin:{site.environment['PATH']}"
     code = (
-        "import pathlib, time; from distillbench.cluster.queue import Board; b = Board(pathlib.Path('.')); end = time.time() + 12\n"
-        "while time.time() < end: b.look(); time.sleep(0.2)"
+        "import pathlib, time; from distillbench.cluster.queue import SharedQueue; "
+        "b = SharedQueue(pathlib.Path('.')); end = time.time() + 12\n"
+        "while time.time() < end: b.recent(); time.sleep(0.2)"
     )
     began = time.time()
     asking = [site.start(sys.executable, "-c", code) for _ in range(8)]
