@@ -1,4 +1,4 @@
-"""Models of the files a user edits (project, benchmark, table, method) and their one-line errors. Imports no torch."""
+"""Models of the files a user edits: project, benchmark, table, method. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from distillbench.errors import UserError, nearest
 from distillbench.hashing import digest
 from distillbench.reading import Strict, read
 
-SHARE = re.compile(
-    r"x(\d+\.?\d*)"
-)  # the last part of method@x0.25: an arm with that share of the budget
+# The last part of method@x0.25: an arm with that share of the budget.
+SHARE = re.compile(r"x(\d+\.?\d*)")
 
 
 class Project(Strict):
@@ -32,15 +31,17 @@ class DigitsData(Strict):
     kind: Literal["digits"]
     inner: bool = Field(
         False,
-        description="split the training half once more, for choosing settings: no reported digit is seen",
+        description=(
+            "split the training half once more, for choosing settings: no reported digit is seen"
+        ),
     )
 
     def fingerprint(self) -> str:
+        """Hash of the installed file of digits, 16 hexadecimal digits."""
         spec = importlib.util.find_spec("sklearn")
         assert spec is not None and spec.submodule_search_locations
-        return digest(
-            (Path(spec.submodule_search_locations[0]) / "datasets/data/digits.csv.gz").read_bytes()
-        )
+        package = Path(spec.submodule_search_locations[0])
+        return digest((package / "datasets/data/digits.csv.gz").read_bytes())
 
 
 class MixtureData(Strict):
@@ -60,6 +61,7 @@ class MixtureData(Strict):
         return self
 
     def fingerprint(self) -> str:
+        """Hash of these settings, 16 hexadecimal digits."""
         return digest(self.model_dump_json().encode())
 
 
@@ -71,7 +73,7 @@ class NetworkSpec(Strict):
 
 
 class TeacherSpec(Strict):
-    """How the teacher is trained. On mixtures the velocity is exact and this network only initialises students."""
+    """How the teacher is trained. On mixtures its network only initialises students."""
 
     updates: int = Field(gt=0)
     batch: int = Field(gt=0)
@@ -104,7 +106,7 @@ class Sampling(Strict):
 
 
 class Benchmark(Strict):
-    """`workflows/benchmarks/<name>.yaml`: same teacher, same data, same budget, same evaluator for every method."""
+    """`workflows/benchmarks/<name>.yaml`: one teacher, data, budget, evaluator for all methods."""
 
     name: str
     family: str = Field(description="methods may give settings for a family of benchmarks")
@@ -129,27 +131,29 @@ class Benchmark(Strict):
     stall_s: float = Field(
         300,
         gt=0,
-        description="a cell in which no step and no batch of samples ends for so long is recorded as `hung`",
+        description=(
+            "a cell in which no step and no batch of samples ends for so long is recorded as `hung`"
+        ),
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Benchmark:
         if (self.extractor is None) != isinstance(self.data, MixtureData):
             raise ValueError("images need an extractor, mixtures have none")
-        if (
-            self.guidance != 1
-            and isinstance(self.data, MixtureData)
-            and self.data.layout != "image"
-        ):
+        has_classes = isinstance(self.data, DigitsData) or self.data.layout == "image"
+        if self.guidance != 1 and not has_classes:
             raise ValueError(f"guidance {self.guidance:g} needs data with classes; remove the key")
         return self
 
 
 class Evaluation(Strict):
-    """Evaluations of one network in a cycle of a method's updates, as its paper's algorithm needs them."""
+    """Evaluations of one network in a cycle of updates, as the paper's algorithm needs them."""
 
     role: str = Field(
-        description="of the meter: student, student.tangent, teacher, critic, features, or a player's further networks"
+        description=(
+            "of the meter: student, student.tangent, teacher, critic, features, "
+            "or a player's further networks"
+        )
     )
     calls: int = Field(1, gt=0)
     rows: float | None = Field(
@@ -157,7 +161,10 @@ class Evaluation(Strict):
     )
     gradient: Literal["none", "inputs", "weights", "both", "penalty"] = Field(
         "none",
-        description="what is differentiated in; penalty: weights, and through the gradient in the inputs (R1)",
+        description=(
+            "what is differentiated in; penalty: weights, and through the gradient in the inputs "
+            "(R1)"
+        ),
     )
     blocks: int | None = Field(None, gt=0, description="evaluates the first blocks only")
 
@@ -165,8 +172,8 @@ class Evaluation(Strict):
 class Variant(Strict):
     """A named change to a method's settings."""
 
-    config: dict[str, Any] = {}
-    benchmarks: dict[str, dict[str, Any]] = {}
+    config: dict[str, Any] = Field({})
+    benchmarks: dict[str, dict[str, Any]] = Field({})
     group: Literal["distillation", "from_scratch"] | None = None
     fidelity: Literal["official code", "paper text", "reconstruction"] | None = None
     adaptation: bool | None = None
@@ -190,13 +197,16 @@ class MethodFile(Strict):
     )
     start: str | None = Field(
         None,
-        description="arm whose finished student `task.network('start')` loads, of the same seed, e.g. meanflow@x0.7; its cost counts",
+        description=(
+            "arm whose finished student `task.network('start')` loads, of the same seed, "
+            "e.g. meanflow@x0.7; its cost counts"
+        ),
     )
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field({})
     benchmarks: dict[str, dict[str, Any]] = Field(
         {}, description="settings per family or name of a benchmark"
     )
-    variants: dict[str, Variant] = {}
+    variants: dict[str, Variant] = Field({})
     cost: list[Evaluation] | None = Field(
         None,
         description="evaluations of one cycle of updates; Table 1 compares them with the meter's",
@@ -210,7 +220,8 @@ class MethodFile(Strict):
         for name in self.variants:
             if "@" in name or SHARE.fullmatch(name):
                 raise ValueError(
-                    f"variant '{name}': '@' and names like x0.25, which mean a share of the budget, are reserved: rename it"
+                    f"variant '{name}': '@' and names like x0.25, which mean a share of the "
+                    "budget, are reserved: rename it"
                 )
         return self
 
@@ -222,11 +233,16 @@ class Table(Strict):
     title: str
     kind: Literal["metrics", "costs", "audit"] = Field(
         "metrics",
-        description="costs: what methods are and cost, from the records of `sources`; audit: the claims of `methods`, on `seeds`",
+        description=(
+            "costs: what methods are and cost, from the records of `sources`; "
+            "audit: the claims of `methods`, on `seeds`"
+        ),
     )
     sources: list[str] = Field(
         [],
-        description="tables whose records a table of costs reads; the first also for what an update costs",
+        description=(
+            "tables whose records a table of costs reads; the first also for what an update costs"
+        ),
     )
     benchmarks: list[str] = Field(min_length=1)
     methods: Literal["all"] | list[str] = Field(
@@ -245,14 +261,15 @@ class Table(Strict):
     reported: str | None = Field(
         None, description="file with the papers' own numbers, shown in a section of their own"
     )
-
     reported_again: str | None = Field(
         None,
         description="of an audit: name of the page that sets the papers' ablations beside its arms",
     )
     again_of: str | None = Field(
         None,
-        description="of an audit: name of another one, on other seeds, whose verdicts it is compared with",
+        description=(
+            "of an audit: name of another one, on other seeds, whose verdicts it is compared with"
+        ),
     )
 
     @model_validator(mode="after")
@@ -261,7 +278,8 @@ class Table(Strict):
             raise ValueError("seeds: one is given twice")
         if self.kind == "audit" and not self.seeds:
             raise ValueError(
-                "an audit names its seeds: fresh ones, on which no setting was chosen and no claim was thought of"
+                "an audit names its seeds: fresh ones, on which no setting was chosen "
+                "and no claim was thought of"
             )
         if self.kind != "audit" and (self.again_of or self.reported_again):
             raise ValueError(
@@ -271,43 +289,47 @@ class Table(Strict):
 
 
 def root() -> Path:
-    """The checkout we stand in: the nearest folder upwards with a `distillbench.yaml`."""
+    """Root of the checkout: the nearest folder upwards with a `distillbench.yaml`.
+
+    Upwards from the working directory; UserError where there is none.
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "distillbench.yaml").is_file():
             return folder
     raise UserError(
-        f"{here}: not inside a distillbench checkout (no distillbench.yaml here or above): cd into one"
+        f"{here}: not inside a distillbench checkout (no distillbench.yaml here or above): "
+        "cd into one"
     )
 
 
 def _named(folder: Path, name: str, what: str) -> Path:
+    """`<name>.yaml` in `folder`; UserError with the nearest name where there is none."""
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(
-            f"{folder}: unknown {what} '{name}', {nearest(name, (p.stem for p in folder.glob('*.yaml')))}"
-        )
+        known = [p.stem for p in folder.glob("*.yaml")]
+        raise UserError(f"{folder}: unknown {what} '{name}', {nearest(name, known)}")
     return path
 
 
 def benchmark(name: str) -> Benchmark:
-    """The benchmark called `name`."""
+    """The benchmark called `name`; UserError where there is none or its file is wrong."""
     path = _named(root() / "workflows/benchmarks", name, "benchmark")
-    found = read(path, Benchmark)
-    if found.name != name:
-        raise UserError(f"{path}: key 'name' is '{found.name}', expected '{name}'")
-    return found
+    model = read(path, Benchmark)
+    if model.name != name:
+        raise UserError(f"{path}: key 'name' is '{model.name}', expected '{name}'")
+    return model
 
 
 def table(name: str) -> Table:
-    """The table called `name`."""
+    """The table called `name`; UserError where there is none or its file is wrong."""
     path = _named(root() / "workflows/tables", name, "table")
-    found = read(path, Table)
-    if found.name != name:
-        raise UserError(f"{path}: key 'name' is '{found.name}', expected '{name}'")
-    if found.reported and not (root() / found.reported).is_file():
-        raise UserError(f"{path}: key 'reported': {found.reported} does not exist")
-    return found
+    model = read(path, Table)
+    if model.name != name:
+        raise UserError(f"{path}: key 'name' is '{model.name}', expected '{name}'")
+    if model.reported and not (root() / model.reported).is_file():
+        raise UserError(f"{path}: key 'reported': {model.reported} does not exist")
+    return model
 
 
 SCHEMAS: dict[str, type[BaseModel]] = {

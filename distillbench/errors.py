@@ -1,4 +1,4 @@
-"""Exceptions: mistakes a user can mend (one clear line, exit code 2), and the ways a method's cell may end."""
+"""Exceptions: mistakes a user can mend (one line, exit code 2), and how a method's cell may end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ class UserError(Exception):
 
 
 class Refused(Exception):
-    """A method cannot run on this benchmark: raise it with the reason from `needs` or `__init__`; the row says REFUSED."""
+    """A method cannot run on this benchmark; its row says REFUSED.
+
+    Raised with the reason from `needs` or `__init__` of the method.
+    """
 
 
 class Diverged(Exception):
@@ -24,6 +27,8 @@ class OverBudget(Exception):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Text that helps after an unknown `name`: the nearest known one, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(names) or 'none'}"

@@ -1,4 +1,4 @@
-"""What a method spends: network evaluations by role, floating-point operations, images, seconds, memory."""
+"""What a method spends: network evaluations by role, floating-point operations, memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class NoModules:
-    """In place of torch's tracker of modules in FlopCounterMode: we need the total, and its hooks fail where a loss is differentiated
-    in a leaf that some module was given (R1 on images, spectrally normalised weights)."""
+    """Stand-in for the tracker of modules in torch's FlopCounterMode.
+
+    Only the total is needed, and the tracker's hooks fail where a loss is differentiated in a leaf
+    that some module was given (R1 on images, spectrally normalised weights).
+    """
 
     parents = frozenset({"Global"})
 
@@ -25,7 +28,11 @@ class NoModules:
 
 
 class Meter:
-    """Counts while a block of it is open: calls and rows by role ('student', 'student.tangent', 'critic.backward')."""
+    """Counts of calls and rows by role while a block of it is open, and of FLOPs while measured.
+
+    Roles are such as 'student', 'student.tangent', 'critic.backward'; `flops` is the total of the
+    measured blocks and of the operations charged by `watch`.
+    """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -34,17 +41,23 @@ class Meter:
         self._open = False
 
     def watch(self, network: nn.Module, role: Callable[[], str], row_flops: int = 0) -> None:
-        """Count every forward of `network`, and of later copies of it, under `role()`; `row_flops` are charged on top."""
+        """Count every forward of `network`, and of later copies of it, under `role()`.
+
+        Rows are the first dimension of the first argument; `row_flops` for each of them are charged
+        on top.
+        """
 
         def hook(_module: nn.Module, args: tuple, kwargs: dict, _out: object) -> None:
-            rows = (args or tuple(kwargs.values()))[0].shape[0]
+            inputs = args or tuple(kwargs.values())
+            rows = inputs[0].shape[0]
             self.count(role(), rows)
-            self.flops += row_flops * rows if self._open else 0
+            if self._open:
+                self.flops += row_flops * rows
 
         network.register_forward_hook(hook, with_kwargs=True)
 
     def count(self, role: str, rows: int) -> None:
-        """Add one evaluation of `rows` samples."""
+        """Add one evaluation of `rows` samples; nothing outside a block."""
         if self._open:
             self.calls[role] += 1
             self.rows[role] += rows
@@ -60,7 +73,10 @@ class Meter:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Count calls, rows and FLOPs (torch's own counter: matrix products and convolutions) inside the block."""
+        """Count calls, rows and FLOPs inside the block.
+
+        FLOPs are those of torch's own counter: matrix products and convolutions.
+        """
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = NoModules()  # type: ignore[assignment]
         with self.counting(), counter:

@@ -85,7 +85,8 @@ class Teacher:
         Guided with weight w: v_null + w (v_cond - v_null), by a second evaluation; none where the
         data have no classes, or where w is the number 1.
         """
-        v, w = self.network(x, t, cond.labels), cond.guidance
+        v = self.network(x, t, cond.labels)
+        w = cond.guidance
         if cond.labels is None or (not isinstance(w, Tensor) and w == 1):
             return v
         null = self.network(x, t, torch.full_like(cond.labels, self._classes))
@@ -142,7 +143,9 @@ class Task:
     """What the harness hands a method: the teacher, networks, players and the metered derivative.
 
     architecture: makes a network with random weights, given `second_time`, `guidance` and `norms`.
-    start: the weights of the arm that `start` in config.yaml names.
+    teacher_weights, start: state dicts of the teacher's network and of the arm that `start` in
+    config.yaml names; shape: of one sample, batches are [B, *shape] float32; classes: 0 where the
+    data have none.
     """
 
     def __init__(
@@ -240,9 +243,10 @@ class Task:
 
 
 def copy_weights(source: dict[str, Tensor], target: nn.Module) -> None:
-    """Load `source` into `target`, whose further inputs (second time, guidance) keep their start.
+    """Load the state dict `source` into `target`.
 
-    Raises ValueError where anything else is missing or left over.
+    Further inputs that `target` has (second time, guidance) keep their start. Raises ValueError
+    where anything else is missing or left over.
     """
     missing, unexpected = target.load_state_dict(source, strict=False)
     lacking = [k for k in missing if not k.startswith(("gap.", "guidance."))]
@@ -276,8 +280,8 @@ class Method:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Anything that changes over training besides the players: tensors only."""
+        """State dict of what changes over training besides the players; tensors of any shape."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`."""
+        """Load a state dict that `state_dict` returned."""

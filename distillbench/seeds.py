@@ -1,4 +1,4 @@
-"""Random numbers derived from (seed, role, step), never from a global stream and never from a sum of integers."""
+"""Random numbers from (seed, role, step), never from a global stream nor a sum of integers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from torch import Tensor
 
 
 def derive(seed: int, *names: object) -> int:
-    """A 63-bit seed from a seed and the names of its use; distinct names give independent streams."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest(), "big"
-        )
-        >> 1
-    )
+    """A 63-bit seed, in [0, 2^63), from a seed and the names of its use.
+
+    Distinct names give independent streams; names enter by their `repr`.
+    """
+    text = repr((seed, *names)).encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def ranks() -> tuple[int, int]:
-    """This process's rank and how many there are: (0, 1) unless several train one cell (`distillbench.ranks`)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """This process's rank and the number of ranks: (0, 1) unless several train one cell."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 class Rng:
-    """One named stream. Rows are drawn for the global batch; rank r of W keeps rows r, r+W, ...,
-    so that 1 rank and W ranks together see the same batch."""
+    """One named stream of random numbers, the same on every device.
+
+    Rows are drawn for the global batch; rank r of W keeps rows r, r+W, ..., so that 1 rank and W
+    ranks together see the same batch. Every draw of n rows gives this rank's own n, [n, ...].
+    """
 
     def __init__(
         self,
@@ -38,7 +43,9 @@ class Rng:
     ):
         # Always a CPU generator: the numbers do not depend on the device.
         self._generator = torch.Generator().manual_seed(derive(seed, *names))
-        self._rank, self._world, self._device = rank, world, device
+        self._rank = rank
+        self._world = world
+        self._device = device
 
     def _own(self, rows: Tensor) -> Tensor:
         return rows[self._rank :: self._world].to(self._device)

@@ -1,1 +1,1 @@
-"""Data sets by kind: what students and teachers are trained on, and what samples are held against."""
+"""Data sets by kind: what networks are trained on, and what samples are held against."""

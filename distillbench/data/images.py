@@ -35,5 +35,5 @@ class Images:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """float32 in [-1, 1] -> uint8 in 0..255, rounded and clipped."""
+    """Images [N, C, H, W] float32 in [-1, 1] -> uint8 in 0..255, rounded and clipped."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

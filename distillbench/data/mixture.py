@@ -26,7 +26,7 @@ class Mixture:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """Shape of one sample."""
         return tuple(self.means.shape[1:])
 
     def draw(self, rng: Rng, n: int) -> tuple[Tensor, Tensor | None]:
@@ -65,10 +65,11 @@ def grid(count: int) -> Tensor:
 def waves(count: int) -> Tensor:
     """Means [count, 1, 4, 4]: the first of eight plane waves on 4 x 4 pixels, float64."""
     u = torch.arange(IMAGE_SIDE, dtype=torch.float64) * torch.pi / 4
-    rows, columns = u[:, None], u[None]
-    found = []
+    rows = u[:, None]
+    columns = u[None]
+    means = []
     for a in (1, 2):
         for b in (0, 1):
             for phase in (0.0, torch.pi):
-                found.append(torch.cos(a * rows + b * columns + phase))
-    return torch.stack(found)[:count, None]
+                means.append(torch.cos(a * rows + b * columns + phase))
+    return torch.stack(means)[:count, None]

@@ -29,7 +29,10 @@ def modulations(c: Tensor, n: int, norms: Norms) -> tuple[Tensor, ...]:
 
 
 class Block(nn.Module):
-    """h + gate * MLP(scale * norm(h) + shift), modulated by the condition; the gate starts at 0."""
+    """h + gate * MLP(scale * norm(h) + shift), [B, width]; the gate starts at 0.
+
+    Modulated by the condition c [B, width].
+    """
 
     def __init__(self, width: int, norms: Norms = "layer"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Regression pairs: noise and the teacher's own sample from it (DMD, arXiv 2311.18828, sec. 3.3)."""
+"""Regression pairs: noise and the teacher's own sample (DMD, arXiv 2311.18828, section 3.3)."""
 
 from __future__ import annotations
 
