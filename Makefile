@@ -1,8 +1,11 @@
-# `make table2` and `make test` are all a newcomer needs; both install what they need into .venv first.
+# `make quick`, `make table2` and `make test` are all a newcomer needs; each installs what it needs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: table2 gaussians protocol test test-slow bench lint clean
+.PHONY: quick table2 gaussians protocol test test-slow bench lint clean
+
+quick: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all results/quick.md
 
 table2: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all results/table2.md

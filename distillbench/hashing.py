@@ -115,6 +115,11 @@ class _Normaliser:
             return ["Name", self.imported.names.get(node.id, node.id)]
         if isinstance(node, ast.Attribute) and _name(node.value) in self.imported.modules:
             return ["Name", _qualified(self.imported.modules[_name(node.value)], node.attr)]
+        if isinstance(node, ast.Attribute):
+            value = self.dump(node.value)
+            if self._is_imported(node.value):  # math.pi, and pi that was imported from math
+                return ["Name", f"{value[1]}.{node.attr}"]
+            return ["Attribute", value, node.attr]
         if isinstance(node, ast.Constant):
             return ["Constant", type(node.value).__name__, repr(node.value)]
         if isinstance(node, ast.JoinedStr):
@@ -129,6 +134,12 @@ class _Normaliser:
         if isinstance(node, ast.AST):
             return [type(node).__name__, self._fields(node)]
         return node
+
+    def _is_imported(self, node: ast.expr) -> bool:
+        """Whether it is a dotted name that begins with an imported one."""
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        return _name(node) in self.imported.names
 
     def _fields(self, node: ast.AST) -> list[Any]:
         out = []

@@ -1,1 +1,1 @@
-"""What a sample is worth: extractors, metrics, fixed rows, verdicts; sees samples and records only."""
+"""Worth of samples: extractors, metrics, fixed rows, verdicts. Sees samples and records only."""

@@ -59,7 +59,9 @@ def speed(folder: Path, rows: int) -> dict[str, float]:
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    from eval.metrics.scores import Reference, feature_scores, inception_score
+    from eval.metrics.inception_score import inception_score
+    from eval.metrics.scores import feature_scores
+    from eval.metrics.statistics import Reference
 
     gen = load(folder / "gen.npy")
     ref = load(folder / "ref.npy")
@@ -111,7 +113,8 @@ def resident(field: str) -> float:
 
 def memory(folder: Path, rows: int) -> dict[str, float]:
     """GB after the imports, with both sets loaded and at the peak of scoring them, and seconds."""
-    from eval.metrics.scores import Reference, feature_scores
+    from eval.metrics.scores import feature_scores
+    from eval.metrics.statistics import Reference
 
     imports = resident("VmRSS")
     gen = load(folder / "gen.npy")

@@ -414,7 +414,8 @@ def test_an_extractor_gives_the_cpus_features(name):
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_features_from_cuda_score_as_the_cpus(name):
     pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
-    from eval.metrics.scores import Reference, feature_scores
+    from eval.metrics.scores import feature_scores
+    from eval.metrics.statistics import Reference
 
     (expected, _), (found, _) = extracted(name)
     reference = Reference(expected[300:], "")

@@ -20,7 +20,7 @@ from eval.features import weights
 from eval.metrics import evaluate, key
 from eval.metrics.evaluate import SCORES, Against, evaluate_images, in_turn
 from eval.metrics.key import NUMERICAL
-from eval.metrics.scores import Reference
+from eval.metrics.statistics import Reference
 from eval.report.protocol import CROSS_EXTRACTOR, EXTRACTOR, Digits
 
 EVAL = Path(evaluate.__file__).parents[1]
@@ -228,57 +228,75 @@ def test_other_mix_ups_are_noticed(monkeypatch):
     }
 
 
-def file_of(module: str) -> Path:
-    return EVAL.parent.joinpath(*module.split(".")).with_suffix(".py")
+# Modules that evaluate.py needs and that decide no number: they read samples and weights, keep
+# features, or name the evaluation.
+NOT_NUMERICAL = {
+    "eval.features.weights",
+    "eval.metrics.key",
+    "eval.metrics.reference",
+    "eval.samples",
+}
 
 
 def imported(module: str) -> set[str]:
-    """eval's modules that this one imports, directly or not, at the top of the file."""
-    found, todo = set(), [module]
+    """eval's modules that this one imports at the top of the file, directly or not, and itself."""
+    found = set()
+    todo = [module]
     while todo:
         name = todo.pop()
+        if name in found:
+            continue
         found.add(name)
-        for node in ast.parse(file_of(name).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("eval"):
-                below = {f"{node.module}.{alias.name}" for alias in node.names}
-                own = {m for m in below | {node.module} if file_of(m).is_file()}
-                todo += own - found
+        file = EVAL.parent.joinpath(*name.split(".")).with_suffix(".py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("eval."):
+                todo.append(node.module)
     return found
 
 
 def test_the_key_covers_every_module_that_makes_a_number():
-    # These keep and read, and make no number.
-    others = {"eval.features.weights", "eval.metrics.key", "eval.metrics.reference", "eval.samples"}
-    needed = imported("eval.metrics.evaluate") - others
-    assert needed <= set(NUMERICAL)
-    # Of the needed ones, so that one left out would be seen.
-    names = {"eval.metrics.conditional", "eval.metrics.scores", "eval.metrics.fixed_rows"}
-    assert names <= needed
+    assert len(set(NUMERICAL)) == len(NUMERICAL)
+    assert NOT_NUMERICAL.isdisjoint(NUMERICAL)
+    assert imported("eval.metrics.evaluate") == {*NUMERICAL, *NOT_NUMERICAL}
+
+
+def test_an_edit_of_any_module_that_makes_a_number_is_another_key(monkeypatch, tmp_path):
+    def key_with(edited: str | None) -> str:
+        copy = tmp_path / str(edited)
+        for name in NUMERICAL:
+            source = EVAL.parent.joinpath(*name.split(".")).with_suffix(".py")
+            text = source.read_text(encoding="utf-8")
+            if name == edited:
+                text += "\nONE_MORE = 1\n"
+            file = copy / source.relative_to(EVAL)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(key, "EVAL", copy)
+        return key.evaluation_key.__wrapped__(None)  # without its cache
+
+    keys = {key_with(edited) for edited in (None, *NUMERICAL)}
+    assert len(keys) == 1 + len(NUMERICAL)
 
 
 def test_another_extractor_in_either_place_is_another_key(monkeypatch, tmp_path):
-    key_of = key.evaluation_key
+    evaluation_key = key.evaluation_key
     keys = [
-        key_of(EXTRACTOR, None),
-        key_of(EXTRACTOR, CROSS_EXTRACTOR),
-        key_of(CROSS_EXTRACTOR, EXTRACTOR),
-        key_of(EXTRACTOR, EXTRACTOR),
-        key_of(None, None),
+        evaluation_key(EXTRACTOR, None),
+        evaluation_key(EXTRACTOR, CROSS_EXTRACTOR),
+        evaluation_key(CROSS_EXTRACTOR, EXTRACTOR),
+        evaluation_key(EXTRACTOR, EXTRACTOR),
+        evaluation_key(None, None),
     ]
     assert len(set(keys)) == 5
     files = {name: weights.weight_file(name) for name in (EXTRACTOR, CROSS_EXTRACTOR)}
-    for name in files:  # one other byte in the weights of either
-        changed = tmp_path / files[name].name
-        changed.write_bytes(files[name].read_bytes()[:-1] + b"\x00")
-        monkeypatch.setattr(
-            key,
-            "weight_file",
-            lambda n, name=name, changed=changed: changed if n == name else files[n],
-        )
-        key_of.cache_clear()
-        keys.append(key_of(EXTRACTOR, CROSS_EXTRACTOR))
+    for name, file in files.items():  # one other byte in the weights of either
+        changed = tmp_path / file.name
+        changed.write_bytes(file.read_bytes()[:-1] + b"\x00")
+        monkeypatch.setattr(key, "weight_file", (files | {name: changed}).__getitem__)
+        evaluation_key.cache_clear()
+        keys.append(evaluation_key(EXTRACTOR, CROSS_EXTRACTOR))
     monkeypatch.undo()
-    key_of.cache_clear()
+    evaluation_key.cache_clear()
     assert len(set(keys)) == 7
 
 

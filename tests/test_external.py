@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distillbench.cli.evaluate import out as terminal
+from distillbench.cli import evaluate as scoring
 from distillbench.data.images import Images
 from eval.metrics import evaluate, key
 from eval.metrics.evaluate import Against
@@ -277,7 +277,7 @@ def twins(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_published_row_is_in_all_twins_and_checked(published, good, capsys, monkeypatch):
-    monkeypatch.setattr(terminal, "width", 80)
+    monkeypatch.setattr(scoring.out, "width", 80)
     assert run(capsys, "table", "table2", "--render")[0] == 0
     before = twins(published)
     save_file({"samples": good, "labels": torch.arange(N) % 10}, "x.safetensors")

@@ -16,7 +16,7 @@ from eval.features.train_digits_simclr import SEED, TEMPERATURE, DigitsMixer
 from eval.features.weights import EXTRACTORS
 from eval.metrics import key
 from eval.metrics.fixed_rows import GENERATORS
-from eval.metrics.scores import frechet_distance
+from eval.metrics.frechet import frechet_distance
 
 COMMITTED = {
     "digits-gelu-64": "0f59097f58a73ce63da9b8e5e5a88f7ccbb0d394db7f72d3e4fd3690dcf8557a",
@@ -70,21 +70,26 @@ def test_weights_of_the_one_are_no_weights_of_the_other(extractor):
 
 
 def test_evaluation_key_knows_both_extractors(monkeypatch, tmp_path):
-    key_of = key.evaluation_key.__wrapped__  # without its cache
-    before = {key_of(), key_of(NAME), key_of(NAME, SECOND), key_of(SECOND, NAME)}
-    assert len(before) == 4 and key_of(NAME, None) == key_of(NAME)
+    evaluation_key = key.evaluation_key.__wrapped__  # without its cache
+    before = {
+        evaluation_key(),
+        evaluation_key(NAME),
+        evaluation_key(NAME, SECOND),
+        evaluation_key(SECOND, NAME),
+    }
+    assert len(before) == 4 and evaluation_key(NAME, None) == evaluation_key(NAME)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other weights")
     true = weights.weight_file
     monkeypatch.setattr(key, "weight_file", lambda name: other if name == SECOND else true(name))
-    assert key_of(NAME, SECOND) not in before and key_of(NAME) in before
+    assert evaluation_key(NAME, SECOND) not in before and evaluation_key(NAME) in before
 
 
 def test_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'digits-gelu-64'"):
         load_extractor("digits-gelu64")
     with pytest.raises(ValueError, match="did you mean 'digits-simclr-64'"):
-        load_extractor("digits-simclr")
+        load_extractor("digits-train_digits_simclr")
     with pytest.raises(ValueError, match="did you mean"):
         load_extractor("xyz")
 

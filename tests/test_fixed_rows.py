@@ -18,7 +18,7 @@ from eval.metrics.fixed_rows import (
     one_class_missing,
     one_image_repeated,
 )
-from eval.metrics.scores import frechet_distance
+from eval.metrics.frechet import frechet_distance
 from eval.report.protocol import CROSS_EXTRACTOR, EXTRACTOR, Digits
 
 N = 1800

@@ -31,9 +31,12 @@ from eval.features import inception
 from eval.features.extractors import Extractor, load_extractor
 from eval.features.weights import INCEPTION, known_extractor, weight_file
 from eval.metrics.evaluate import Against, evaluate_images
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.inception_score import inception_score
 from eval.metrics.key import evaluation_key
+from eval.metrics.kid import kid
 from eval.metrics.reference import reference_set
-from eval.metrics.scores import Reference, frechet_distance, inception_score, kid
+from eval.metrics.statistics import Reference
 
 TORCH_FIDELITY, CLEAN_FID = "inception-torch-fidelity", "inception-clean-fid"
 

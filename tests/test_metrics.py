@@ -24,19 +24,15 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from eval.features.extractors import load_extractor
 from eval.features.train_digits_extractor import alternate, digits_u8
-from eval.metrics import pairwise
-from eval.metrics import scores as scores_module
+from eval.metrics import pairwise, statistics
 from eval.metrics.evaluate import Against, evaluate_images
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.inception_score import inception_score
+from eval.metrics.kid import kid
+from eval.metrics.memorisation import memorisation
 from eval.metrics.pairwise import Cloud
-from eval.metrics.scores import (
-    Gaussian,
-    Reference,
-    feature_scores,
-    frechet_distance,
-    inception_score,
-    kid,
-    memorisation,
-)
+from eval.metrics.scores import feature_scores
+from eval.metrics.statistics import Gaussian, Reference
 
 PRDC = ("precision", "recall", "density", "coverage")
 
@@ -475,7 +471,7 @@ def test_a_reference_whose_features_changed_is_refused(monkeypatch):
     fresh = feature_scores(gen, dataclasses.replace(reference))
     assert fresh == scores(gen, 2 * features) != first
     # Planted error: without the check the kept factors of the old features would answer.
-    monkeypatch.setattr(scores_module, "_digest", lambda features: "")
+    monkeypatch.setattr(statistics, "_digest", lambda features: "")
     stale = Reference(features.clone(), "")
     frechet_distance(gen, stale)
     stale.features.mul_(2)

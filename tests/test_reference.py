@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from eval.features.extractors import Extractor, load_extractor
 from eval.metrics import reference
+from eval.metrics.frechet import frechet_distance
 from eval.metrics.reference import reference_set
-from eval.metrics.scores import Reference, frechet_distance
+from eval.metrics.statistics import Reference
 
 
 class Counting(nn.Module):

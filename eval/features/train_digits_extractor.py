@@ -1,12 +1,13 @@
-"""Trains `digits-gelu-64`, the extractor behind every digits score: `python -m eval.train_digits_extractor`.
+"""Trains `digits-gelu-64`, the extractor behind every score of the digits.
 
-It learns from ALL 1797 digits: had it seen one half only, that half's features would be sharper and neither
-the floor (train half against reference half) nor a memoriser would be judged fairly. No half of the
-benchmark's split is privileged. What the same recipe reaches on digits it has not seen is printed first, from
-a run on half of them.
+Run as `python -m eval.features.train_digits_extractor`. It learns from ALL 1797 digits: had it seen
+one half only, that half's features would be sharper and neither the floor (train half against
+reference half) nor a memoriser would be judged fairly. No half of the benchmark's split is
+privileged. What the same recipe reaches on digits it has not seen is printed first, from a run on
+half of them.
 
-One thread, because the bytes repeat at a fixed thread count only (and on one kind of CPU): after retraining,
-the new hash makes every score incomparable with the old ones.
+One thread, because the bytes repeat at a fixed thread count only (and on one kind of CPU): after
+retraining, the new hash makes every score incomparable with the old ones.
 """
 
 import os
@@ -22,11 +23,17 @@ from torch import Tensor, nn
 
 from eval.features.extractors import WEIGHTS, DigitsClassifier, scaled
 
-EPOCHS, BATCH, PEAK_RATE, SEED = 80, 64, 3e-3, 0
+EPOCHS = 80
+BATCH = 64
+PEAK_RATE = 3e-3
+SEED = 0
 
 
 def digits_u8() -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits: uint8 [1797,1,8,8], levels 0..16 spread over 0..255; labels int64 [1797]."""
+    """scikit-learn's digits: uint8 [1797,1,8,8] and labels int64 [1797].
+
+    Levels 0..16 are spread over 0..255.
+    """
     data = load_digits()
     grey = np.round(data.images * 255 / 16).astype(np.uint8)
     return torch.from_numpy(grey)[:, None], torch.from_numpy(data.target).long()
@@ -39,16 +46,24 @@ def alternate(labels: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Every image moved by -1, 0 or 1 pixel along both axes, background moving in."""
+    """Images float [n,1,8,8], each moved by -1, 0 or 1 pixel along both axes.
+
+    Background (-1) moves in.
+    """
     n = len(x)
     dy, dx = torch.randint(0, 3, (2, n, 1, 1), generator=rng)
-    rows, columns = torch.arange(8).view(1, 8, 1) + dy, torch.arange(8).view(1, 1, 8) + dx
+    image = torch.arange(n).view(n, 1, 1)
+    rows = torch.arange(8).view(1, 8, 1) + dy
+    columns = torch.arange(8).view(1, 1, 8) + dx
     padded = F.pad(x[:, 0], (1, 1, 1, 1), value=-1.0)
-    return padded[torch.arange(n).view(n, 1, 1), rows, columns][:, None]
+    return padded[image, rows, columns][:, None]
 
 
 def train(images_u8: Tensor, labels: Tensor, epochs: int = EPOCHS) -> DigitsClassifier:
-    """A classifier of these images, its features scaled to RMS 1 over them. Repeats to the byte."""
+    """Train a classifier of images uint8 [N,1,8,8] with labels int64 [N] in 0..9.
+
+    Its features are scaled to RMS 1 over these images. Repeats to the byte.
+    """
     rng = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)  # layers initialise from the global stream
@@ -65,16 +80,19 @@ def train(images_u8: Tensor, labels: Tensor, epochs: int = EPOCHS) -> DigitsClas
             optimizer.step()
             schedule.step()
     network.eval().requires_grad_(False)
-    network.get_buffer("feature_scale").fill_(1 / network(x)[0].square().mean().sqrt())
+    features, _ = network(x)
+    network.get_buffer("feature_scale").fill_(1 / features.square().mean().sqrt())
     return network
 
 
 def accuracy(network: DigitsClassifier, images_u8: Tensor, labels: Tensor) -> float:
-    return (network(scaled(images_u8))[1].argmax(1) == labels).float().mean().item()
+    """Share of images uint8 [N,1,8,8] whose predicted class is their label int64 [N]."""
+    _, logits = network(scaled(images_u8))
+    return (logits.argmax(1) == labels).float().mean().item()
 
 
 def write(network: nn.Module, path: Path) -> None:
-    """All or nothing: a reader sees the old file or the new one."""
+    """Write a network's weights, all or nothing: a reader sees the old file or the new one."""
     content = safetensors.torch.save(network.state_dict())
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
@@ -83,11 +101,13 @@ def write(network: nn.Module, path: Path) -> None:
 
 
 def main() -> None:
+    """Print the accuracy on unseen halves, then train on all digits and write the weights."""
     torch.set_num_threads(1)
     images, labels = digits_u8()
     even = alternate(labels)
     for name, half in (("even", even), ("odd", ~even)):
-        held_out = accuracy(train(images[half], labels[half]), images[~half], labels[~half])
+        network = train(images[half], labels[half])
+        held_out = accuracy(network, images[~half], labels[~half])
         print(f"trained on the {name} half: {held_out:.2%} of the other half right")
     write(train(images, labels), WEIGHTS["digits-gelu-64"])
 

@@ -1,5 +1,4 @@
-"""Published records: the small JSON of every cell behind a table, in results/records/<table>/, with the training curve of an arm's
-lowest seed (`eval/curves.py`). Imports no torch."""
+"""Weight files of the extractors, by name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +11,8 @@ EXTRACTORS = {
     "digits-gelu-64": "digits_extractor.safetensors",
     "digits-simclr-64": "digits_simclr.safetensors",
 }
-# Extractors whose weights are the user's, by name, and the published file, which both packages can read.
+# Extractors whose weights are the user's, by name, and the published file, which both packages can
+# read.
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 IMAGE_SCALE = {"inception-torch-fidelity": INCEPTION, "inception-clean-fid": INCEPTION}
 
@@ -26,25 +26,36 @@ def known_extractor(name: str) -> None:
 
 
 def weight_file(name: str) -> Path:
-    """The file of an extractor's weights: beside this module, or, at image scale, where the user keeps it.
+    """The file of an extractor's weights: beside this module, or where the user keeps it.
 
-    That is the folder named by DISTILLBENCH_WEIGHTS and no other if it is set, else `weights/` in the working folder, else
-    torch.hub's cache of checkpoints. Nothing is fetched: ValueError says which file to put where.
+    The latter at image scale. That is the folder named by DISTILLBENCH_WEIGHTS and no other if it
+    is set, else `weights/` in the working folder, else torch.hub's cache of checkpoints. Nothing is
+    fetched: ValueError says which file to put where. Raises ValueError for an unknown name, too.
     """
     known_extractor(name)
     if name in EXTRACTORS:
         return Path(__file__).with_name(EXTRACTORS[name])
-    file, chosen = IMAGE_SCALE[name], os.environ.get("DISTILLBENCH_WEIGHTS")
-    cache = Path(
-        os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    )  # torch.hub.get_dir(), without importing torch
-    hub = Path(os.environ.get("TORCH_HOME", cache / "torch"), "hub", "checkpoints")
-    folders = [Path(chosen)] if chosen else [Path("weights"), hub]
+    file = IMAGE_SCALE[name]
+    folders = _user_folders()
     for folder in folders:
-        if (path := folder.expanduser() / file).is_file():
+        path = folder.expanduser() / file
+        if path.is_file():
             return path
+    hash_start = Path(file).stem.rpartition("-")[2]
+    looked_in = ", ".join(map(str, folders))
     raise ValueError(
-        f"extractor {name!r} needs the file {file}, attached to the releases of torch-fidelity on GitHub (its SHA-256 begins "
-        f"with {Path(file).stem.rpartition('-')[2]}); put it into {folders[0].absolute()} (looked in "
-        f"{', '.join(map(str, folders))}; the variable DISTILLBENCH_WEIGHTS names another folder)"
+        f"extractor {name!r} needs the file {file}, attached to the releases of torch-fidelity on "
+        f"GitHub (its SHA-256 begins with {hash_start}); put it into {folders[0].absolute()} "
+        f"(looked in {looked_in}; the variable DISTILLBENCH_WEIGHTS names another folder)"
     )
+
+
+def _user_folders() -> list[Path]:
+    """Folders that may hold the user's weights, the first choice first."""
+    chosen = os.environ.get("DISTILLBENCH_WEIGHTS")
+    if chosen:
+        return [Path(chosen)]
+    # torch.hub.get_dir(), without importing torch.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    hub = Path(os.environ.get("TORCH_HOME", cache / "torch"))
+    return [Path("weights"), hub / "hub" / "checkpoints"]

@@ -1,7 +1,7 @@
 """One cell's samples -> its metrics.json. Sees samples and data, never a network of a method.
 
-Everything that decides a number is here or in a module beside it, so that `records.evaluation_key` sees an edit: what the
-command line passes are tensors by name.
+Everything that decides a number is here or in a module of `eval.metrics.key.NUMERICAL`, so that
+`evaluation_key` sees an edit: what the command line passes are tensors by name.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ from torch import Tensor
 from eval.features.extractors import Extractor, load_extractor
 from eval.metrics.conditional import class_accuracy, diversity, label_tv, noise_distance
 from eval.metrics.fixed_rows import GENERATORS, Generator
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.inception_score import inception_score
 from eval.metrics.key import evaluation_key
+from eval.metrics.memorisation import memorisation
 from eval.metrics.mixtures import evaluate_mixture
 from eval.metrics.reference import reference_set
-from eval.metrics.scores import (
-    Reference,
-    feature_scores,
-    frechet_distance,
-    inception_score,
-    memorisation,
-)
+from eval.metrics.rounding import rounded
+from eval.metrics.scores import feature_scores
+from eval.metrics.statistics import Reference
 
-GALLERY = {
-    4: 20,
-    2: 800,
-}  # how many samples are kept for the picture: images [N, C, H, W], points [N, D]
+# How many samples are kept for the picture, by their number of dimensions.
+GALLERY_OF_IMAGES = 20  # [N,C,H,W]
+GALLERY_OF_POINTS = 800  # [N,D]
 
-Samples = dict[int, Tensor]  # NFE -> samples in the order of the shared noise
+SamplesByNfe = dict[int, Tensor]  # NFE -> samples in the order of the shared noise
 Scores = dict[str, float | None]
 SCORES = (
     "fid",
@@ -58,7 +56,10 @@ SCORES = (
 
 
 class ImageData(Protocol):
-    """A benchmark's images, uint8 [*,C,H,W], with labels int64 [*]: `train` is what was learnt from, `reference` was held out."""
+    """A benchmark's images, uint8 [*,C,H,W], with labels int64 [*].
+
+    `train` is what was learnt from, `reference` was held out.
+    """
 
     @property
     def train(self) -> Tensor: ...
@@ -74,7 +75,10 @@ class ImageData(Protocol):
 
 @dataclass(frozen=True)
 class Against:
-    """What image samples are scored against: computed once, used by every row. A part that is None leaves its scores None."""
+    """What image samples are scored against: computed once, used by every row.
+
+    A part that is None leaves its scores None.
+    """
 
     extractor: Extractor
     held_out: Reference
@@ -94,16 +98,19 @@ class Against:
         teacher_samples: Tensor | None = None,
         cache: Path | None = None,
     ) -> Against:
-        """Of a benchmark's data, under its extractors; `teacher_samples` uint8 [N,C,H,W]; `cache`: where reference features are kept."""
-        main, cross = (
-            load_extractor(extractor),
-            None if cross_extractor is None else load_extractor(cross_extractor),
-        )
-        held_out = lambda by: (
-            Reference.of(data.reference, by)
-            if cache is None
-            else reference_set(data.reference, by, cache)
-        )
+        """The data of a benchmark under its extractors.
+
+        teacher_samples uint8 [N,C,H,W] or None; `cache`: folder in which reference features are
+        kept, see `eval.metrics.reference`. Raises ValueError for unknown extractors.
+        """
+
+        def held_out(by: Extractor) -> Reference:
+            if cache is None:
+                return Reference.of(data.reference, by)
+            return reference_set(data.reference, by, cache)
+
+        main = load_extractor(extractor)
+        cross = None if cross_extractor is None else load_extractor(cross_extractor)
         return cls(
             extractor=main,
             held_out=held_out(main),
@@ -121,81 +128,89 @@ def evaluate_images(
 ) -> Scores:
     """SCORES of generated images, from one pass per extractor.
 
-    images_u8 uint8 [N,C,H,W], classes in turn, since scores on pieces read consecutive rows; labels int64 [N], the classes
-    they were asked for, or None; same_noise uint8 [N,C,H,W], the teacher's samples of the same noise, row by row, or None.
-    A score is None where what it needs is: another set, labels, or a classifier of these classes among the extractor's outputs.
-    Floats have 8 significant digits: more is the noise of BLAS. Raises ValueError for references made by another extractor,
-    and what the scores raise.
+    images_u8 uint8 [N,C,H,W], classes in turn, since scores on pieces read consecutive rows; labels
+    int64 [N], the classes they were asked for, or None; same_noise uint8 [N,C,H,W], the teacher's
+    samples of the same noise, row by row, or None.
+
+    A score is None where what it needs is: another set, labels, or a classifier of these classes
+    among the extractor's outputs. Floats have 8 significant digits. Raises ValueError for
+    references made by another extractor, and what the scores raise.
     """
-    extractor, cross = against.extractor, against.cross_extractor
-    pairs = (
-        (against.held_out, extractor),
-        (against.teacher, extractor),
-        (against.cross_held_out, cross),
-    )
-    for reference, maker in ((r, m) for r, m in pairs if r is not None):
-        if maker is None or reference.extractor_sha256 != maker.sha256:
-            raise ValueError(
-                f"reference features are not by {maker and f'{maker.name} {maker.sha256[:12]}'}"
-            )
-    found: Scores = dict.fromkeys(SCORES)
+    extractor = against.extractor
+    cross = against.cross_extractor
+    _check_made_by(against.held_out, extractor)
+    _check_made_by(against.teacher, extractor)
+    _check_made_by(against.cross_held_out, cross)
+    scores: Scores = dict.fromkeys(SCORES)
     features, logits = extractor.features(images_u8)
-    found |= feature_scores(features, against.held_out)
+    scores |= feature_scores(features, against.held_out)
     if cross is not None and against.cross_held_out is not None:
-        found["fid_cross"] = frechet_distance(cross.features(images_u8)[0], against.cross_held_out)
+        cross_features, _ = cross.features(images_u8)
+        scores["fid_cross"] = frechet_distance(cross_features, against.cross_held_out)
     if against.teacher is not None:
-        found["fid_teacher"] = frechet_distance(features, against.teacher)
+        scores["fid_teacher"] = frechet_distance(features, against.teacher)
     if logits is not None:
-        found["is"] = inception_score(logits)
+        scores["is"] = inception_score(logits)
     if against.train is not None:
-        found["memorisation"] = memorisation(images_u8, against.train)
+        scores["memorisation"] = memorisation(images_u8, against.train)
     if labels is not None:
         if logits is not None and logits.shape[1] == against.classes:
-            found["class_accuracy"], found["label_tv"] = (
-                class_accuracy(logits, labels),
-                label_tv(logits, labels),
-            )
+            scores["class_accuracy"] = class_accuracy(logits, labels)
+            scores["label_tv"] = label_tv(logits, labels)
         if against.labels is not None:
-            found["diversity"] = diversity(
-                features, labels, against.held_out.features, against.labels
-            )
+            real = against.held_out.features
+            scores["diversity"] = diversity(features, labels, real, against.labels)
         if same_noise is not None:
-            found["noise_distance"] = noise_distance(images_u8, same_noise, labels)
-    return {name: None if value is None else float(f"{value:.8g}") for name, value in found.items()}
+            scores["noise_distance"] = noise_distance(images_u8, same_noise, labels)
+    for name, score in scores.items():
+        if score is not None:
+            scores[name] = rounded(score)
+    return scores
+
+
+def _check_made_by(reference: Reference | None, extractor: Extractor | None) -> None:
+    """ValueError where reference features are of another extractor than this one."""
+    if reference is None:
+        return
+    if extractor is None:
+        raise ValueError("reference features are not by any extractor in use: name theirs")
+    if reference.extractor_sha256 != extractor.sha256:
+        maker = f"{extractor.name} {extractor.sha256[:12]}"
+        raise ValueError(f"reference features are not by {maker}")
 
 
 def image_metrics(
     data: ImageData,
     extractor: str,
     cross_extractor: str | None,
-    samples: Samples,
-    teacher: Samples,
+    samples: SamplesByNfe,
+    teacher: SamplesByNfe,
     teacher_again: Tensor,
     seed: int,
     is_teacher: bool,
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """The content of metrics.json for image samples, all uint8 [N,C,H,W], sample i asked for class i % classes.
+    """The content of metrics.json for image samples, sample i asked for class i % classes.
 
-    `teacher`: the teacher's samples of the same noise; at its most steps they are the partners of `noise_distance`, for students.
-    `teacher_again`: as many from other noise, for `fid_teacher`. On the samples' own noise that distance would reward keeping
-    the teacher's coupling of noise and image, which distribution matching does not aim at. The teacher's own row shows what a
-    perfect student scores; its cell carries the fixed rows as well. `cache`: folder of reference features (eval/reference.py).
+    All samples are uint8 [N,C,H,W]. `teacher`: the teacher's samples of the same noise; at its most
+    steps they are the partners of `noise_distance`, for students. `teacher_again`: as many from
+    other noise, for `fid_teacher`. On the samples' own noise that distance would reward keeping the
+    teacher's coupling of noise and image, which distribution matching does not aim at. The
+    teacher's own row shows what a perfect student scores; its cell carries the fixed rows as well,
+    drawn from `seed`. `cache`: folder of reference features, see `eval.metrics.reference`.
     """
     against = Against.of(data, extractor, cross_extractor, teacher_again, cache)
     same_noise = None if is_teacher else teacher[max(teacher)]
-    rows = [
-        {"nfe": nfe, **evaluate_images(x, in_turn(len(x), data.classes), against, same_noise)}
-        for nfe, x in samples.items()
-    ]
+    rows = []
+    for nfe, images in samples.items():
+        labels = in_turn(len(images), data.classes)
+        rows.append({"nfe": nfe, **evaluate_images(images, labels, against, same_noise)})
     count = len(teacher_again)
-    fixed = {"fixed": fixed_rows(data, against, count, seed)} if is_teacher else {}
-    return {
-        "evaluation": about(data, against, count),
-        "rows": rows,
-        **fixed,
-        "gallery": gallery(samples),
-    }
+    content: dict[str, Any] = {"evaluation": about(data, against, count), "rows": rows}
+    if is_teacher:
+        content["fixed"] = fixed_rows(data, against, count, seed)
+    content["gallery"] = gallery(samples)
+    return content
 
 
 def repeated_draws(
@@ -205,24 +220,32 @@ def repeated_draws(
     draws: list[Tensor],
     teacher_again: Tensor,
 ) -> dict[str, Any]:
-    """SCORES of several sets of samples of one checkpoint, uint8 [N,C,H,W] each; other arguments as of `image_metrics`."""
+    """SCORES of several sets of samples of one checkpoint, uint8 [N,C,H,W] each.
+
+    Other arguments as of `image_metrics`.
+    """
     against = Against.of(data, extractor, cross_extractor, teacher_again)
-    rows = [evaluate_images(x, in_turn(len(x), data.classes), against) for x in draws]
+    rows = []
+    for images in draws:
+        labels = in_turn(len(images), data.classes)
+        rows.append(evaluate_images(images, labels, against))
     return {"evaluation": about(data, against, len(draws[0])), "rows": rows}
 
 
 def about(data: ImageData, against: Against, count: int) -> dict[str, Any]:
     """What `count` samples were scored with and against, and the hashes to find it again."""
-    main, cross = against.extractor, against.cross_extractor
+    main = against.extractor
+    cross = against.cross_extractor
+    cross_name = None if cross is None else cross.name
     return {
-        "key": evaluation_key(main.name, cross and cross.name),
+        "key": evaluation_key(main.name, cross_name),
         "samples": count,
         "torch_fidelity": version("torch-fidelity"),
         "extractor": main.name,
         "extractor_sha256": main.sha256,
         "published_weights": main.published and (cross is None or cross.published),
-        "cross_extractor": cross and cross.name,
-        "cross_extractor_sha256": cross and cross.sha256,
+        "cross_extractor": cross_name,
+        "cross_extractor_sha256": None if cross is None else cross.sha256,
         "reference": len(data.reference),
         "reference_sha256": hashlib.sha256(data.reference.numpy().tobytes()).hexdigest(),
     }
@@ -240,64 +263,76 @@ def fixed_rows(
     seed: int,
     generators: tuple[Generator, ...] = GENERATORS,
 ) -> list[dict[str, Any]]:
-    """One row {"name": ..., **SCORES} for the floor and for each trivial generator with `count` images.
+    """One row {"name": ..., **SCORES} for the floor and for each trivial generator.
 
-    Those of GENERATORS stand in every table of the benchmark. The same seed gives the same rows.
+    Each generator makes `count` images. Those of GENERATORS stand in every table of the benchmark.
+    The same seed gives the same rows.
     """
-    against = replace(against, teacher=None)
-    rows = [floor(data, against)]
+    without_teacher = replace(against, teacher=None)
+    labels = in_turn(count, data.classes)
+    rows = [floor(data, without_teacher)]
     for index, generate in enumerate(generators):
-        images = generate(
-            data.train, data.train_labels, count, np.random.default_rng([seed, index])
-        )
-        rows.append(
-            {
-                "name": generate.__name__,
-                **evaluate_images(images, in_turn(count, data.classes), against),
-            }
-        )
+        rng = np.random.default_rng([seed, index])
+        images = generate(data.train, data.train_labels, count, rng)
+        scores = evaluate_images(images, labels, without_teacher)
+        rows.append({"name": generate.__name__, **scores})
     return rows
 
 
 def floor(data: ImageData, against: Against) -> dict[str, Any]:
-    """The training half as it is: what real images score.
+    """Row of the training half as it is: what real images score.
 
-    It copies itself, trivially; what a reader needs under `memorisation` is what real images not trained on score.
+    It copies itself, trivially; what a reader needs under `memorisation` is what real images not
+    trained on score.
     """
-    row = {"name": "floor", **evaluate_images(data.train, data.train_labels, against)}
-    return row | {"memorisation": float(f"{memorisation(data.reference, data.train):.8g}")}
+    scores = evaluate_images(data.train, data.train_labels, against)
+    scores["memorisation"] = rounded(memorisation(data.reference, data.train))
+    return {"name": "floor", **scores}
 
 
 def mixture_metrics(
-    samples: Samples,
+    samples: SamplesByNfe,
     exact: Tensor,
     exact_again: Tensor,
     means: Tensor,
     sigma: float,
     weights: Tensor,
 ) -> dict[str, Any]:
-    """The content of metrics.json for samples [N, *shape] of a mixture, against two independent exact draws of the same size."""
+    """The content of metrics.json for samples [N,*shape] of a mixture.
+
+    exact, exact_again [N,*shape]: two independent exact draws of the same size; means [K,*shape],
+    weights [K], see `evaluate_mixture`.
+    """
+    drawn = exact.flatten(1)
+    drawn_again = exact_again.flatten(1)
+    centres = means.flatten(1)
     rows = []
-    for nfe, x in samples.items():
-        flat, one, two, centres = (a.flatten(1) for a in (x, exact, exact_again, means))
-        rows.append({"nfe": nfe, **evaluate_mixture(flat, one, two, centres, sigma, weights)})
-    about = {
+    for nfe, points in samples.items():
+        scores = evaluate_mixture(points.flatten(1), drawn, drawn_again, centres, sigma, weights)
+        rows.append({"nfe": nfe, **scores})
+    evaluation = {
         "key": evaluation_key(None),
         "samples": len(exact),
         "torch_fidelity": version("torch-fidelity"),
     }
-    return {"evaluation": about, "rows": rows, "gallery": gallery(samples)}
+    return {"evaluation": evaluation, "rows": rows, "gallery": gallery(samples)}
 
 
-def gallery(samples: Samples) -> dict[str, Any]:
-    """The first samples, for the picture: shape and base64 of uint8 pixels or little-endian float16 coordinates."""
-    out: dict[str, Any] = {}
+def gallery(samples: SamplesByNfe) -> dict[str, Any]:
+    """The first samples, for the picture, by "nfe<NFE>": shape, dtype and base64 of their bytes.
+
+    Images [N,C,H,W] as uint8 pixels, others as little-endian float16 coordinates.
+    """
+    pictures: dict[str, Any] = {}
     for nfe, x in samples.items():
-        few = x[: GALLERY.get(x.dim(), 20)]
-        few = few if few.dtype == torch.uint8 else few.half()
-        out[f"nfe{nfe}"] = {
-            "shape": list(few.shape),
-            "dtype": str(few.numpy().dtype),
-            "base64": base64.b64encode(few.numpy().tobytes()).decode(),
+        count = GALLERY_OF_POINTS if x.dim() == 2 else GALLERY_OF_IMAGES
+        few = x[:count]
+        if few.dtype != torch.uint8:
+            few = few.half()
+        array = few.numpy()
+        pictures[f"nfe{nfe}"] = {
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+            "base64": base64.b64encode(array.tobytes()).decode(),
         }
-    return out
+    return pictures

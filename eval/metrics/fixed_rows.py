@@ -1,7 +1,11 @@
-"""Trivial generators: what they score tells how to read a method's number, and which score catches which failure.
+"""Trivial generators: what they score tells how to read a method's number.
 
-All of them know the training half only. FID alone likes several (on 8x8 digits they close most of the gap
-between class means and reality), which is why GENERATORS stand next to every method; docs/protocol.md has all of them.
+And which score catches which failure. All of them know the training half only. FID alone likes
+several (on 8x8 digits they close most of the gap between class means and reality), which is why
+GENERATORS stand next to every method; docs/protocol.md has all of them.
+
+A generator takes train_images uint8 [T,C,H,W], train_labels int64 [T] in 0..K-1, n and a numpy
+generator of random numbers, and returns uint8 [n,C,H,W], image i for class i % K.
 """
 
 from collections.abc import Callable
@@ -12,18 +16,22 @@ from torch import Tensor
 
 Generator = Callable[[Tensor, Tensor, int, np.random.Generator], Tensor]
 
-ROUNDING_VARIANCE = (
-    1 / 12
-)  # of a grey level cut to an integer: enough to make every covariance regular
+# Of a grey level cut to an integer: enough to make every covariance regular.
+ROUNDING_VARIANCE = 1 / 12
 
 
 def class_means(
     train_images: Tensor, train_labels: Tensor, n: int, rng: np.random.Generator
 ) -> Tensor:
-    """The class's mean image: exactly what one Euler step of an unguided class-conditional teacher gives."""
-    return _per_class(
-        train_images, train_labels, n, lambda x, m: np.broadcast_to(x.mean(0), (m, x.shape[1]))
-    )
+    """The class's mean image.
+
+    Exactly what one Euler step of an unguided class-conditional teacher gives.
+    """
+
+    def draw(x: np.ndarray, m: int) -> np.ndarray:
+        return np.broadcast_to(x.mean(0), (m, x.shape[1]))
+
+    return _per_class(train_images, train_labels, n, draw)
 
 
 def class_gaussian(
@@ -43,10 +51,9 @@ def mixup(train_images: Tensor, train_labels: Tensor, n: int, rng: np.random.Gen
 
     def draw(x: np.ndarray, m: int) -> np.ndarray:
         weight = rng.random((m, 1))
-        return (
-            weight * x[rng.integers(len(x), size=m)]
-            + (1 - weight) * x[rng.integers(len(x), size=m)]
-        )
+        first = x[rng.integers(len(x), size=m)]
+        second = x[rng.integers(len(x), size=m)]
+        return weight * first + (1 - weight) * second
 
     return _per_class(train_images, train_labels, n, draw)
 
@@ -55,17 +62,23 @@ def memoriser(
     train_images: Tensor, train_labels: Tensor, n: int, rng: np.random.Generator
 ) -> Tensor:
     """Training images of the class, drawn with replacement."""
-    return _per_class(train_images, train_labels, n, lambda x, m: x[rng.integers(len(x), size=m)])
+
+    def draw(x: np.ndarray, m: int) -> np.ndarray:
+        return x[rng.integers(len(x), size=m)]
+
+    return _per_class(train_images, train_labels, n, draw)
 
 
 def one_class_missing(
     train_images: Tensor, train_labels: Tensor, n: int, rng: np.random.Generator
 ) -> Tensor:
     """The memoriser without the last class: who asks for it gets images of the others."""
+    missing = train_labels.max()
     pixels = memoriser(train_images, train_labels, n, rng)
-    kept = train_images[train_labels != train_labels.max()]
-    asked = torch.arange(n) % (int(train_labels.max()) + 1) == train_labels.max()
-    pixels[asked] = kept[torch.from_numpy(rng.integers(len(kept), size=int(asked.sum())))]
+    kept = train_images[train_labels != missing]
+    asked = torch.arange(n) % (int(missing) + 1) == missing
+    replacements = rng.integers(len(kept), size=int(asked.sum()))
+    pixels[asked] = kept[torch.from_numpy(replacements)]
     return pixels
 
 
@@ -81,17 +94,10 @@ def noise(train_images: Tensor, train_labels: Tensor, n: int, rng: np.random.Gen
     return _bytes(rng.normal(127.5, 64, (n, train_images[0].numel())), train_images)
 
 
-GENERATORS: tuple[Generator, ...] = (
-    class_means,
-    class_gaussian,
-    mixup,
-    memoriser,
-)  # rows of every table
-FAILURES: tuple[Generator, ...] = (
-    one_class_missing,
-    one_image_repeated,
-    noise,
-)  # no method should come near them
+# Rows of every table.
+GENERATORS: tuple[Generator, ...] = (class_means, class_gaussian, mixup, memoriser)
+# No method should come near them.
+FAILURES: tuple[Generator, ...] = (one_class_missing, one_image_repeated, noise)
 
 
 def _per_class(
@@ -100,11 +106,13 @@ def _per_class(
     n: int,
     draw: Callable[[np.ndarray, int], np.ndarray],
 ) -> Tensor:
-    """uint8 [n,C,H,W], image i of class i % classes; draw(x, m) makes m images from x, those of one class.
+    """uint8 [n,C,H,W], image i of class i % classes.
 
-    Everything flat and float64 inside. Balanced, as the students' samples are: imbalance costs half a floor.
+    draw(x, m) makes m images float64 [m,C*H*W] from those of one class, x float64 [T,C*H*W].
+    Balanced, as the students' samples are: imbalance costs half a floor.
     """
-    pixels, labels = train_images.flatten(1).double().numpy(), train_labels.numpy()
+    pixels = train_images.flatten(1).double().numpy()
+    labels = train_labels.numpy()
     classes = labels.max() + 1
     out = np.empty((n, pixels.shape[1]))
     for c in range(classes):

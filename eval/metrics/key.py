@@ -14,15 +14,22 @@ from distillbench.hashing import code_hash
 from eval.features.weights import IMAGE_SCALE, weight_file
 
 EVAL = Path(__file__).parents[1]
-# Modules that decide a number; what reads weights and samples, or keeps features, decides none.
+# Modules whose code decides a number; what reads weights and samples, or keeps features, does not.
 NUMERICAL = (
     "eval.features.extractors",
     "eval.metrics.conditional",
     "eval.metrics.evaluate",
     "eval.metrics.fixed_rows",
+    "eval.metrics.frechet",
+    "eval.metrics.inception_score",
+    "eval.metrics.kid",
+    "eval.metrics.memorisation",
     "eval.metrics.mixtures",
+    "eval.metrics.neighbours",
     "eval.metrics.pairwise",
+    "eval.metrics.rounding",
     "eval.metrics.scores",
+    "eval.metrics.statistics",
 )
 KEY_DIGITS = 12
 
@@ -36,8 +43,12 @@ def followed(module: str) -> Path | None:
 
 @lru_cache
 def evaluation_key(*extractors: str | None) -> str:
-    """Hash of the evaluation's code and of name and weights of these extractors, the main one
-    first; ValueError where one is not known or its weights are not there."""
+    """12 hexadecimal digits: hash of the evaluation's code and of its extractors.
+
+    Of an extractor count name and weights, and at image scale its code; the main one comes first,
+    None stands for no extractor. Raises ValueError where one is not known or its weights are not
+    there.
+    """
     parts = [code_hash(EVAL / "metrics/evaluate.py", followed)]
     for name in extractors:
         if name is None:
@@ -52,7 +63,7 @@ def evaluation_key(*extractors: str | None) -> str:
 def is_evaluated(metrics: Path, *extractors: str | None) -> bool:
     """Whether a metrics.json stands, whole, and was made by this evaluation and extractors."""
     try:
-        key = json.loads(metrics.read_text())["evaluation"]["key"]
+        key = json.loads(metrics.read_text(encoding="utf-8"))["evaluation"]["key"]
     except (OSError, ValueError, TypeError, KeyError):
         return False
     return key == evaluation_key(*extractors)

@@ -1,9 +1,9 @@
-"""All pairs of rows of two feature matrices, block by block, at float32's speed and with float64's decisions.
+"""All pairs of rows of two feature matrices, block by block: float32's speed, float64's decisions.
 
-A block of centred float32 inner products serves both the kernel of KID and the squared distances. For distances it only
-screens: what it leaves open, because float32's rounding error could change the answer, is computed again from the rows
-themselves, by differences in float64. So the answer does not depend on blocks, a shift of the features costs nothing, and
-equal rows are at distance 0.
+A block of centred float32 inner products serves both the kernel of KID and the squared distances.
+For distances it only screens: what it leaves open, because float32's rounding error could change
+the answer, is computed again from the rows themselves, by differences in float64. So the answer
+does not depend on blocks, a shift of the features costs nothing, and equal rows are at distance 0.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,8 @@ ROWS = 1024  # of a block: its products, 4 MB, stay in the processor's cache
 ELEMENTS = 2**17  # of two sets of rows whose differences are taken at once: 1 MB in float64
 NEIGHBOURS = (1, 3, 5)  # orders of the nearest neighbours that metrics ask for
 CANDIDATES = 12  # rows that float32 proposes for the five nearest
-UNIT, LEAST = (
-    2.0**-24,
-    2.0**-120,
-)  # float32's rounding error, and more than what a product can lose by underflow
+UNIT = 2.0**-24  # float32's rounding error
+LEAST = 2.0**-120  # more than what a product can lose by underflow
 
 
 class Cloud:
@@ -32,9 +30,8 @@ class Cloud:
         for rows in self.spans():
             total += features[rows].double().sum(0)
         self.mean = total / len(features)  # float64 [D]
-        self.centre = self.mean.to(
-            features.dtype
-        )  # float32 features minus a float32 centre lose next to nothing
+        # Float32 features minus a float32 centre lose next to nothing.
+        self.centre = self.mean.to(features.dtype)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -48,9 +45,11 @@ class Cloud:
         return out
 
     def spans(self) -> list[slice]:
+        """Consecutive spans of at most ROWS rows that cover all N."""
         return [slice(start, min(start + ROWS, len(self))) for start in range(0, len(self), ROWS)]
 
     def centred(self, rows: slice) -> Tensor:
+        """Rows minus the centre, float32 [n,D]."""
         return (self.features[rows] - self.centre).float()
 
     def along(self, directions: Tensor) -> Tensor:
@@ -61,7 +60,10 @@ class Cloud:
         return out
 
     def covariance(self) -> Tensor:
-        """Unbiased, float64 [D,D]: summed over centred float64 blocks, as float32 would spoil it beyond 1e-7."""
+        """Unbiased covariance, float64 [D,D].
+
+        Summed over centred float64 blocks, as float32 would spoil it beyond 1e-7.
+        """
         total = torch.zeros(self.features.shape[1], self.features.shape[1], dtype=torch.float64)
         for rows in self.spans():
             part = self.features[rows].double() - self.mean
@@ -72,7 +74,7 @@ class Cloud:
         return self.features[rows].double() - self.centre.double()
 
 
-class Pairs:
+class RowPairs:
     """Pairs of rows of x [N,D] and y [M,D]; where y is x, blocks on and above the diagonal only.
 
     With centres c, primes for centred rows and s = c_x - c_y:
@@ -82,16 +84,20 @@ class Pairs:
     """
 
     def __init__(self, x: Cloud, y: Cloud) -> None:
-        self.x, self.y, self.width = x, y, x.features.shape[1]
-        x_centre, y_centre = x.centre.double(), y.centre.double()
+        self.x = x
+        self.y = y
+        self.width = x.features.shape[1]
+        x_centre = x.centre.double()
+        y_centre = y.centre.double()
         shift = x_centre - y_centre
         gap = shift @ shift
         x_along = x.along(torch.stack([y_centre, shift], dim=1))
         y_along = x_along if x is y else y.along(torch.stack([x_centre, shift], dim=1))
         self.x_kernel = (x_along[:, 0] + x_centre @ y_centre) / self.width + 1
         self.y_kernel = y_along[:, 0] / self.width
-        # Bound of the float32 error of a squared distance, x_error[i] + y_error[j]. In whatever order D products are
-        # summed, x'.y' is off by at most D UNIT |x'||y'| (Higham 2002, sec. 3.1); 32 covers rounding of rows and sums.
+        # Bound of the float32 error of a squared distance, x_error[i] + y_error[j]. In whatever
+        # order D products are summed, x'.y' is off by at most D UNIT |x'||y'| (Higham 2002, sec.
+        # 3.1); 32 covers rounding of rows and sums.
         bound = (self.width + 32) * UNIT
         self.x_error = bound * (x.squares + gap / 2) + self.width * LEAST
         self.y_error = bound * (y.squares + gap / 2) + self.width * LEAST
@@ -99,7 +105,7 @@ class Pairs:
         self.y_low = (y.squares - 2 * y_along[:, 1] - self.y_error).float()
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows of x, rows of y, and their inner products, float32."""
+        """Rows of x, rows of y, and their inner products, float32 [rows,cols]."""
         for rows in self.x.spans():
             part = self.x.centred(rows)
             for cols in self.y.spans():
@@ -107,20 +113,18 @@ class Pairs:
                     yield rows, cols, product(part, self.y.centred(cols).T)
 
     def kernel_sum(self, rows: slice, cols: slice, products: Tensor) -> float:
-        """Sum of (x.y/D + 1)^3 over a block; where y is x, over all pairs of two rows that the block stands for."""
-        kernel = (
-            products.double()
-            .div_(self.width)
-            .add_(self.x_kernel[rows, None])
-            .add_(self.y_kernel[cols])
-        )
+        """Sum of (x.y/D + 1)^3 over a block of products.
+
+        Where y is x, over all ordered pairs of two rows that the block stands for.
+        """
+        kernel = products.double().div_(self.width)
+        kernel.add_(self.x_kernel[rows, None]).add_(self.y_kernel[cols])
         if self.x is not self.y:
-            return torch.dot(kernel.square().flatten(), kernel.flatten()).item()
+            return _sum_of_cubes(kernel)
         if rows == cols:
             kernel.fill_diagonal_(0)
-        return (1 if rows == cols else 2) * torch.dot(
-            kernel.square().flatten(), kernel.flatten()
-        ).item()
+            return _sum_of_cubes(kernel)
+        return 2 * _sum_of_cubes(kernel)
 
     def lower_(self, rows: slice, cols: slice, products: Tensor) -> Tensor:
         """Products of a block turned, in place, into lower bounds of squared distances."""
@@ -129,37 +133,51 @@ class Pairs:
     def near(
         self, rows: slice, cols: slice, lower: Tensor, x_limits: Tensor, y_limits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs (i, j) of a block within any limit, squared distances [N,a] and [M,b] of rows of x and y, and their squared
-        distance, float64: on the true side of every limit, and exact where that could be in doubt.
+        """Pairs (i, j) of a block within any limit, and their squared distances, float64.
+
+        Limits are squared distances float64 [N,a] and [M,b] of rows of x and y. The distances
+        returned are on the true side of every limit, and exact where that could be in doubt.
         """
         # Limits are rounded up to float32, since a pair at exactly the limit counts.
-        row_limit, col_limit = (
-            _above(limits.amax(1)) for limits in (x_limits[rows], y_limits[cols])
-        )
-        i, j = (lower <= torch.maximum(row_limit[:, None], col_limit)).nonzero(as_tuple=True)
-        squared = lower[i, j].double()
-        i, j = i + rows.start, j + cols.start
+        row_limit = _above(x_limits[rows].amax(1))
+        col_limit = _above(y_limits[cols].amax(1))
+        within_limit = lower <= torch.maximum(row_limit[:, None], col_limit)
+        row, col = within_limit.nonzero(as_tuple=True)
+        squared = lower[row, col].double()
+        i = row + rows.start
+        j = col + cols.start
         error = self.x_error[i] + self.y_error[j]
         squared += error  # the middle of what it may be
-        open_ = torch.zeros(len(i), dtype=torch.bool)
+        in_doubt = torch.zeros(len(i), dtype=torch.bool)
         for limits, index in ((x_limits, i), (y_limits, j)):
             for limit in limits.T:
-                open_ |= (squared - limit[index]).abs() <= error
-        squared[open_] = squared_distances(self.x.features, i[open_], self.y.features, j[open_])
+                in_doubt |= (squared - limit[index]).abs() <= error
+        squared[in_doubt] = squared_distances(
+            self.x.features, i[in_doubt], self.y.features, j[in_doubt]
+        )
         return i, j, squared
 
 
 @dataclass(frozen=True)
 class Within:
-    """What the pairs within one cloud say."""
+    """Outcome of one pass over the pairs within one cloud [N,D].
 
-    kernel_sum: float  # of (x.y/D + 1)^3 over ordered pairs of two rows
-    radii: Tensor  # float64 [N', len(NEIGHBOURS)]: squared distance to the k-th nearest other row of the same piece
+    kernel_sum: of (x.y/D + 1)^3 over ordered pairs of two rows; radii: float64
+    [N', len(NEIGHBOURS)], squared distance to the k-th nearest other row of the same piece, where
+    N' <= N leaves out an incomplete last piece.
+    """
+
+    kernel_sum: float
+    radii: Tensor
 
 
 def within(cloud: Cloud, piece: int) -> Within:
-    """Kernel sum over the whole cloud; radii within consecutive pieces of so many rows, the incomplete last one left out."""
-    pairs, stop = Pairs(cloud, cloud), len(cloud) // piece * piece
+    """Kernel sum over the whole cloud; radii within consecutive pieces of `piece` rows.
+
+    An incomplete last piece is left out of the radii.
+    """
+    pairs = RowPairs(cloud, cloud)
+    stop = len(cloud) // piece * piece
     lowest = torch.full((stop, CANDIDATES), torch.inf)
     nearest = torch.zeros((stop, CANDIDATES), dtype=torch.long)
     kernel_sum = 0.0
@@ -178,10 +196,9 @@ def within(cloud: Cloud, piece: int) -> Within:
         if rows == cols:
             lower.fill_diagonal_(torch.inf)  # a row is no neighbour of itself
         for r, c in shared:
-            part = lower[
-                r.start - rows.start : r.stop - rows.start,
-                c.start - cols.start : c.stop - cols.start,
-            ]
+            in_block = slice(r.start - rows.start, r.stop - rows.start)
+            across = slice(c.start - cols.start, c.stop - cols.start)
+            part = lower[in_block, across]
             propose(r, c, part)
             if rows != cols:
                 propose(c, r, part.T.contiguous())
@@ -189,12 +206,19 @@ def within(cloud: Cloud, piece: int) -> Within:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b by numpy's BLAS: on AMD processors faster than torch's (float32 by a fifth), and a^T a at half the price."""
+    """a @ b by numpy's BLAS.
+
+    On AMD processors that is faster than torch's (float32 by a fifth), and a^T a is at half the
+    price.
+    """
     return torch.from_numpy(a.numpy() @ b.numpy())
 
 
 def squared_distances(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
-    """|x_i - y_j|^2 of pairs of rows, float64 [len(i)], by differences: 0 for equal rows, and the same number for (j, i)."""
+    """|x_i - y_j|^2 of pairs of rows, float64 [len(i)], by differences.
+
+    Exactly 0 for equal rows, and the same number for (j, i).
+    """
     out = torch.empty(len(i), dtype=torch.float64)
     step = max(1, ELEMENTS // x.shape[1])
     for start in range(0, len(i), step):
@@ -203,53 +227,64 @@ def squared_distances(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
     return out
 
 
+def _sum_of_cubes(kernel: Tensor) -> float:
+    return torch.dot(kernel.square().flatten(), kernel.flatten()).item()
+
+
 def _radii(features: Tensor, lowest: Tensor, nearest: Tensor, piece: int) -> Tensor:
-    """Exact radii from candidates `nearest` [N,CANDIDATES] and the lower bounds `lowest` of their squared distances."""
-    own = torch.arange(len(lowest))
+    """Exact radii from candidates [N,CANDIDATES] and lower bounds of their squared distances."""
+    columns = [order - 1 for order in NEIGHBOURS]
 
     def exact(rows: Tensor) -> Tensor:
         candidates = nearest[rows]
-        found = squared_distances(
-            features, rows.repeat_interleave(CANDIDATES), features, candidates.flatten()
-        ).view(candidates.shape)
+        own = rows.repeat_interleave(CANDIDATES)
+        flat = squared_distances(features, own, features, candidates.flatten())
+        found = flat.view(candidates.shape)
         found[lowest[rows] == torch.inf] = torch.inf  # a place that no row took
-        return found.sort(1).values[:, [k - 1 for k in NEIGHBOURS]]
+        return found.sort(1).values[:, columns]
 
-    radii = exact(own)
-    # No row but the candidates is nearer than the last lower bound. Where that leaves doubt (many rows within float32's
-    # error of each other), the candidates are chosen again, from float64 differences with every row of the piece.
-    for row in (radii[:, -1] > lowest[:, -1].double().clamp_min(0)).nonzero().flatten().split(64):
-        for start in row.div(piece, rounding_mode="floor").unique().mul(piece).tolist():
-            mine = row[(row >= start) & (row < start + piece)]
-            best = [
-                _direct(features, mine, slice(first, min(first + ROWS, start + piece)))
-                for first in range(start, start + piece, ROWS)
-            ]
-            value, index = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+    radii = exact(torch.arange(len(lowest)))
+    # No row but the candidates is nearer than the last lower bound. Where that leaves doubt (many
+    # rows within float32's error of each other), the candidates are chosen again, from float64
+    # differences with every row of the piece.
+    is_open = radii[:, -1] > lowest[:, -1].double().clamp_min(0)
+    for rows in is_open.nonzero().flatten().split(64):
+        starts = rows.div(piece, rounding_mode="floor").unique().mul(piece)
+        for start in starts.tolist():
+            mine = rows[(rows >= start) & (rows < start + piece)]
+            value, index = _direct(features, mine, slice(start, start + piece))
             chosen = value.topk(min(CANDIDATES, value.shape[1]), dim=1, largest=False).indices
             nearest[mine[:, None], torch.arange(chosen.shape[1])] = index.gather(1, chosen)
             radii[mine] = exact(mine)
     return radii
 
 
-def _direct(features: Tensor, rows: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
-    """Distances and indices of the candidates among `cols` for each of `rows`, without inner products, in float64."""
-    gap = torch.cdist(
-        features[rows].double(),
-        features[cols].double(),
-        compute_mode="donot_use_mm_for_euclid_dist",
-    )
-    gap[rows[:, None] == torch.arange(cols.start, cols.stop)] = torch.inf
-    found = gap.topk(min(CANDIDATES, gap.shape[1]), dim=1, largest=False)
-    return found.values, found.indices + cols.start
+def _direct(features: Tensor, rows: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+    """Distances and indices of candidates in a piece for each of `rows`, in float64.
+
+    Without inner products. Of every ROWS rows of the piece, the CANDIDATES nearest.
+    """
+    values = []
+    indices = []
+    for start in range(piece.start, piece.stop, ROWS):
+        stop = min(start + ROWS, piece.stop)
+        gap = torch.cdist(
+            features[rows].double(),
+            features[start:stop].double(),
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
+        gap[rows[:, None] == torch.arange(start, stop)] = torch.inf
+        found = gap.topk(min(CANDIDATES, gap.shape[1]), dim=1, largest=False)
+        values.append(found.values)
+        indices.append(found.indices + start)
+    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
 
 
 def _shared(rows: slice, cols: slice, piece: int, stop: int) -> Iterator[tuple[slice, slice]]:
-    """The parts of a block whose rows and columns are of one piece, for pieces that end by `stop`."""
+    """Parts of a block whose rows and columns are of one piece, for pieces that end by `stop`."""
     for start in range(rows.start // piece * piece, min(rows.stop, stop), piece):
-        r, c = (
-            slice(max(start, span.start), min(start + piece, span.stop)) for span in (rows, cols)
-        )
+        r = slice(max(start, rows.start), min(start + piece, rows.stop))
+        c = slice(max(start, cols.start), min(start + piece, cols.stop))
         if r.start < r.stop and c.start < c.stop:
             yield r, c
 
@@ -257,6 +292,5 @@ def _shared(rows: slice, cols: slice, piece: int, stop: int) -> Iterator[tuple[s
 def _above(limits: Tensor) -> Tensor:
     """The least float32 that is not below a float64."""
     rounded = limits.float()
-    return torch.where(
-        rounded.double() < limits, rounded.nextafter(torch.tensor(torch.inf)), rounded
-    )
+    next_up = rounded.nextafter(torch.tensor(torch.inf))
+    return torch.where(rounded.double() < limits, next_up, rounded)

@@ -1,7 +1,8 @@
-"""Reference features kept on disk under a hash of everything they depend on; at image scale they cost half an hour or more.
+"""Reference features kept on disk under a hash of everything they depend on.
 
-A name never decides what is read back: images under an old name, other weights or edited code give another key, and the
-file says inside what it was made of.
+At image scale they cost half an hour or more. A name never decides what is read back: images under
+an old name, other weights or edited code give another key, and the file says inside what it was
+made of.
 """
 
 import hashlib
@@ -16,27 +17,33 @@ from torch import Tensor
 
 from eval.features.extractors import Extractor
 from eval.metrics.key import evaluation_key
-from eval.metrics.scores import Reference
+from eval.metrics.statistics import Reference
 from eval.samples import content_sha256, read_npz
 
 
 def reference_set(images: Tensor | Path, extractor: Extractor, cache_folder: Path) -> Reference:
-    """The reference of images uint8 [N,C,H,W], or of those in an `.npz` file, from `cache_folder` or computed and put there.
+    """Reference of images uint8 [N,C,H,W], or of those in an `.npz` file.
 
-    An `.npz` has the layout of ADM's reference batches (Dhariwal & Nichol 2021): `arr_0` uint8 [N,H,W,C] is used; `mu`,
-    `sigma`, `mu_s`, `sigma_s` are not even read, since they are statistics of features of ADM's own TensorFlow graph, and
-    statistics of two feature extractors do not compare.
+    Read from `cache_folder`, or computed and put there. An `.npz` has the layout of ADM's reference
+    batches (Dhariwal & Nichol 2021): `arr_0` uint8 [N,H,W,C] is used; `mu`, `sigma`, `mu_s`,
+    `sigma_s` are not even read, since they are statistics of features of ADM's own TensorFlow
+    graph, and statistics of two feature extractors do not compare.
 
-    Raises ValueError, one line, for other files, other images than the extractor takes, or a folder that cannot be written.
-    Warns, and computes, where the file kept is damaged or was made of something else than its name says.
+    Raises ValueError, one line, for other files, other images than the extractor takes, or a folder
+    that cannot be written. Warns, and computes, where the file kept is damaged or was made of
+    something else than its name says.
     """
     try:
         cache_folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ValueError(
-            f"{cache_folder}: no folder for reference features ({e.strerror}): name one that can be written"
+            f"{cache_folder}: no folder for reference features ({e.strerror}): "
+            "name one that can be written"
         ) from None
-    pixels = read_npz(images)[0] if isinstance(images, Path) else images
+    if isinstance(images, Path):
+        pixels, _ = read_npz(images)
+    else:
+        pixels = images
     made_of = {
         "images_sha256": content_sha256(pixels),
         "extractor": extractor.name,
@@ -59,7 +66,10 @@ def reference_set(images: Tensor | Path, extractor: Extractor, cache_folder: Pat
 
 
 def read(path: Path, made_of: dict[str, str]) -> Reference:
-    """The reference in `path`; ValueError if it was made of anything else, or its features are not those written."""
+    """Reference kept in `path`.
+
+    Raises ValueError if it was made of anything else, or its features are not those written.
+    """
     with safe_open(path, framework="pt") as f:
         stored = f.metadata() or {}
         written = stored.pop("features_sha256", None)
@@ -72,15 +82,12 @@ def read(path: Path, made_of: dict[str, str]) -> Reference:
 
 
 def write(path: Path, reference: Reference, made_of: dict[str, str]) -> None:
-    """Atomically: a reader finds all of it or nothing."""
+    """Write a reference atomically: a reader finds all of it or nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         features = reference.features.contiguous()
-        save_file(
-            {"features": features},
-            partial,
-            metadata=made_of | {"features_sha256": content_sha256(features)},
-        )
+        metadata = made_of | {"features_sha256": content_sha256(features)}
+        save_file({"features": features}, partial, metadata=metadata)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
