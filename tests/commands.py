@@ -52,11 +52,17 @@ def zygote_environment() -> dict[str, str]:
     server = subprocess.Popen(
         command, cwd=ROOT, env=real_environment(), stdin=subprocess.PIPE, stdout=log, stderr=log
     )
-    atexit.register(server.kill)
+    atexit.register(_stop, server)
     while not address.exists():
         assert server.poll() is None, (folder / "log").read_text(encoding="utf-8")
         time.sleep(0.02)
     return {shim.SOCKET: str(address), shim.REAL: str(BIN)}
+
+
+def _stop(server: subprocess.Popen) -> None:
+    """It ends with its standard input."""
+    server.stdin.close()
+    server.wait()
 
 
 def environment() -> dict[str, str]:

@@ -172,8 +172,8 @@ BROKEN = {
         "a_module_nobody_has",
     ),
     "raises": (
-        "        c, n, labels =",
-        "        assert step.index != 7, 'step seven'\n        c, n, labels =",
+        "        c = self.config\n",
+        "        assert step.index != 7, 'step seven'\n        c = self.config\n",
         "failed",
         "step seven",
     ),
@@ -196,8 +196,8 @@ BROKEN = {
         "2 network evaluations at nfe=1",
     ),
     "exits": (
-        "        c, n, labels =",
-        "        raise SystemExit(0)\n        c, n, labels =",
+        "        c = self.config\n",
+        "        raise SystemExit(0)\n        c = self.config\n",
         "failed",
         "SystemExit",
     ),

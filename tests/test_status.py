@@ -40,9 +40,7 @@ def test_status_shows_a_matrix(checkout: Checkout):
         checkout.folder / "methods/dmd/method.py",
         *before(FIRST, TRIGGER + "raise ValueError('seven')"),
     )
-    slow = before(
-        "        c, x, n = self.config, batch.x, batch.size\n", "import time; time.sleep(0.5)"
-    )
+    slow = before(FIRST, "import time; time.sleep(0.5)")
     edit(checkout.folder / "methods/meanflow/method.py", *slow)
     assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
     process = checkout.start(
