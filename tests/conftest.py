@@ -1,19 +1,17 @@
-"""A throw-away checkout with tiny benchmarks, in which the real command line and the real Snakemake run."""
+"""A throw-away checkout with tiny benchmarks, in which the command line and Snakemake run."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
+from tests.commands import BIN as BIN
+from tests.commands import LONG, ROOT, Command, environment, real_environment, run
 
 DIGITS = """
 name: tiny
@@ -46,11 +44,7 @@ class Checkout:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-        }
+        self.environment = environment()
         for name in (
             "Snakefile",
             "workflows/rules",
@@ -81,16 +75,17 @@ class Checkout:
         target.write_text(text)
         return target
 
-    def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = LONG) -> subprocess.CompletedProcess[str]:
         """`distillbench ...` or `snakemake ...` here."""
-        return subprocess.run(
-            list(command),
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        return run(command, self.folder, self.environment, timeout)
+
+    def run_anew(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """The same as an installation runs it, with all its imports."""
+        return run(command, self.folder, real_environment())
+
+    def start(self, *command: str, new_session: bool = False, **more: str) -> Command:
+        """`run` in the background, with `more` in its environment."""
+        return Command(command, self.folder, self.environment | more, new_session)
 
     def snakemake(self, *targets: str, cores: int = 2) -> subprocess.CompletedProcess[str]:
         return self.run("snakemake", "--cores", str(cores), *targets)

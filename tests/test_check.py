@@ -184,6 +184,7 @@ def found(made: Checkout, name: str, monkeypatch: pytest.MonkeyPatch) -> list[st
 def copy(made: Checkout, name: str, changes: list[tuple[str, str]]) -> Path:
     path = made.folder / "methods" / name
     shutil.copytree(made.folder / "methods/demo", path)
+    edit(path / "method.py", "from pydantic", IMPORT)
     edit(
         path / "README.md", "methods/demo/", f"methods/{name}/"
     ) if name != "missing_target" else None

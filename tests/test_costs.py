@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from distillbench.conformance.anatomies import anatomies
 from distillbench.conformance.anatomy import anatomy
 from eval.report import costs, gpu
 from eval.report.records import Record
+from tests import commands
 from tests.conftest import Checkout
 
 ROOT = Path(__file__).parents[1]
@@ -260,12 +260,7 @@ def test_a_method_that_dies_costs_its_own_anatomy(checkout: Checkout):
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distillbench.cli", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    return commands.run(("distillbench", *words), folder, commands.environment())
 
 
 def test_the_published_table_is_what_its_records_say_and_an_edit_is_noticed(tmp_path: Path):

@@ -483,5 +483,5 @@ def test_a_spoilt_record_is_named(spoilt: str, published, capsys):
 
 def test_the_command_itself(checkout):
     """In a process of its own: no traceback, exit code 2."""
-    done = checkout.run("distillbench", "evaluate", "nowhere", *FLAT)
+    done = checkout.run_anew("distillbench", "evaluate", "nowhere", *FLAT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout

@@ -37,7 +37,8 @@ from distillbench.cells.steps import one_step
 from distillbench.cells.supervisor import supervise
 from distillbench.cells.train import MACHINE
 from distillbench.errors import UserError
-from tests.conftest import RING, ROOT, Checkout
+from tests.commands import LONG, ROOT, Command
+from tests.conftest import RING, Checkout
 from tests.test_cells import cell, edit
 
 STALL, TIMEOUT, AT = (
@@ -45,7 +46,7 @@ STALL, TIMEOUT, AT = (
     15,
     7,
 )  # seconds, longer than a set-up on a busy machine; the step at which the broken methods break
-FIRST = "        c, n, labels = self.config, batch.size, batch.cond.labels\n"
+FIRST = "        c = self.config\n"  # of a step
 LOSS = "        self.student.update(loss)\n"
 NEEDS = "        pairs = Pairs(config.pairs,"
 TRIGGER = f"if step.index == {AT} and step.total > {AT}: "  # in training, not in the cycle that is metered
@@ -63,7 +64,7 @@ OURS = "|".join(
     p.stem for p in (ROOT / "distillbench").rglob("*.py")
 )  # where the time may be up between two of a method's steps
 LAST_ONE = "        return self.generate(self.student.averaged(), noise, cond.labels)\n"
-INIT = "        self.task, self.config = task, config\n"
+INIT = "        self.task = task\n"
 # name: (edit, status, pattern of the reason). All in one process, since none harms it.
 RAISED = {
     "raise": (
@@ -300,7 +301,7 @@ def test_what_hangs_or_takes_too_long_costs_its_own_row(here: Checkout):
         for process in running.values():
             stack.enter_context(until_end(process))
         for name, process in running.items():
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate()
             assert process.returncode == 0 and "Traceback" not in errors, errors
             _, status, reason = SLOW[name]
             made = cell("short" if name == "timeout" else "limited", name)
@@ -507,7 +508,7 @@ def test_a_process_that_a_method_forks_does_not_keep_the_lock(tmp_path: Path):
             os._exit(0)
         assert is_locked(tmp_path / "lock")
     try:
-        end = time.monotonic() + 10
+        end = time.monotonic() + LONG
         while is_locked(tmp_path / "lock"):  # until the child came to its first instruction
             assert time.monotonic() < end
     finally:
@@ -562,7 +563,7 @@ def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: st
         wait_for(folder / LAST)
         (worker,) = children(process.pid)
         os.kill(worker if whom == "worker" else process.pid, number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate()
         assert not (folder / "result.json").exists() and "Traceback" not in errors
         wait_for_no(Path(f"/proc/{worker}"))
     if number == signal.SIGKILL:
@@ -586,28 +587,22 @@ def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: st
     assert len(starts) == 2 and starts[1] in (checkpoints[-1], checkpoints[-1] + 1)
 
 
-def started(here: Checkout, name: str, every_step: str) -> tuple[subprocess.Popen[str], Path]:
+def started(here: Checkout, name: str, every_step: str) -> tuple[Command, Path]:
     """`distillbench train` of a copy of dmd that does something more in every step, in a process group of its own."""
     shutil.copytree(here.folder / "methods/dmd", here.folder / f"methods/{name}")
     edit(here.folder / f"methods/{name}/method.py", *before(FIRST, f"import time; {every_step}"))
     return launched(here, "tiny-ring", name), cell(arm=name).folder
 
 
-def launched(here: Checkout, benchmark: str, name: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["distillbench", "train", benchmark, name, "--seeds", "0"],
-        cwd=here.folder,
-        env=here.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def launched(here: Checkout, benchmark: str, name: str) -> Command:
+    words = ("train", benchmark, name, "--seeds", "0")
+    return here.start("distillbench", *words, new_session=True)
 
 
 class until_end:
     """Nothing that a failed assertion left behind keeps running."""
 
-    def __init__(self, process: subprocess.Popen):
+    def __init__(self, process: Command):
         self.process = process
 
     def __enter__(self) -> None:
@@ -619,14 +614,14 @@ class until_end:
             self.process.wait()
 
 
-def wait_for(path: Path, seconds: float = 60) -> None:
+def wait_for(path: Path, seconds: float = LONG) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, path
         time.sleep(0.01)
 
 
-def wait_for_no(path: Path, seconds: float = 10) -> None:
+def wait_for_no(path: Path, seconds: float = LONG) -> None:
     end = time.monotonic() + seconds
     with suppress(FileNotFoundError, ProcessLookupError):  # gone between two looks
         while (
@@ -659,13 +654,13 @@ def test_a_kill_for_lack_of_memory_is_told_from_a_kill_by_somebody(here: Checkou
     )
     made = cell(arm="kills_itself")
     for _ in range(3):
-        done = here.run(sys.executable, "-c", OOM.format(counted=False))
+        done = here.run("python", "-c", OOM.format(counted=False))
         assert (
             done.returncode == 2
             and "was killed (SIGKILL); the same command continues" in done.stderr
         )
         assert not made.record.exists() and len(done.stderr.strip().splitlines()) == 1
-    done = here.run(sys.executable, "-c", OOM.format(counted=True))
+    done = here.run("python", "-c", OOM.format(counted=True))
     assert done.returncode == 0, done.stderr
     record = record_of(made)
     assert (

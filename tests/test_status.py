@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 
 import pytest
 
@@ -41,17 +40,11 @@ def test_status_shows_a_matrix(checkout: Checkout):
         checkout.folder / "methods/dmd/method.py",
         *before(FIRST, TRIGGER + "raise ValueError('seven')"),
     )
-    slow = before(
-        "        c, x, n = self.config, batch.x, batch.size\n", "import time; time.sleep(0.5)"
-    )
+    slow = before(FIRST, "import time; time.sleep(0.5)")
     edit(checkout.folder / "methods/meanflow/method.py", *slow)
     assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
-    process = subprocess.Popen(
-        ["distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0"],
-        cwd=checkout.folder,
-        env=checkout.environment,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    process = checkout.start(
+        *("distillbench train tiny-ring meanflow --seeds 0".split()), new_session=True
     )
     with until_end(process):
         wait_for(cell(arm="meanflow").folder / LAST)

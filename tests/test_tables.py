@@ -7,7 +7,6 @@ import math
 import shutil
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,15 @@ from eval.report import tables
 from eval.report.records import Record
 from eval.report.rows import IMAGES, build_rows, reported_rows, summarise
 from eval.report.tables import DIAGNOSTICS
+from tests import commands
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted(p.name for p in (ROOT / "results/records").glob("*"))
 
 
 def check(table: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distillbench.cli", "table", table, "--check"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    words = ("distillbench", "table", table, "--check")
+    return commands.run(words, folder, commands.environment())
 
 
 def copy_of_the_published(folder: Path) -> None:

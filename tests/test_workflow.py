@@ -18,6 +18,7 @@ from distillbench.cells import journal
 from distillbench.cells.journal import NAME
 from distillbench.cells.loop import CHECKPOINTS
 from distillbench.registry import folders
+from tests.commands import real_environment
 from tests.conftest import Checkout
 from tests.test_cells import BROKEN, edit
 
@@ -112,13 +113,7 @@ def descendants(pid: int) -> list[int]:
 
 def test_a_workflow_killed_with_its_teacher_still_makes_the_table(checkout: Checkout):
     """Snakemake forces jobs that a kill left incomplete, and must not forget what hangs on them."""
-    process = subprocess.Popen(
-        ["snakemake", "--cores", "2", "results/tiny-ring.md"],
-        cwd=checkout.folder,
-        env=checkout.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = checkout.start("snakemake", "--cores", "2", "results/tiny-ring.md")
     while not list((checkout.folder / "results/runs").glob("tiny-ring/teacher/*/lock")):
         time.sleep(0.05)
         assert process.poll() is None
@@ -193,7 +188,7 @@ def killed_again_and_again(checkout: Checkout, run: int) -> list[str]:
         process = subprocess.Popen(
             ["snakemake", "--cores", "2", "results/tiny-ring.md"],
             cwd=checkout.folder,
-            env=checkout.environment,
+            env=real_environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

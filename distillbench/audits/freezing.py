@@ -34,7 +34,8 @@ def frozen(commits: set[str], table: str) -> Frozen:
         files = git("ls-tree", "-r", "--name-only", commit).splitlines()
         if not files:
             continue
-        margins = literals(git("show", f"{commit}:{next(f for f in MARGINS if f in files)}"))
+        standing = [file for file in MARGINS if file in files]
+        margins = literals(git("show", f"{commit}:{standing[0]}")) if standing else {}
         claims: dict[str, str] = {}
         for file in files:
             if file.startswith("methods/") and file.endswith("/claims.yaml"):

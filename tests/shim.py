@@ -1,0 +1,82 @@
+"""The near end of tests/zygote.py: `shim.py PROGRAM ARGUMENTS...` is that command, less its imports.
+
+Run as a script it is what tests have as `python`, `distillbench` and `snakemake` in their PATH. It
+passes signals on, and its own death by SIGKILL is the command's. What the zygote does not know is
+run by the real program. Imports no package, so that it starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+SOCKET = "DISTILLBENCH_TEST_ZYGOTE"  # where the zygote listens
+REAL = "DISTILLBENCH_TEST_BIN"  # folder of the real programs
+PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+def request(
+    command: Sequence[str],
+    folder: str,
+    environment: dict[str, str],
+    streams: tuple[int, int, int],
+    new_session: bool = False,
+) -> tuple[socket.socket, int] | None:
+    """The connection to the zygote and the process id of a command that it started; None where it
+    does not know the command, or has gone."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    asked = {
+        "command": list(command),
+        "folder": folder,
+        "environment": environment,
+        "new_session": new_session,
+    }
+    message = json.dumps(asked).encode()
+    descriptors = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
+    try:
+        connection.connect(environment[SOCKET])
+        connection.sendmsg([len(message).to_bytes(4, "big")], descriptors)
+        connection.sendall(message)
+        pid = int(answer(connection))
+    except (OSError, KeyError, EOFError):
+        pid = 0
+    if pid:
+        return connection, pid
+    connection.close()
+    return None
+
+
+def answer(connection: socket.socket) -> str:
+    """One line from the zygote; EOFError where it has gone."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = connection.recv(1)
+        if not byte:
+            raise EOFError("the zygote has gone")
+        line += byte
+    return line.decode()
+
+
+def main(command: list[str]) -> None:
+    """Be the command: its streams, signals and exit code."""
+    found = request(command, os.getcwd(), dict(os.environ), (0, 1, 2))
+    if found is None:
+        program = os.path.join(os.environ[REAL], command[0])
+        os.execv(program, [program, *command[1:]])
+    connection, pid = found
+    for name in PASSED_ON:
+        signal.signal(getattr(signal, name), lambda number, _: os.kill(pid, number))
+    code = os.waitstatus_to_exitcode(int(answer(connection)))
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
