@@ -96,13 +96,13 @@ def audit(
     for found in (
         f
         for f in audit_pages.current_findings(table, of_papers)
-        if (f["id"], f["benchmark"]) in names
+        if (f.id, f.benchmark) in names
     ):
-        reason = f" ({found['reason']})" if found["reason"] else ""
-        lines = [f"{found['id']}: {found['verdict']}{reason}"]
-        if found["effect"] is not None:
+        reason = f" ({found.reason})" if found.reason else ""
+        lines = [f"{found.id}: {found.verdict}{reason}"]
+        if found.effect is not None:
             numbers = f"{page.interval(found)}, n {page.seeds_words(found)}, {page.ground(found)}"
-            lines += ["  " + line for line in (found["claim"], numbers, *page.plot(found))]
+            lines += ["  " + line for line in (found.claim, numbers, *page.plot(found))]
         out.print("\n".join(lines), soft_wrap=True, markup=False)
 
 

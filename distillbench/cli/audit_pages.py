@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -30,6 +30,10 @@ from distillbench.cli.render import published, written
 from distillbench.config import Table
 from distillbench.errors import UserError
 from distillbench.tables import plan
+
+if TYPE_CHECKING:
+    from eval.audit.findings import Finding
+    from eval.audit.page import Earlier
 
 EXAMINED = "results/examinations.yaml"  # what was looked into where a verdict is CONTRADICTED, and for as many SUPPORTED
 
@@ -100,7 +104,7 @@ def folder_of(table: Table) -> Path:
     return config.root() / "results/records" / table.name
 
 
-def published_findings(table: Table, asked: list[Question], folder: Path) -> list[dict[str, Any]]:
+def published_findings(table: Table, asked: list[Question], folder: Path) -> list[Finding]:
     """The findings of questions from the published records in `folder`."""
     from eval.audit import findings
     from eval.report import records
@@ -114,7 +118,7 @@ def published_findings(table: Table, asked: list[Question], folder: Path) -> lis
     return findings.findings([q.asked(table.seeds) for q in asked], found, measured, frozen)
 
 
-def current_findings(table: Table, asked: list[Question]) -> list[dict[str, Any]]:
+def current_findings(table: Table, asked: list[Question]) -> list[Finding]:
     """The same from the cells and measurements of this checkout, published or not."""
     from eval.audit import findings
     from eval.report.records import Record, read_json
@@ -159,17 +163,17 @@ def render(table: Table, check: bool) -> list[str]:
         m["seconds"] for ms in measured.values() for m in ms
     )
     assert table.seeds is not None
-    about = {
-        "name": table.name,
-        "seeds": f"{table.seeds[0]} to {table.seeds[-1]}",
-        "cells": len(records),
-        "measurements": sum(map(len, measured.values())),
-        "core_hours": cost / 3600,
-        "withdrawn": findings.withdrawn([q.asked(table.seeds) for q in asked], read_frozen(folder)),
-        "command": f"snakemake --cores all results/{table.name}.md",
-        "before": before(table),
-    }
-    page.write(table.name, table.title, found, about, examinations(table), results, write)
+    about = page.Audit(
+        name=table.name,
+        seeds=f"{table.seeds[0]} to {table.seeds[-1]}",
+        cells=len(records),
+        measurements=sum(map(len, measured.values())),
+        core_hours=cost / 3600,
+        withdrawn=findings.withdrawn([q.asked(table.seeds) for q in asked], read_frozen(folder)),
+        command=f"snakemake --cores all results/{table.name}.md",
+        before=before(table),
+    )
+    page.write(table.title, found, about, examinations(table), results, write)
     if table.reported_again:
         papers = [
             (m.name, m.file.title, m.claims.model_dump())
@@ -179,8 +183,10 @@ def render(table: Table, check: bool) -> list[str]:
     return differing
 
 
-def before(table: Table) -> dict[str, Any] | None:
-    """Name, seeds and published findings of the audit that this one repeats, if it repeats one."""
+def before(table: Table) -> Earlier | None:
+    """The audit that this one repeats, with its published findings; None where it repeats none."""
+    from eval.audit.page import Earlier
+
     if table.again_of is None:
         return None
     first = plan.table(table.again_of)
@@ -192,13 +198,9 @@ def before(table: Table) -> dict[str, Any] | None:
         raise UserError(
             f"{folder_of(first)}: no published records to compare with: run `snakemake --cores all results/{first.name}.md`"
         )
-    return {
-        "name": first.name,
-        "seeds": f"{first.seeds[0]} to {first.seeds[-1]}",
-        "found": published_findings(
-            first, questions.of_table(first, known_metrics), folder_of(first)
-        ),
-    }
+    asked = questions.of_table(first, known_metrics)
+    found = published_findings(first, asked, folder_of(first))
+    return Earlier(first.name, f"{first.seeds[0]} to {first.seeds[-1]}", found)
 
 
 def examinations(table: Table) -> dict[str, Any]:

@@ -257,10 +257,8 @@ def _same(path: Path, data: bytes) -> bool:
 
 def verdicts_again(table: Table) -> Iterator[Finding]:
     """Verdicts from the values per seed against those in the audit's JSON, and every page rendered again; in the bundle's folder."""
-    from eval.audit.page import twin
-
     found = [
-        twin(q)
+        q.twin()
         for q in audit_pages.published_findings(
             table, questions.of_table(table, known_metrics), audit_pages.folder_of(table)
         )
@@ -360,8 +358,9 @@ def _near(
 ) -> Finding:
     """The same digits cannot be asked of another processor: then within the spread over seeds of the arm's main metric."""
     from distillbench.cells.provenance import hardware
+    from eval import catalogue
 
-    main = "sliced_w2" if "sliced_w2" in old["rows"][0] else "fid"
+    main = catalogue.main_metric(catalogue.family_of(old["rows"][0])).name
     logs = [math.log(r.rows[-1][main]) for r in siblings if r.rows]
     middle = sum(logs) / len(logs)
     spread = max(0.01, math.sqrt(sum((v - middle) ** 2 for v in logs) / max(1, len(logs) - 1)))

@@ -42,13 +42,10 @@ def check_extractors(benchmarks: list[Benchmark]) -> None:
 
 def known_metrics(benchmark: str) -> tuple[str, ...]:
     """What claims may name on a benchmark; UserError where there is none of that name."""
-    from eval.report.rows import DERIVED, IMAGES, MIXTURES
+    from eval import catalogue
 
-    if config.benchmark(benchmark).data.kind == "mixture":
-        return MIXTURES
-    return tuple(
-        m for m in (*IMAGES, *DERIVED) if m not in ("kid", "gap_closed")
-    )  # those may be negative
+    mixture = config.benchmark(benchmark).data.kind == "mixture"
+    return catalogue.known_names("mixtures" if mixture else "images")
 
 
 def is_evaluated(cell: Cell) -> bool:

@@ -27,6 +27,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from eval.catalogue import METRICS
 from eval.features.extractors import load_extractor
 from eval.features.train_digits_extractor import alternate, digits_u8
 from eval.metrics.evaluate import Against, evaluate_images, fixed_rows, floor
@@ -34,7 +35,6 @@ from eval.metrics.fixed_rows import FAILURES, GENERATORS
 from eval.report import records
 from eval.report.records import Record
 from eval.report.rows import build_rows, summarise
-from eval.report.tables import DIAGNOSTICS, SHOWN
 
 ROOT = Path(__file__).parents[2]
 EXTRACTOR, CROSS_EXTRACTOR = (
@@ -42,23 +42,14 @@ EXTRACTOR, CROSS_EXTRACTOR = (
     "digits-simclr-64",
 )  # as in workflows/benchmarks/digits.yaml
 SAMPLES, SPLITS = 20_000, 40
-COLUMNS = (
-    SHOWN | DIAGNOSTICS
-)  # of image benchmarks and mixtures; what a table has no value of is left out
+# of image benchmarks and mixtures; what a table has no value of is left out
+COLUMNS = {m.name: (m.column, m.scale, m.digits) for m in METRICS}
 TABLES = ("trivial generators", "in floors", "noise floor", "spread of training", "sampling error")
 Scored = dict[str, Any]
 KINDS = [
     (e, stratified) for e in (EXTRACTOR, CROSS_EXTRACTOR) for stratified in (True, False)
 ]  # of random halves
-HIGHER = (
-    "is",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "class_accuracy",
-    "diversity",
-)  # is better
+HIGHER = {m.name for m in METRICS if m.direction == "higher"}  # is better
 LEAST_SD = 1 / 896  # of a floor: one held-out image
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from eval import catalogue
 from eval.report.records import Record
 from eval.report.rows import Row, summarise
-from eval.report.tables import SHOWN
 
 MISSING = "–"
 SHARE = re.compile(r"x\d+\.?\d*")  # the part of an arm's name that is its share of the budget
@@ -51,7 +51,7 @@ def _values(records: list[Record], nfe: int | None) -> tuple[str, list[float]]:
     rows = [
         row for r in records for row in r.rows if row["nfe"] == (nfe or r.result["headline_nfe"])
     ]
-    metric = "fid" if any("fid" in row for row in rows) else "sliced_w2"
+    metric = catalogue.main_metric(catalogue.family_of(rows[0] if rows else {})).name
     return metric, [row[metric] for row in rows]
 
 
@@ -87,7 +87,7 @@ def markdown(found: list[Row], source: str) -> str:
             body.append(reported + [_here(r, ground) for ground in grounds])
         head = ["the paper's setting", "metric", "reported", "arm here"]
         head += [
-            f"{b} at {share:g} of the budget, {SHOWN[metric][0]}" for b, share, metric in grounds
+            f"{b} at {share:g} of the budget, {catalogue.metric(metric).column}" for b, share, metric in grounds
         ]
         out += [
             f"## {title}, {where}",
@@ -107,12 +107,8 @@ def markdown(found: list[Row], source: str) -> str:
 def _here(row: Row, ground: tuple[str, float, str]) -> str:
     for h in row["here"]:
         if (h["benchmark"], h["share"], h["metric"]) == ground:
-            digits = SHOWN[h["metric"]][2]
-            return (
-                f"{h['mean']:.{digits}f}"
-                + (f" ± {h['sd']:.{digits}f}" if h["sd"] else "")
-                + f" (n {h['n']})"
-            )
+            metric = catalogue.metric(h["metric"])
+            return f"{metric.printed(h['mean'], h['sd'])} (n {h['n']})"
     return MISSING
 
 
