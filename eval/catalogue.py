@@ -1,9 +1,10 @@
-"""The catalogue of metrics: one entry per metric, in the order of columns. Tables, pages, audits and
-claims read what they know of a metric here.
+"""The catalogue of metrics: one entry per metric, in the order of columns. Tables, pages, audits
+and claims read what they know of a metric here.
 
 To add a metric, write its function in eval/metrics, return it under its name from
 `metrics.evaluate.evaluate_images` or `metrics.mixtures.evaluate_mixture`, and add one entry to
-METRICS. No module that computes a number imports this one, so that a changed heading changes no key.
+METRICS. No module that computes a number imports this one, so that a changed heading changes no
+key.
 """
 
 from __future__ import annotations
@@ -150,12 +151,12 @@ def metric(name: str) -> Metric:
 
 
 def is_share(name: str | None) -> bool:
-    """Whether a metric of this name is a share of samples; False for what is not in the catalogue."""
+    """Whether a metric of this name is a share of samples; False for what has no entry."""
     return any(m.share for m in METRICS if m.name == name)
 
 
 def measured(family: Family) -> list[Metric]:
-    """Metrics that rows of a family's tables hold: all but those derived where a claim names them."""
+    """Metrics in rows of a family's tables: all but those derived where a claim names them."""
     return [m for m in METRICS if m.family == family and m.derived is None]
 
 

@@ -1,5 +1,5 @@
-"""The findings of an audit: every question, that is a claim on a benchmark, with its values per seed,
-its effect and its verdict.
+"""The findings of an audit: every question, that is a claim on a benchmark, with its values per
+seed, its effect and its verdict.
 
 A pure function of the questions (`distillbench/audits/questions.py`), of published records and
 measurements, and of what was frozen when.
@@ -500,7 +500,7 @@ def _judge(
 
 
 def _lost(q: Asked, evidence: Evidence) -> tuple[int, int]:
-    """Failed seeds of arms that a positive effect favours, and of those that a negative one does."""
+    """Failed seeds of arms that a positive effect favours, and of arms that a negative one does."""
     weights = verdicts.weights_of(q.kind, len(q.arms))
     every = q.kind in ("monotone", "parity")  # every arm is needed
     favoured = others = 0

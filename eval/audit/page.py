@@ -1,4 +1,4 @@
-"""results/<audit>.md, its twins and forest plots: pure functions of findings (`eval/audit/findings.py`)."""
+"""results/<audit>.md, its twins and forest plots: pure functions of `findings.Finding`."""
 
 from __future__ import annotations
 

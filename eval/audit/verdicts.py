@@ -1,9 +1,9 @@
-"""From the metric of every seed to the verdict on a claim: the rule of docs/audit.md, in the order in
-which it is applied.
+"""From the metric of every seed to the verdict on a claim: the rule of docs/audit.md, in the order
+in which it is applied.
 
-The unit is a training seed. y is the logarithm of the metric, one value a seed; d is a contrast of the
-arms' mean y, oriented so that positive favours the claim, and m the margin on the same scale. Every
-function is pure and knows no file. Imports no torch.
+The unit is a training seed. y is the logarithm of the metric, one value a seed; d is a contrast of
+the arms' mean y, oriented so that positive favours the claim, and m the margin on the same scale.
+Every function is pure and knows no file. Imports no torch.
 """
 
 from __future__ import annotations
@@ -184,10 +184,11 @@ def decide(
 ) -> tuple[str, str]:
     """(verdict, reason): the first that matches.
 
-    m: 0 for a bound, which claims no gain and so has no equivalence. p, p_equivalent: of the effect,
-    adjusted for its family; conflict: a second metric that says the opposite with an interval of its
-    own; failed, failed_others: seeds that the method itself ended, of the arms that a positive effect
-    favours and of those that a negative one does. Not for instabilities (`decide_instability`).
+    m: 0 for a bound, which claims no gain and so has no equivalence. p, p_equivalent: of the
+    effect, adjusted for its family; conflict: a second metric that says the opposite with an
+    interval of its own; failed, failed_others: seeds that the method itself ended, of the arms
+    that a positive effect favours and of those that a negative one does. Not for instabilities
+    (`decide_instability`).
     """
     if found.least < FEW:
         return INCONCLUSIVE, f"underpowered: {found.least} seeds in an arm"

@@ -1,6 +1,6 @@
 """results/table1.md, .csv and .json: what each method is and what it costs, a pure function of
-published records and of what the methods' folders say (`distillbench/conformance/anatomy.py`, handed
-in as plain dictionaries).
+published records and of what the methods' folders say (`distillbench/conformance/anatomy.py`,
+handed in as plain dictionaries).
 
 A declared cost (`cost` in config.yaml) lists the evaluations of one cycle as the paper's algorithm
 needs them. It is compared with what the meter saw (`disagreements`), and gives the algorithmic
@@ -47,11 +47,11 @@ def per_cycle(record: Record) -> tuple[float, float]:
 
 
 def metered(record: Record, anatomy: Row) -> dict[str, Calls]:
-    """Evaluations of one cycle by role, without set-up; those of self-supervised features without rows.
+    """Evaluations of one cycle by role, without set-up.
 
-    Set-up rows are in the record's total. Those of the teacher are known (pairs by Heun steps of two
-    evaluations); how many images the training of features saw is not, so that their rows cannot be
-    told apart and are left out (0).
+    Set-up rows are in the record's total. Those of the teacher are known (pairs by Heun steps of
+    two evaluations); how many images the training of features saw is not, so that their rows
+    cannot be told apart: self-supervised features have rows 0.
     """
     cost = record.result["cost"]
     cycles, batch = per_cycle(record)

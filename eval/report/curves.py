@@ -1,7 +1,8 @@
 """Training curves: published thinned beside the records of a table, and drawn. Thinning imports no
 torch.
 
-results/records/<table>/curves/<benchmark>/<arm>.json holds the logged scalars of an arm's lowest seed:
+results/records/<table>/curves/<benchmark>/<arm>.json holds the logged scalars of the lowest seed of
+an arm:
 
     format     1
     benchmark, arm, seed, key    of the cell
@@ -9,8 +10,8 @@ results/records/<table>/curves/<benchmark>/<arm>.json holds the logged scalars o
     at         middle of each piece, as a share of the run, in [0, 1]
     scalars    name -> mean over each piece; null where a piece has no value
 
-A piece is a run of consecutive logged steps, at most POINTS pieces. Floats with 6 significant digits,
-no times: bytes repeat.
+A piece is a run of consecutive logged steps, at most POINTS pieces. Floats with 6 significant
+digits, no times: bytes repeat.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""How much one arm differs from another, from published records: ratios of metrics with an interval,
-and no verdict."""
+"""How much one arm differs from another, from published records: ratios of metrics with an
+interval, and no verdict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eval.report.text import significant
 def ratio(
     first: list[float], second: list[float], level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Ratio of the geometric means of two arms over seeds, and Welch's interval for it on logarithms.
+    """Ratio of the geometric means of two arms over seeds, with Welch's interval on logarithms.
 
     first, second: positive values, two or more of each. Welch keeps its level at 3 to 5 seeds,
     where a bootstrap over seeds does not; seeds that share a teacher are not paired. Raises

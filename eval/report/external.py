@@ -1,5 +1,5 @@
-"""Samples made elsewhere: scored as every student's are, and published as rows of the tables. Reading
-records needs no torch.
+"""Samples made elsewhere: scored as every student's are, and published as rows of the tables.
+Reading records needs no torch.
 
 A record is results/external/<benchmark>/<name>.json, tracked, and the same samples give the same
 bytes: no dates, no paths.
@@ -7,21 +7,21 @@ bytes: no dates, no paths.
     format          1
     name            of the row and of the file: letters, digits and . _ + -
     benchmark       what the samples are scored against
-    who, where      who made them, and where they come from (URL or paper): free text of one line, or
-                    null where not published
-    samples_sha256  of the decoded samples, `samples.content_sha256`: the same for a folder, .npz and
-                    .safetensors
-    labels_sha256   the same of the int64 labels; null without them, and scores that need a label are
-                    null too
-    count           number of samples; a table marks the row where its own rows have another number
+    who, where      who made them, and where they come from (URL or paper): free text of one line,
+                    or null where not published
+    samples_sha256  of the decoded samples, `samples.content_sha256`: the same for a folder, .npz
+                    and .safetensors
+    labels_sha256   the same of the int64 labels; null without them, and scores that need a label
+                    are null too
+    count           number of samples; a table marks the row where its own have another number
     evaluation      `metrics.evaluate.about`: key (of code and extractors, `metrics.key`), both
                     extractors with their hashes, reference_sha256 (of the held-out images' bytes),
                     ...; of a mixture: key, and data (its fingerprint)
-    row             the scores by name, as in a row of metrics.json; null where what a score needs is
-                    not known
+    row             the scores by name, as in a row of metrics.json; null where what a score needs
+                    is not known
 
-Budget, training data and teacher are unknown: no `fid_teacher`, no `gap_closed`, and `memorisation` is
-about this benchmark's training half only.
+Budget, training data and teacher are unknown: no `fid_teacher`, no `gap_closed`, and
+`memorisation` is about this benchmark's training half only.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PAIRS = 200  # of neighbours looked at for an order by class
 def external_metrics(
     samples: Samples, data: ImageData, extractor: str, cross_extractor: str | None
 ) -> dict[str, Any]:
-    """`evaluation` and `row` of a record for image samples in an order that passed `check_order`."""
+    """`evaluation` and `row` of a record for images in an order that passed `check_order`."""
     from eval.metrics.evaluate import Against, about, evaluate_images
 
     against = Against.of(data, extractor, cross_extractor)
@@ -199,7 +199,10 @@ def check_replaces(path: Path, who: str | None, where: str | None, samples: Samp
 
 
 def read_external(folder: Path, benchmarks: list[str]) -> list[dict[str, Any]]:
-    """The records under results/external by benchmark and name; ValueError names a file that is none."""
+    """The records under results/external by benchmark and name.
+
+    ValueError names a file that is none.
+    """
     out = []
     for benchmark in sorted(benchmarks):
         out += [_read(path) for path in sorted((folder / benchmark).glob("*.json"))]

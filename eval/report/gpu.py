@@ -1,5 +1,5 @@
-"""The part of table 1 that was measured on a GPU: perf/gpu.json, written by `python -m perf.gpu`, as a
-table."""
+"""The part of table 1 that was measured on a GPU: perf/gpu.json, written by `python -m perf.gpu`,
+as a table."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""docs/methods/<name>.md and index.md: what a method is, what it needs, costs and reaches here. A pure
-function of the method's folder and of published records; the prose is the README's own, cut into
-sections and put into one order.
+"""docs/methods/<name>.md and index.md: what a method is, what it needs, costs and reaches here. A
+pure function of the method's folder and of published records; the prose is the README's own, cut
+into sections and put into one order.
 
-A README has a title, the paper, a paragraph or more on the idea, a table of equations, and sections:
-`Algorithm` (a box in the paper's order), `Cost`, `Deviations ...`, `Where it ...` (fails), and
-others. What is missing is said.
+A README has a title, the paper, a paragraph or more on the idea, a table of equations, and
+sections: `Algorithm` (a box in the paper's order), `Cost`, `Deviations ...`, `Where it ...`
+(fails), and others. What is missing is said.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def _checked(source: Source) -> str:
 def index(
     sources: list[Source], rows: list[Row], known: list[Row], benchmark: str = BENCHMARK
 ) -> str:
-    """All methods side by side on one benchmark, each at its headline NFE and in its default arm."""
+    """All methods side by side on one benchmark, in their default arms at their headline NFE."""
     metrics = [catalogue.metric(name) for name in INDEXED]
     headline = [row for row in rows if row["headline"]]
     body = []

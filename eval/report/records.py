@@ -197,6 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(
-            f"{path}: not valid JSON: take it from git again, or delete it and publish the table anew"
+            f"{path}: not valid JSON: take it from git again, "
+            "or delete it and publish the table anew"
         ) from None
     return found

@@ -199,7 +199,10 @@ def differs(record: Row, shared: Row) -> str | None:
 
 
 def external_row(record: Row, why_not: str | None, count: int) -> Row:
-    """The row of an external record beside rows of `count` samples; without numbers for a `why_not`."""
+    """The row of an external record beside rows of `count` samples.
+
+    why_not: why its numbers do not compare; then it has none.
+    """
     status = why_not or "done"
     if why_not is None and record["count"] != count:
         status = f"{record['count']} samples, not {count}: not comparable"

@@ -87,7 +87,8 @@ def markdown(found: list[Row], source: str) -> str:
             body.append(reported + [_here(r, ground) for ground in grounds])
         head = ["the paper's setting", "metric", "reported", "arm here"]
         head += [
-            f"{b} at {share:g} of the budget, {catalogue.metric(metric).column}" for b, share, metric in grounds
+            f"{b} at {share:g} of the budget, {catalogue.metric(metric).column}"
+            for b, share, metric in grounds
         ]
         out += [
             f"## {title}, {where}",

@@ -301,7 +301,7 @@ def write(
     folder: Path,
     write_bytes: text.Write,
 ) -> None:
-    """The three twins of a table into `folder`; `compare`: pairs of arms (`eval/report/effects.py`)."""
+    """The three twins of a table into `folder`; `compare`: pairs of arms, as of `effects`."""
     rows = build_rows(records, external)
     differences = effects(records, compare)
     every = rows + reported_rows(reported)

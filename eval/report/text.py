@@ -1,4 +1,4 @@
-"""Text and numbers as every report prints them: tables of GitHub's Markdown, units, rounding, bytes of JSON."""
+"""Text and numbers as every report prints them: tables, units, rounding, bytes of JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Write = Callable[[Path, bytes], None]  # puts bytes into a file, or compares the
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
-    """A table in GitHub's Markdown; short lines are filled with empty cells, numbers are not parsed."""
+    """A table in GitHub's Markdown; short lines are filled with empty cells."""
     lines = [[*line, *[""] * (len(head) - len(line))] for line in body]
     return tabulate(lines, head, "github", disable_numparse=True)
 
@@ -52,7 +52,7 @@ def significant(value: float, digits: int = 6) -> float:
 
 
 def rounded(value: Any, digits: int) -> Any:
-    """A JSON value with floats of so many significant digits, None for what is not finite, text keys."""
+    """A JSON value with floats of so many significant digits; None for floats not finite."""
     if isinstance(value, dict):
         return {str(key): rounded(part, digits) for key, part in value.items()}
     if isinstance(value, list):
