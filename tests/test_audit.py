@@ -18,6 +18,7 @@ from distillbench.config import Path, Table
 from distillbench.errors import UserError
 from distillbench.registry.claims import Claim, ClaimsFile
 from eval.audit import findings, page
+from eval.audit.findings import Finding
 from eval.audit.verdicts import EDITED, INCONCLUSIVE, NOT_RUN, REVERSED, SUPPORTED
 from eval.report import table3
 from eval.report.records import Record
@@ -96,25 +97,24 @@ def arms(
     ]
 
 
-def only(found: list[dict]) -> dict:
+def only(found: list[Finding]) -> Finding:
     (one,) = found
     return one
 
 
 def test_a_finding_has_effect_interval_seeds_budget_and_verdict():
     one = only(findings.findings([question()], arms(), {}, FROZEN))
-    assert (one["verdict"], one["seeds_a"], one["seeds_b"], one["budget"]) == (
+    assert (one.verdict, one.seeds_a, one.seeds_b, one.budget) == (
         SUPPORTED,
         5,
         5,
         6e11,
     )
     assert (
-        one["effect"] == pytest.approx(math.log(2), abs=1e-9)
-        and one["ci_low"] < one["effect"] < one["ci_high"]
+        one.effect == pytest.approx(math.log(2), abs=1e-9) and one.ci_low < one.effect < one.ci_high
     )
-    assert one["cells"]["a"][10] == "key-10" and one["commits"] == [COMMIT]
-    twin = page.twin(one)
+    assert one.cells["a"][10] == "key-10" and one.commits == [COMMIT]
+    twin = one.twin()
     assert list(twin)[:-1] == [
         "id",
         "method",
@@ -137,7 +137,7 @@ def test_a_finding_has_effect_interval_seeds_budget_and_verdict():
 
 def test_only_the_audits_seeds_count():
     stray = [record("a", 0, fid=100.0), record("a", 99, fid=100.0)]
-    assert only(findings.findings([question()], arms() + stray, {}, FROZEN))["values"]["a"] == [
+    assert only(findings.findings([question()], arms() + stray, {}, FROZEN)).values["a"] == [
         0.99,
         1.0,
         1.01,
@@ -148,13 +148,13 @@ def test_only_the_audits_seeds_count():
 
 def test_missing_seeds_are_not_run_and_failed_ones_stay_in():
     one = only(findings.findings([question()], arms(n=4), {}, FROZEN))
-    assert (one["verdict"], one["reason"]) == (NOT_RUN, "compute: 1 of 5 seeds of a are not there")
+    assert (one.verdict, one.reason) == (NOT_RUN, "compute: 1 of 5 seeds of a are not there")
     failed = [
         record("a", 10, "diverged"),
         *(r for r in arms() if (r.arm, r.result["seed"]) != ("a", 10)),
     ]
     one = only(findings.findings([question()], failed, {}, FROZEN))
-    assert (one["verdict"], one["reason"], one["seeds_a"]) == (
+    assert (one.verdict, one.reason, one.seeds_a) == (
         INCONCLUSIVE,
         "1 seeds of the arms that the effect favours failed",
         4,
@@ -164,7 +164,7 @@ def test_missing_seeds_are_not_run_and_failed_ones_stay_in():
         *(r for r in arms() if (r.arm, r.result["seed"]) != ("a@b", 10)),
     ]
     one = only(findings.findings([question()], other, {}, FROZEN))
-    assert (one["verdict"], one["reason"], one["seeds_b"]) == (SUPPORTED, "provisional", 4)
+    assert (one.verdict, one.reason, one.seeds_b) == (SUPPORTED, "provisional", 4)
 
 
 def test_the_second_extractor_may_object():
@@ -173,30 +173,30 @@ def test_the_second_extractor_may_object():
         for r in arms()
     ]
     one = only(findings.findings([question()], records, {}, FROZEN))
-    assert one["verdict"] == INCONCLUSIVE and one["reason"].startswith("metric conflict: fid_cross")
+    assert one.verdict == INCONCLUSIVE and one.reason.startswith("metric conflict: fid_cross")
     agreeing = [
         record(r.arm, r.result["seed"], fid=r.rows[0]["fid"], fid_cross=r.rows[0]["fid"])
         for r in arms()
     ]
-    assert only(findings.findings([question()], agreeing, {}, FROZEN))["verdict"] == SUPPORTED
+    assert only(findings.findings([question()], agreeing, {}, FROZEN)).verdict == SUPPORTED
 
 
 def test_a_claim_changed_or_registered_after_its_runs_is_edited():
     one = only(findings.findings([question(claim_hash="h2")], arms(), {}, FROZEN))
-    assert one["verdict"] == EDITED and one["reason"].startswith(
+    assert one.verdict == EDITED and one.reason.startswith(
         "changed after its runs, which record commit cccccccccccc"
     )
-    assert only(findings.findings([question(id="A-9")], arms(), {}, FROZEN))["reason"].startswith(
+    assert only(findings.findings([question(id="A-9")], arms(), {}, FROZEN)).reason.startswith(
         "registered after"
     )
     mixed = [*arms()[:-1], record("a@b", 14, commit="d" * 40, fid=2.0)]
     assert (
-        only(findings.findings([question()], mixed, {}, FROZEN))["verdict"] == EDITED
+        only(findings.findings([question()], mixed, {}, FROZEN)).verdict == EDITED
     )  # one run of a commit without it
     assert (
-        only(findings.findings([question()], mixed, {}, FROZEN | {"d" * 40: FROZEN[COMMIT]}))[
-            "verdict"
-        ]
+        only(
+            findings.findings([question()], mixed, {}, FROZEN | {"d" * 40: FROZEN[COMMIT]})
+        ).verdict
         == SUPPORTED
     )
 
@@ -210,25 +210,23 @@ def test_families_are_a_papers_primary_claims():
         {},
         FROZEN,
     )
-    assert both[0]["p_adjusted"] == pytest.approx(2 * alone["p_adjusted"])
+    assert both[0].p_adjusted == pytest.approx(2 * alone.p_adjusted)
     idle = findings.findings(
         [question(margin=0.01), question(id="A-2", arms=["a", "a@c"])], weak, {}, FROZEN
     )  # registered, not run yet
-    assert idle[1]["verdict"] == NOT_RUN and idle[0]["p_adjusted"] == pytest.approx(
-        2 * alone["p_adjusted"]
-    )
+    assert idle[1].verdict == NOT_RUN and idle[0].p_adjusted == pytest.approx(2 * alone.p_adjusted)
     never = findings.findings(
         [question(margin=0.01), question(id="A-2", why_not="no data")], weak, {}, FROZEN
     )
-    assert never[0]["p_adjusted"] == alone["p_adjusted"]
+    assert never[0].p_adjusted == alone.p_adjusted
     other = findings.findings(
         [question(margin=0.01), question(margin=0.01, id="A-2", primary=False)], weak, {}, FROZEN
     )
-    assert other[0]["p_adjusted"] == alone["p_adjusted"]
+    assert other[0].p_adjusted == alone.p_adjusted
     paper = findings.findings(
         [question(margin=0.01), question(margin=0.01, id="A-2", method="b")], weak, {}, FROZEN
     )
-    assert paper[0]["p_adjusted"] == alone["p_adjusted"]
+    assert paper[0].p_adjusted == alone.p_adjusted
 
 
 def test_derived_metrics_other_nfe_and_instability():
@@ -236,19 +234,19 @@ def test_derived_metrics_other_nfe_and_instability():
         record(r.arm, r.result["seed"], class_accuracy=1 - r.rows[0]["fid"] / 100) for r in arms()
     ]
     one = only(findings.findings([question(metric="class_error")], records, {}, FROZEN))
-    assert one["verdict"] == SUPPORTED and one["values"]["a"][1] == pytest.approx(0.01)
+    assert one.verdict == SUPPORTED and one.values["a"][1] == pytest.approx(0.01)
     one = only(
         findings.findings(
             [question(kind="instability", threshold=1.5, arms=["a@b", "a"])], arms(), {}, FROZEN
         )
     )
-    assert one["verdict"] == SUPPORTED and one["effect"] == 1
+    assert one.verdict == SUPPORTED and one.effect == 1
     one = only(
         findings.findings([question(kind="instability", arms=["a", "a@b"])], arms(), {}, FROZEN)
     )
-    assert one["verdict"] == INCONCLUSIVE and one["effect"] == 0
+    assert one.verdict == INCONCLUSIVE and one.effect == 0
     assert (
-        only(findings.findings([question(nfe=4)], arms(), {}, FROZEN))["reason"]
+        only(findings.findings([question(nfe=4)], arms(), {}, FROZEN)).reason
         == "a has no fid at 4 NFE"
     )
 
@@ -260,20 +258,19 @@ def test_who_is_to_blame():
         *(r for r in arms() if (r.arm, r.result["seed"]) != ("a", 10)),
     ]
     one = only(findings.findings([question()], refused, {}, FROZEN))
-    assert one["verdict"] == NOT_RUN and one["reason"].startswith("a seed 10 ended as refused")
+    assert one.verdict == NOT_RUN and one.reason.startswith("a seed 10 ended as refused")
     late = [record("a", s, "timeout") for s in SEEDS] + [r for r in arms() if r.arm == "a@b"]
     assert (
-        only(findings.findings([question(kind="instability")], late, {}, FROZEN))["verdict"]
-        == NOT_RUN
+        only(findings.findings([question(kind="instability")], late, {}, FROZEN)).verdict == NOT_RUN
     )
     diverged = [record("a", s, "diverged") for s in SEEDS] + [r for r in arms() if r.arm == "a@b"]
     assert (
-        only(findings.findings([question(kind="instability")], diverged, {}, FROZEN))["verdict"]
+        only(findings.findings([question(kind="instability")], diverged, {}, FROZEN)).verdict
         == SUPPORTED
     )
     gone = only(findings.findings([question()], diverged, {}, FROZEN))
-    assert (gone["verdict"], gone["effect"]) == (NOT_RUN, None)
-    assert gone["reason"].startswith("no seed of a came to an end; seed 10 ended as diverged")
+    assert (gone.verdict, gone.effect) == (NOT_RUN, None)
+    assert gone.reason.startswith("no seed of a came to an end; seed 10 ended as diverged")
     worse = arms(a=2.0, b=1.0)
     worse = [
         record("a@b", 10, "diverged"),
@@ -282,7 +279,7 @@ def test_who_is_to_blame():
     blocked = only(
         findings.findings([question()], worse, {}, FROZEN)
     )  # the arm that came out better failed once
-    assert (blocked["verdict"], blocked["reason"]) == (
+    assert (blocked.verdict, blocked.reason) == (
         INCONCLUSIVE,
         "1 seeds of the arms that the effect favours failed",
     )
@@ -290,10 +287,10 @@ def test_who_is_to_blame():
 
 def test_seeds_are_frozen_too_and_what_is_withdrawn_is_named():
     other = {COMMIT: FROZEN[COMMIT] | {"seeds": [14, 13, 12, 11, 10]}}
-    assert only(findings.findings([question()], arms(), {}, other))["reason"].startswith(
+    assert only(findings.findings([question()], arms(), {}, other)).reason.startswith(
         "its seeds were others in commit ccc"
     )
-    assert only(findings.findings([question()], arms(), {}, {}))["reason"].endswith("is not known")
+    assert only(findings.findings([question()], arms(), {}, {})).reason.endswith("is not known")
     assert findings.withdrawn([question()], FROZEN) == ["A-2"]
 
 
@@ -313,24 +310,22 @@ def test_quantities_of_an_experiment():
         kind="mechanism", experiment="e", arms=["near", "far"], metric="error", share=None
     )
     one = only(findings.findings([asked], [], {"e": values}, FROZEN))
-    assert one["verdict"] == SUPPORTED and one["budget"] is None
+    assert one.verdict == SUPPORTED and one.budget is None
     bound = question(kind="mechanism", experiment="e", arms=["far"], direction="higher", value=1.0)
-    assert only(findings.findings([bound], [], {"e": values}, FROZEN))["effect"] == pytest.approx(
+    assert only(findings.findings([bound], [], {"e": values}, FROZEN)).effect == pytest.approx(
         math.log(2.012), abs=1e-3
     )
     near = only(findings.findings([bound | {"value": 1.95}], [], {"e": values}, FROZEN))
+    assert near.verdict == SUPPORTED  # a bound that holds by less than a margin is no equivalence
     assert (
-        near["verdict"] == SUPPORTED
-    )  # a bound that holds by less than a margin is no equivalence
-    assert (
-        only(findings.findings([bound | {"value": 2.1}], [], {"e": values}, FROZEN))["verdict"]
+        only(findings.findings([bound | {"value": 2.1}], [], {"e": values}, FROZEN)).verdict
         == REVERSED
     )
     gone = only(findings.findings([asked | {"arms": ["near", "for"]}], [], {"e": values}, FROZEN))
-    assert (gone["verdict"], gone["reason"]) == (NOT_RUN, "e measures no 'for'")
+    assert (gone.verdict, gone.reason) == (NOT_RUN, "e measures no 'for'")
     values[1] = values[1] | {"values": {}, "failed": "the teacher diverged"}
     lost = only(findings.findings([asked], [], {"e": values}, FROZEN))
-    assert (lost["verdict"], lost["reason"]) == (
+    assert (lost.verdict, lost.reason) == (
         NOT_RUN,
         "e failed on seed 11: the teacher diverged",
     )
@@ -370,25 +365,15 @@ def test_the_page_holds_everything_and_is_a_function_of_its_arguments():
         question(id="A-3", benchmark=None, why_not="no data"),
     ]
     found = findings.findings(asked, arms(), {}, FROZEN)
-    about = {
-        "name": "audit",
-        "seeds": "10 to 14",
-        "cells": 10,
-        "measurements": 0,
-        "core_hours": 0.1,
-        "command": "snakemake",
-        "before": None,
-    }
+    about = page.Audit("audit", "10 to 14", 10, 0, 0.1, "snakemake")
     text = page.page(
         "Audit",
-        "audit",
         found,
         about,
         {"A-2/digits": {"bug": "looked", "noise": "none", "scale": "small"}},
     )
     assert text == page.page(
         "Audit",
-        "audit",
         found,
         about,
         {"A-2/digits": {"bug": "looked", "noise": "none", "scale": "small"}},
@@ -408,7 +393,6 @@ def test_the_page_holds_everything_and_is_a_function_of_its_arguments():
     assert page.forest(found) == page.forest(found)
     written = {}
     page.write(
-        "audit",
         "Audit",
         found,
         about,
@@ -423,16 +407,9 @@ def test_the_page_holds_everything_and_is_a_function_of_its_arguments():
 def test_a_second_audit_names_the_verdicts_that_changed():
     names = [question(), question(id="A-2"), question(id="A-3", benchmark=None, why_not="no data")]
     first = findings.findings(names, arms(), {}, FROZEN)
-    about = {
-        "name": "again",
-        "seeds": "10 to 14",
-        "cells": 10,
-        "measurements": 0,
-        "core_hours": 0.1,
-        "command": "snakemake",
-        "before": {"name": "audit", "seeds": "1 to 5", "found": first},
-    }
-    same = page.page("Again", "again", first, about, {})
+    before = page.Earlier("audit", "1 to 5", first)
+    about = page.Audit("again", "10 to 14", 10, 0, 0.1, "snakemake", before=before)
+    same = page.page("Again", first, about, {})
     assert (
         "2 questions have a verdict in both (0 in the first alone); 0 of them another one, 0 the opposite one. "
         in same
@@ -442,7 +419,7 @@ def test_a_second_audit_names_the_verdicts_that_changed():
         findings.findings([names[0] | {"scale_free": True}], arms(a=2.0, b=1.0), {}, FROZEN)
         + first[1:]
     )
-    text = page.page("Again", "again", found, about, {})
+    text = page.page("Again", found, about, {})
     assert (
         "2 questions have a verdict in both (0 in the first alone); 1 of them another one, 1 the opposite one. "
         in text

@@ -16,10 +16,10 @@ from distillbench import config
 from distillbench.config import SCHEMAS
 from distillbench.errors import UserError
 from distillbench.tables import plan
+from eval import catalogue
 from eval.report import tables
 from eval.report.records import Record
-from eval.report.rows import IMAGES, build_rows, reported_rows, summarise
-from eval.report.tables import DIAGNOSTICS
+from eval.report.rows import build_rows, reported_rows, summarise
 from tests import commands
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +203,7 @@ def test_diagnostics_are_a_second_table():
         == list(main["follows"]).index("FID ↓") + 1
     )
     assert main["follows"]["FID, 2nd extractor ↓"] == "0.250" and not set(main["follows"]) & {
-        h for h, _, _ in DIAGNOSTICS.values()
+        m.column for m in catalogue.METRICS if m.table == "diagnostics"
     }
     shown = {
         "class acc. ↑": "0.875",
@@ -283,7 +283,7 @@ def test_row_keys_are_those_of_the_format():
         "budget",
         "reported",
     }
-    both = {f"{m}_{k}" for m in IMAGES for k in ("mean", "sd")}
+    both = {f"{m.name}_{k}" for m in catalogue.measured("images") for k in ("mean", "sd")}
     for row in rows:
         assert base | both <= set(row)
     measured = [r for r in rows if r["status"] == "done"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from distillbench.cli import audit_pages
 from distillbench.cli.evaluate import known_metrics
 from distillbench.cli.options import AuditName, out, parse_seeds
 from distillbench.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.audit.findings import Finding
 
 
 def audit(
@@ -65,7 +68,7 @@ def audit(
     # Verdicts are corrected within a paper: all of its claims are judged, those wanted are shown.
     of_papers = [question for question in every if question.method.name in methods]
     for finding in audit_pages.current_findings(table, of_papers):
-        if (finding["id"], finding["benchmark"]) in wanted:
+        if (finding.id, finding.benchmark) in wanted:
             out.print("\n".join(lines_of(finding)), soft_wrap=True, markup=False)
 
 
@@ -87,16 +90,16 @@ def make_stamps(stamps: list[str], table: str) -> None:
         raise typer.Exit(code)
 
 
-def lines_of(finding: dict[str, Any]) -> list[str]:
+def lines_of(finding: Finding) -> list[str]:
     """A verdict with its reason, and below it what it rests on."""
     from eval.audit import page
 
-    reason = f" ({finding['reason']})" if finding["reason"] else ""
-    lines = [f"{finding['id']}: {finding['verdict']}{reason}"]
-    if finding["effect"] is not None:
+    reason = f" ({finding.reason})" if finding.reason else ""
+    lines = [f"{finding.id}: {finding.verdict}{reason}"]
+    if finding.effect is not None:
         seeds = page.seeds_words(finding)
         numbers = f"{page.interval(finding)}, n {seeds}, {page.ground(finding)}"
-        evidence = [finding["claim"], numbers, *page.plot(finding)]
+        evidence = [finding.claim, numbers, *page.plot(finding)]
         lines += [f"  {line}" for line in evidence]
     return lines
 

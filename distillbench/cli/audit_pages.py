@@ -26,6 +26,8 @@ from distillbench.registry import folders
 from distillbench.tables import plan
 
 if TYPE_CHECKING:
+    from eval.audit.findings import Finding
+    from eval.audit.page import Earlier
     from eval.report.records import Record
     from eval.report.tables import Appendix
 
@@ -141,7 +143,7 @@ def flops_per_second(cells: list[Cell]) -> list[float]:
     return paces
 
 
-def published_findings(table: Table, asked: list[Question], folder: Path) -> list[dict[str, Any]]:
+def published_findings(table: Table, asked: list[Question], folder: Path) -> list[Finding]:
     """The findings of questions from the published records in `folder`."""
     from eval.audit import findings
     from eval.report import records
@@ -154,7 +156,7 @@ def published_findings(table: Table, asked: list[Question], folder: Path) -> lis
     return findings.findings(asked_of(table, asked), found, measured, read_frozen(folder))
 
 
-def current_findings(table: Table, asked: list[Question]) -> list[dict[str, Any]]:
+def current_findings(table: Table, asked: list[Question]) -> list[Finding]:
     """The findings of questions from the cells and measurements of this checkout, published or
     not."""
     from eval.audit import findings
@@ -192,19 +194,19 @@ def render(table: Table, check: bool) -> list[str]:
     measured = [result for own in read_measured(folder).values() for result in own]
     seconds = sum(record.result["cost"]["seconds"] for record in records)
     seconds += sum(result["seconds"] for result in measured)
-    about = {
-        "name": table.name,
-        "seeds": seeds_words(table),
-        "cells": len(records),
-        "measurements": len(measured),
-        "core_hours": seconds / 3600,
-        "withdrawn": findings.withdrawn(asked_of(table, asked), read_frozen(folder)),
-        "command": f"snakemake --cores all results/{table.name}.md",
-        "before": before(table),
-    }
+    about = page.Audit(
+        name=table.name,
+        seeds=seeds_words(table),
+        cells=len(records),
+        measurements=len(measured),
+        core_hours=seconds / 3600,
+        withdrawn=findings.withdrawn(asked_of(table, asked), read_frozen(folder)),
+        command=f"snakemake --cores all results/{table.name}.md",
+        before=before(table),
+    )
     writer = PageWriter(check)
     examined = examinations(table)
-    page.write(table.name, table.title, found, about, examined, results, writer.write)
+    page.write(table.title, found, about, examined, results, writer.write)
     return writer.differing
 
 
@@ -222,8 +224,10 @@ def beside_papers(name: str) -> Appendix:
     return table3.appendix(papers, published(name), name)
 
 
-def before(table: Table) -> dict[str, Any] | None:
-    """Name, seeds and published findings of the audit that this one repeats, if it repeats one."""
+def before(table: Table) -> Earlier | None:
+    """The audit that this one repeats, with its published findings; None where it repeats none."""
+    from eval.audit.page import Earlier
+
     if table.again_of is None:
         return None
     first = plan.table(table.again_of)
@@ -240,7 +244,7 @@ def before(table: Table) -> dict[str, Any] | None:
         )
     asked = questions.of_table(first, known_metrics)
     found = published_findings(first, asked, folder)
-    return {"name": first.name, "seeds": seeds_words(first), "found": found}
+    return Earlier(first.name, seeds_words(first), found)
 
 
 def examinations(table: Table) -> dict[str, Any]:

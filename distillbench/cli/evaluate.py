@@ -148,12 +148,10 @@ def no_target(target: str) -> UserError:
 
 def known_metrics(benchmark: str) -> tuple[str, ...]:
     """What claims may name on a benchmark; UserError where there is none of that name."""
-    from eval.report.rows import DERIVED, IMAGES, MIXTURES
+    from eval import catalogue
 
-    if config.benchmark(benchmark).data.kind == "mixture":
-        return MIXTURES
-    may_be_negative = ("kid", "gap_closed")
-    return tuple(name for name in (*IMAGES, *DERIVED) if name not in may_be_negative)
+    mixture = config.benchmark(benchmark).data.kind == "mixture"
+    return catalogue.known_names("mixtures" if mixture else "images")
 
 
 def is_evaluated(cell: Cell) -> bool:

@@ -159,11 +159,9 @@ def redrawn_verdicts(table: Table) -> Iterator[VerificationLine]:
 
     The bundle's folder is the working directory.
     """
-    from eval.audit.page import twin
-
     asked = questions.of_table(table, known_metrics)
     found = audit_pages.published_findings(table, asked, audit_pages.folder_of(table))
-    ours = [twin(finding) for finding in found]
+    ours = [finding.twin() for finding in found]
     file = f"results/{table.name}.json"
     theirs = json.loads((config.root() / file).read_text(encoding="utf-8"))
     good = True
@@ -286,8 +284,10 @@ def within_spread(
 ) -> VerificationLine:
     """Whether other metrics than the published ones are within the spread over seeds of the arm's
     main metric: the same digits cannot be asked of another processor."""
+    from eval import catalogue
+
     published_row = record.rows[-1]
-    name = _main_metric(published_row)
+    name = catalogue.main_metric(catalogue.family_of(published_row)).name
     published_value = published_row[name]
     value = metrics["rows"][-1][name]
     words = f"{label}: run again, {name} {value:.4g} where {published_value:.4g} is published"
@@ -302,8 +302,3 @@ def within_spread(
         distance <= SPREADS,
         f"{words}: another processor, {distance:.1f} sd of its seeds apart",
     )
-
-
-def _main_metric(row: dict[str, Any]) -> str:
-    """The metric that rows like this one are ranked by."""
-    return "sliced_w2" if "sliced_w2" in row else "fid"

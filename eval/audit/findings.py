@@ -1,342 +1,546 @@
-"""The findings of an audit: every question, that is a claim on a benchmark, with its values per seed, its effect and its verdict.
+"""The findings of an audit: every question, that is a claim on a benchmark, with its values per
+seed, its effect and its verdict.
 
-A pure function of the questions (`distillbench/audits.py`), of published records and measurements, and of what was frozen when.
+A pure function of the questions (`distillbench/audits/questions.py`), of published records and
+measurements, and of what was frozen when.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
+from eval import catalogue
 from eval.audit import verdicts
 from eval.audit.verdicts import EDITED, FEW, LEAST, NOT_RUN, TINY, VERDICTS, Effect
-from eval.report.records import Record
-from eval.report.rows import DERIVED, Row
+from eval.report.records import Record, grouped
+from eval.report.rows import Row
+from eval.report.text import rounded
 
-# A second metric whose own interval may contradict the first: FID under an extractor of another architecture and objective.
-CONTROL = {"fid": "fid_cross"}
-SHARES = (
-    "precision",
-    "recall",
-    "coverage",
-    "outside",
-    "weight_tv",
-    "class_error",
-    "label_tv",
-    "memorisation",
-)  # of samples
-OTHERS = (
-    "refused",
-    "over_budget",
-)  # statuses of a cell that say nothing about the method's quality
-HASH = "claim_hash"
+# statuses of a cell that say nothing about the method's quality
+OTHERS = ("refused", "over_budget")
+# keys of a finding's twin, `where` as `source`, and of the evidence in it
+PUBLISHED = (
+    "id",
+    "method",
+    "kind",
+    "where",
+    "benchmark",
+    "verdict",
+    "reason",
+    "effect",
+    "ci_low",
+    "ci_high",
+    "margin",
+    "seeds_a",
+    "seeds_b",
+    "budget",
+    "claim_hash",
+)
+EVIDENCE = (
+    "claim",
+    "refuted_if",
+    "scale_free",
+    "primary",
+    "seen_before_freezing",
+    "arms",
+    "metric",
+    "direction",
+    "share",
+    "nfe",
+    "threshold",
+    "value",
+    "experiment",
+    "seeds",
+    "values",
+    "p",
+    "p_adjusted",
+    "p_equivalent",
+    "control",
+    "commits",
+    "dirty",
+    "cells",
+)
 Values = list[float | None]  # per seed, None where the method itself failed
-Measured = dict[str, list[dict[str, Any]]]
-Frozen = dict[
-    str, dict[str, Any]
-]  # commit -> {"claims": {id: hash}, "seeds": [...]}, as they stood there
+Measured = dict[str, list[Row]]  # results of an experiment by its name
+Arms = dict[tuple[str, str], list[Record]]  # by benchmark and arm
+# commit -> {"claims": {id: hash}, "seeds": [...]}, as they stood there
+Frozen = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A claim on one benchmark, and how it is tried (keys: docs/audit.md).
+
+    metric, share, nfe and threshold are those of the trial; why_not says why there is none.
+    """
+
+    id: str
+    method: str
+    title: str
+    claim: str
+    where: str
+    kind: str
+    scale_free: bool
+    primary: bool
+    refuted_if: str
+    seen_before_freezing: str | None
+    arms: list[str]
+    direction: str
+    experiment: str | None
+    value: float | None
+    claim_hash: str
+    benchmark: str | None
+    why_not: str | None
+    seeds: list[int]
+    margin: float | None
+    metric: str | None = None
+    share: float | None = None
+    nfe: int | None = None
+    threshold: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in an audit: id and benchmark."""
+        return f"{self.id}/{self.benchmark}" if self.benchmark else self.id
+
+    @property
+    def lower(self) -> bool:
+        """Whether lower values of its metric are better."""
+        return self.direction == "lower"
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a mechanism's quantity is compared with a value: no gain, so no equivalence."""
+        return self.kind == "mechanism" and self.value is not None
+
+    @property
+    def least(self) -> float:
+        """The least value of its metric that is told from zero."""
+        return LEAST if catalogue.is_share(self.metric) else TINY
+
+
+@dataclass(frozen=True)
+class Control:
+    """The same contrast under a second metric; `conflict`: its interval says the opposite."""
+
+    metric: str
+    effect: float
+    ci_low: float
+    ci_high: float
+    conflict: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding(Asked):
+    """A question with its evidence and its verdict.
+
+    Effects and margins are on the scale of the logarithm, or are rates for an instability. p is
+    that of no effect, p_equivalent that of an effect beyond the margin, p_adjusted p corrected for
+    the family; all are None where nothing was tested.
+    """
+
+    verdict: str
+    reason: str
+    effect: float | None
+    ci_low: float | None
+    ci_high: float | None
+    p: float | None
+    p_adjusted: float | None
+    p_equivalent: float | None
+    control: Control | None
+    seeds_a: int
+    seeds_b: int
+    budget: float | None
+    values: dict[str, Values]
+    commits: list[str]
+    dirty: bool
+    cells: dict[str, dict[int, str]]
+
+    def twin(self) -> Row:
+        """As an audit's .json has it: `source` is the claim's place in its paper; 6 digits."""
+        whole = rounded(asdict(self), 6)
+        out = {"source" if key == "where" else key: whole[key] for key in PUBLISHED}
+        out["evidence"] = {key: whole[key] for key in EVIDENCE}
+        return out
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One seed of an arm: its value, and the result or the measurement that has it."""
+
+    seed: int
+    value: float | None
+    about: Row
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was run for a question; `why_not`: why no verdict can come of it."""
+
+    why_not: str | None
+    values: dict[str, Values] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=list)
+    dirty: bool = False
+    cells: dict[str, dict[int, str]] = field(default_factory=dict)
+    budget: float | None = None
+    control: list[list[float]] = field(default_factory=list)
+
+    def known(self) -> list[list[float]]:
+        """Values of seeds that did not fail, by arm."""
+        return [_known(values) for values in self.values.values()]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Effect, interval and p-values of a question before any correction.
+
+    contrast and margin: None and 0 for an instability.
+    """
+
+    effect: float
+    interval: tuple[float, float]
+    p: float
+    seeds_a: int
+    seeds_b: int
+    p_equivalent: float | None = None
+    contrast: Effect | None = None
+    margin: float = 0.0
+    control: Control | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A question on its way to a verdict; `tested` is None where its evidence says why not."""
+
+    question: Asked
+    evidence: Evidence
+    tested: Tested | None
 
 
 def findings(
     asked: list[Row], records: list[Record], measured: Measured, frozen: Frozen
-) -> list[Row]:
-    """One finding per question, in their order. See `Finding` keys in docs/audit.md.
+) -> list[Finding]:
+    """One finding per question, in their order.
 
-    Effects and margins are on the scale of the logarithm, or are rates for an instability.
+    asked: `distillbench.audits.questions.Question.asked` of each.
     """
-    found = [_values(q, records, measured) for q in asked]
-    _correct(found)
-    for one in found:
-        _judge(one, frozen)
-    return [{key: value for key, value in one.items() if not key.startswith("_")} for one in found]
-
-
-def _values(question: Row, records: list[Record], measured: Measured) -> Row:
-    """The question with its values per arm and seed, the commits behind them, and its effect."""
-    nothing = (
-        "budget",
-        "effect",
-        "ci_low",
-        "ci_high",
-        "p",
-        "p_adjusted",
-        "p_equivalent",
-        "control",
-    )
-    q = (
-        question
-        | dict.fromkeys(nothing)
-        | {
-            "values": {},
-            "commits": [],
-            "dirty": False,
-            "cells": {},
-            "seeds_a": 0,
-            "seeds_b": 0,
-            "_registered": question["why_not"] is None,
-        }
-    )
-    if q["why_not"] is not None:
-        return q
-    kept: dict[str, dict[int, float | None]] = {}
-    control: list[list[float]] = []
-    excuses = _failures(q, measured) if q["experiment"] else []
-    for arm in q["arms"]:
-        own = (
-            _quantities(q, arm, measured)
-            if q["experiment"]
-            else _cells(q, arm, records, q["metric"])
-        )
-        excuses += [
-            why for _, value, about in own if (why := _excuse(q, arm, value, about)) is not None
-        ]
-        kept[arm] = {seed: value for seed, value, _ in own}
-        q["commits"] += [about["provenance"]["commit"] for *_, about in own]
-        q["dirty"] |= any(about["provenance"].get("dirty", False) for *_, about in own)
-        q["cells"][arm] = {seed: about["key"] for seed, _, about in own}
-        if not q["experiment"]:
-            q["budget"] = (
-                max(
-                    [
-                        q["budget"] or 0,
-                        *(about["cost"].get("limit_flops") or 0 for *_, about in own),
-                    ]
-                )
-                or None
-            )
-            if q["metric"] in CONTROL:
-                control.append(
-                    [
-                        v
-                        for _, v, _ in _cells(q, arm, records, CONTROL[q["metric"]])
-                        if v is not None
-                    ]
-                )
-    q["commits"] = sorted({commit or "none" for commit in q["commits"]})
-    q["values"] = {
-        arm: [kept[arm].get(seed) for seed in q["seeds"] if seed in kept[arm]] for arm in q["arms"]
-    }
-    if excuses:
-        q["why_not"] = excuses[0]
-        return q
-    missing = {
-        arm: len(q["seeds"]) - len(values)
-        for arm, values in q["values"].items()
-        if len(values) < len(q["seeds"])
-    }
-    if missing:
-        arm, count = next(iter(missing.items()))
-        q["why_not"] = f"compute: {count} of {len(q['seeds'])} seeds of {arm} are not there"
-        return q
-    counts = [sum(v is not None for v in values) for values in q["values"].values()]
-    if 0 in counts and q["kind"] != "instability":
-        arm = q["arms"][counts.index(0)]
-        ended = next(about for *_, about in _cells(q, arm, records, q["metric"]))
-        q["why_not"] = (
-            f"no seed of {arm} came to an end; seed {ended['seed']} ended as {ended['status']}: {ended['reason']}"
-        )
-        return q
-    q["seeds_a"], q["seeds_b"] = counts[0], min(counts[1:], default=0)
-    _effect(q, control)
-    return q
-
-
-def _cells(
-    q: Row, arm: str, records: list[Record], metric: str
-) -> list[tuple[int, float | None, Row]]:
-    """(seed, metric, result) of an arm's records; at the question's NFE, or at the headline NFE of the arm."""
+    arms = grouped(records, attrgetter("benchmark", "arm"))
+    tried = [_try(Asked(**question), arms, measured) for question in asked]
+    adjusted = _adjusted(tried, equivalence=False)
+    adjusted_equivalent = _adjusted(tried, equivalence=True)
     out = []
-    for r in records:
-        if (
-            r.result["benchmark"] == q["benchmark"]
-            and r.arm == arm
-            and r.result["seed"] in q["seeds"]
-        ):
-            nfe = q["nfe"] or r.result["headline_nfe"]
-            row = next((row for row in r.rows if row["nfe"] == nfe), None)
-            value = (
-                None
-                if row is None
-                else DERIVED[metric](row)
-                if metric in DERIVED
-                else row.get(metric)
-            )
-            out.append((r.result["seed"], value, r.result))
+    for one, p, p_equivalent in zip(tried, adjusted, adjusted_equivalent, strict=True):
+        verdict, reason = _judge(one, p, p_equivalent, frozen)
+        out.append(_finding(one, p, verdict, reason))
     return out
 
 
-def _excuse(q: Row, arm: str, value: float | None, about: Row) -> str | None:
-    """Why a cell says nothing about its method; None where it has a value, or where the method itself failed."""
-    if q["experiment"]:
-        return None
-    status = about["status"]
-    if status == "done" and value is None:
-        return f"{arm} has no {q['metric']} at {q['nfe'] or about['headline_nfe']} NFE"
-    if status in OTHERS or (q["kind"] == "instability" and status not in ("done", "diverged")):
-        return f"{arm} seed {about['seed']} ended as {status}: {about['reason']}"
+def _try(question: Asked, arms: Arms, measured: Measured) -> Tried:
+    if question.why_not is not None:
+        return Tried(question, Evidence(question.why_not), None)
+    evidence = _evidence(question, arms, measured)
+    if evidence.why_not is not None:
+        return Tried(question, evidence, None)
+    test = _instability if question.kind == "instability" else _contrast
+    return Tried(question, evidence, test(question, evidence))
+
+
+def _finding(tried: Tried, p_adjusted: float | None, verdict: str, reason: str) -> Finding:
+    evidence = tried.evidence
+    tested = tried.tested
+    low, high = (None, None) if tested is None else tested.interval
+    return Finding(
+        **vars(tried.question),
+        verdict=verdict,
+        reason=reason,
+        effect=None if tested is None else tested.effect,
+        ci_low=low,
+        ci_high=high,
+        p=None if tested is None else tested.p,
+        p_adjusted=p_adjusted,
+        p_equivalent=None if tested is None else tested.p_equivalent,
+        control=None if tested is None else tested.control,
+        seeds_a=0 if tested is None else tested.seeds_a,
+        seeds_b=0 if tested is None else tested.seeds_b,
+        budget=evidence.budget,
+        values=evidence.values,
+        commits=evidence.commits,
+        dirty=evidence.dirty,
+        cells=evidence.cells,
+    )
+
+
+def _evidence(q: Asked, arms: Arms, measured: Measured) -> Evidence:
+    """Values per arm and seed with the commits behind them, or why they say nothing."""
+    observed: dict[str, list[Observation]] = {}
+    control: list[list[float]] = []
+    excuses: list[str] = []
+    if q.experiment:
+        results = [m for m in measured.get(q.experiment, []) if m["seed"] in q.seeds]
+        excuses += _failures(q, results)
+        for arm in q.arms:
+            observed[arm] = _quantities(arm, results)
+    else:
+        for arm in q.arms:
+            records = [r for r in arms.get((str(q.benchmark), arm), []) if r.seed in q.seeds]
+            observed[arm] = _cells(q, records, str(q.metric))
+            excuses += _excuses(q, arm, observed[arm])
+            second = catalogue.metric(str(q.metric)).control
+            if second is not None:
+                control.append(_known(o.value for o in _cells(q, records, second)))
+    values: dict[str, Values] = {}
+    cells: dict[str, dict[int, str]] = {}
+    commits = set()
+    dirty = False
+    budget = 0.0
+    for arm, own in observed.items():
+        by_seed = {o.seed: o.value for o in own}
+        values[arm] = [by_seed[seed] for seed in q.seeds if seed in by_seed]
+        cells[arm] = {o.seed: o.about["key"] for o in own}
+        for observation in own:
+            about = observation.about
+            commits.add(about["provenance"]["commit"] or "none")
+            dirty |= about["provenance"].get("dirty", False)
+            if not q.experiment:
+                budget = max(budget, about["cost"].get("limit_flops") or 0)
+    why_not = excuses[0] if excuses else _missing(q, values) or _fruitless(q, observed)
+    return Evidence(why_not, values, sorted(commits), dirty, cells, budget or None, control)
+
+
+def _missing(q: Asked, values: dict[str, Values]) -> str | None:
+    """Which seeds have not run, of the first arm that lacks some."""
+    for arm, own in values.items():
+        missing = len(q.seeds) - len(own)
+        if missing > 0:
+            return f"compute: {missing} of {len(q.seeds)} seeds of {arm} are not there"
     return None
 
 
-def _failures(q: Row, measured: Measured) -> list[str]:
-    """Why an experiment says nothing of its question."""
-    own = [m for m in measured.get(q["experiment"], []) if m["seed"] in q["seeds"]]
-    out = [
-        f"{q['experiment']} failed on seed {m['seed']}: {m['failed']}" for m in own if "failed" in m
-    ]
-    known = {name for m in own for name in m["values"]}
-    return out + [
-        f"{q['experiment']} measures no '{name}'"
-        for name in q["arms"]
-        if known and name not in known
-    ]
+def _fruitless(q: Asked, observed: dict[str, list[Observation]]) -> str | None:
+    """Which arm has no value at all; of an instability that is the outcome."""
+    if q.kind == "instability":
+        return None
+    for arm, own in observed.items():
+        if not _known(o.value for o in own):
+            first = own[0].about
+            ended = f"seed {first['seed']} ended as {first['status']}: {first['reason']}"
+            return f"no seed of {arm} came to an end; {ended}"
+    return None
 
 
-def _quantities(q: Row, name: str, measured: Measured) -> list[tuple[int, float | None, Row]]:
-    return [
-        (m["seed"], m["values"][name], m)
-        for m in measured.get(q["experiment"], [])
-        if m["seed"] in q["seeds"] and name in m["values"]
-    ]
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
-def _effect(q: Row, control: list[list[float]]) -> None:
-    """Effect, interval and p-values, before any correction; and whether a second metric says the opposite."""
-    lower = q["direction"] == "lower"
-    if q["kind"] == "instability":
-        failed = [
-            sum(_failed(v, q["threshold"], lower) for v in values)
-            for values in q["values"].values()
-        ]
-        d, interval, p = verdicts.instability(
-            (failed[0], failed[1]), (len(q["seeds"]), len(q["seeds"]))
-        )
-        q |= {"effect": d, "p": p, "_least": len(q["seeds"]), "failed": failed}
-        q["ci_low"], q["ci_high"] = interval
-        q["seeds_a"] = q["seeds_b"] = len(q["seeds"])
-        return
-    found = _contrast(q, [[v for v in values if v is not None] for values in q["values"].values()])
-    m = 0.0 if q["kind"] == "mechanism" and q["value"] is not None else verdicts.margin(q["margin"])
-    q |= {
-        "effect": found.d,
-        "p": found.p(),
-        "p_equivalent": found.p_equivalent(m),
-        "_found": found,
-        "_m": m,
-    }
-    q["ci_low"], q["ci_high"] = found.interval()
-    if control and min(map(len, control)) >= FEW and q["kind"] not in ("parity", "absolute"):
-        other = _contrast(q, control)
-        low, high = other.interval()
-        name, opposite = (
-            CONTROL[q["metric"]],
-            (low > 0 and found.d < 0) or (high < 0 and found.d > 0),
-        )
-        q["control"] = {
-            "metric": name,
-            "effect": other.d,
-            "ci_low": low,
-            "ci_high": high,
-            "conflict": opposite,
-        }
+def _cells(q: Asked, records: list[Record], metric: str) -> list[Observation]:
+    """A metric of an arm's records; at the question's NFE, or at the headline NFE of the arm."""
+    entry = catalogue.metric(metric)
+    out = []
+    for record in records:
+        row = record.at(q.nfe)
+        value = None if row is None else entry.value(row)
+        out.append(Observation(record.seed, value, record.result))
+    return out
 
 
-def _contrast(q: Row, arms: list[list[float]]) -> Effect:
-    least = LEAST if q["metric"] in SHARES else TINY
-    return verdicts.effect(
-        q["kind"],
-        [verdicts.logs(values, least) for values in arms],
-        q["direction"] == "lower",
-        q["value"],
-    )
+def _excuses(q: Asked, arm: str, observed: list[Observation]) -> list[str]:
+    """Why cells say nothing about their method.
 
-
-def _failed(value: float | None, threshold: float | None, lower: bool) -> bool:
-    return value is None or (
-        threshold is not None and (value > threshold if lower else value < threshold)
-    )
-
-
-def _correct(found: list[Row]) -> None:
-    """Holm's adjustment within a paper's primary claims, and within its others; tests of equivalence are families of their own.
-
-    A family has all that were registered to be tried: those without runs count as p = 1, so that no verdict depends on what was run first.
+    None for a cell that has a value, or where the method itself failed.
     """
-    families: dict[tuple[str, bool, str], list[Row]] = {}
-    for q in found:
-        if q["_registered"]:
-            families.setdefault((q["method"], q["primary"], "p"), []).append(q)
-            if q["kind"] != "instability":
-                families.setdefault((q["method"], q["primary"], "p_equivalent"), []).append(q)
-    for (_, _, key), members in families.items():
-        for q, p in zip(
-            members,
-            verdicts.holm([1.0 if q[key] is None else q[key] for q in members]),
-            strict=True,
-        ):
-            if q[key] is not None:
-                q["p_adjusted" if key == "p" else "_p_equivalent"] = p
+    out = []
+    for observation in observed:
+        about = observation.about
+        status = about["status"]
+        odd = q.kind == "instability" and status not in ("done", "diverged")
+        if status == "done" and observation.value is None:
+            nfe = q.nfe or about["headline_nfe"]
+            out.append(f"{arm} has no {q.metric} at {nfe} NFE")
+        elif status in OTHERS or odd:
+            out.append(f"{arm} seed {about['seed']} ended as {status}: {about['reason']}")
+    return out
 
 
-def _judge(q: Row, frozen: Frozen) -> None:
-    """Verdict and reason."""
-    if q["why_not"] is not None:
-        q["verdict"], q["reason"] = NOT_RUN, q["why_not"]
-    elif (why := _edited(q, frozen)) is not None:
-        q["verdict"], q["reason"] = EDITED, why
-    elif q["kind"] == "instability":
-        q["verdict"], q["reason"] = verdicts.decide_instability(
-            q["effect"], q["p_adjusted"], q["_least"], q["scale_free"]
-        )
-    else:
-        lost = [sum(v is None for v in q["values"][arm]) for arm in q["arms"]]
-        signs = [
-            list(signs) for signs in zip(*verdicts.weights_of(q["kind"], len(lost)), strict=True)
-        ]  # negative: a low y favours the claim
-        both = q["kind"] in ("monotone", "parity")  # every arm is needed
-        failed = sum(n for n, arm in zip(lost, signs, strict=True) if both or min(arm) < 0)
-        failed_others = sum(n for n, arm in zip(lost, signs, strict=True) if both or max(arm) > 0)
-        conflict = None
-        if q["control"] and q["control"]["conflict"]:
-            conflict = (
-                f"{q['control']['metric']} says the opposite, with an interval that excludes 0"
-            )
-        q["verdict"], q["reason"] = verdicts.decide(
-            q["kind"],
-            q["_found"],
-            q["_m"],
-            q["p_adjusted"],
-            q["_p_equivalent"],
-            q["scale_free"],
-            conflict,
-            failed,
-            failed_others,
-        )
+def _failures(q: Asked, results: list[Row]) -> list[str]:
+    """Why an experiment says nothing of its question."""
+    out = []
+    names: set[str] = set()
+    for result in results:
+        names.update(result["values"])
+        if "failed" in result:
+            out.append(f"{q.experiment} failed on seed {result['seed']}: {result['failed']}")
+    for name in q.arms:
+        if names and name not in names:
+            out.append(f"{q.experiment} measures no '{name}'")
+    return out
 
 
-def _edited(q: Row, frozen: Frozen) -> str | None:
-    """Why a claim does not count as frozen before its runs; None where every commit behind them holds it, and its seeds, as they are."""
-    for commit in q["commits"]:
+def _quantities(name: str, results: list[Row]) -> list[Observation]:
+    """What an experiment measured under this name."""
+    out = []
+    for result in results:
+        if name in result["values"]:
+            out.append(Observation(result["seed"], result["values"][name], result))
+    return out
+
+
+def _instability(q: Asked, evidence: Evidence) -> Tested:
+    """Difference of failure rates of two arms; a seed beyond the threshold has failed too."""
+    first, second = (_failed(q, values) for values in evidence.values.values())
+    seeds = len(q.seeds)
+    effect, interval, p = verdicts.instability((first, second), (seeds, seeds))
+    return Tested(effect, interval, p, seeds, seeds)
+
+
+def _failed(q: Asked, values: Values) -> int:
+    """How many seeds failed."""
+    count = 0
+    for value in values:
+        if value is None:
+            count += 1
+        elif q.threshold is not None:
+            count += value > q.threshold if q.lower else value < q.threshold
+    return count
+
+
+def _contrast(q: Asked, evidence: Evidence) -> Tested:
+    """Effect of any other claim, with a second metric beside it where there is one."""
+    known = evidence.known()
+    contrast = _effect(q, known)
+    margin = 0.0 if q.is_bound else verdicts.margin(q.margin or 0.0)
+    return Tested(
+        contrast.d,
+        contrast.interval(),
+        contrast.p(),
+        seeds_a=len(known[0]),
+        seeds_b=min(map(len, known[1:]), default=0),
+        p_equivalent=contrast.p_equivalent(margin),
+        contrast=contrast,
+        margin=margin,
+        control=_control(q, evidence.control, contrast.d),
+    )
+
+
+def _control(q: Asked, arms: list[list[float]], d: float) -> Control | None:
+    """The contrast under the control of the question's metric, beside the effect d."""
+    if not arms or min(map(len, arms)) < FEW or q.kind in ("parity", "absolute"):
+        return None
+    other = _effect(q, arms)
+    low, high = other.interval()
+    conflict = (low > 0 and d < 0) or (high < 0 and d > 0)
+    name = str(catalogue.metric(str(q.metric)).control)
+    return Control(name, other.d, low, high, conflict)
+
+
+def _effect(q: Asked, arms: list[list[float]]) -> Effect:
+    ys = [verdicts.logs(values, q.least) for values in arms]
+    return verdicts.effect(q.kind, ys, q.lower, q.value)
+
+
+def _adjusted(tried: list[Tried], equivalence: bool) -> list[float | None]:
+    """Holm's adjustment within a paper's primary claims, and within its others.
+
+    Tests of equivalence are families of their own, without instabilities. A family has all that
+    were registered to be tried: those without runs count as p = 1, so that no verdict depends on
+    what was run first.
+    """
+    families: dict[tuple[str, bool], dict[int, float | None]] = {}
+    for index, one in enumerate(tried):
+        question = one.question
+        never = question.why_not is not None
+        if never or (equivalence and question.kind == "instability"):
+            continue
+        p = None
+        if one.tested is not None:
+            p = one.tested.p_equivalent if equivalence else one.tested.p
+        families.setdefault((question.method, question.primary), {})[index] = p
+    out: list[float | None] = [None] * len(tried)
+    for members in families.values():
+        ps = [1.0 if p is None else p for p in members.values()]
+        for index, adjusted in zip(members, verdicts.holm(ps), strict=True):
+            if members[index] is not None:
+                out[index] = adjusted
+    return out
+
+
+def _judge(
+    tried: Tried, p: float | None, p_equivalent: float | None, frozen: Frozen
+) -> tuple[str, str]:
+    """Verdict and reason; the p-values are adjusted for their families."""
+    q = tried.question
+    tested = tried.tested
+    if tested is None:
+        return NOT_RUN, str(tried.evidence.why_not)
+    why = _edited(q, tried.evidence.commits, frozen)
+    if why is not None:
+        return EDITED, why
+    assert p is not None
+    if tested.contrast is None:
+        return verdicts.decide_instability(tested.effect, p, len(q.seeds), q.scale_free)
+    assert p_equivalent is not None
+    conflict = None
+    if tested.control is not None and tested.control.conflict:
+        name = tested.control.metric
+        conflict = f"{name} says the opposite, with an interval that excludes 0"
+    failed, failed_others = _lost(q, tried.evidence)
+    return verdicts.decide(
+        q.kind,
+        tested.contrast,
+        tested.margin,
+        p,
+        p_equivalent,
+        q.scale_free,
+        conflict,
+        failed,
+        failed_others,
+    )
+
+
+def _lost(q: Asked, evidence: Evidence) -> tuple[int, int]:
+    """Failed seeds of arms that a positive effect favours, and of arms that a negative one does."""
+    weights = verdicts.weights_of(q.kind, len(q.arms))
+    every = q.kind in ("monotone", "parity")  # every arm is needed
+    favoured = others = 0
+    for values, signs in zip(evidence.values.values(), zip(*weights, strict=True), strict=True):
+        lost = values.count(None)
+        if every or min(signs) < 0:  # a low y favours the claim
+            favoured += lost
+        if every or max(signs) > 0:
+            others += lost
+    return favoured, others
+
+
+def _edited(q: Asked, commits: list[str], frozen: Frozen) -> str | None:
+    """Why a claim does not count as frozen before its runs.
+
+    None where every commit behind them holds it, and its seeds, as they are.
+    """
+    for commit in commits:
+        runs = f"commit {commit[:12]}, which its runs record"
         if commit not in frozen:
-            return f"what stood in commit {commit[:12]}, which its runs record, is not known"
-        if frozen[commit]["seeds"][: len(q["seeds"])] != q["seeds"]:
-            return f"its seeds were others in commit {commit[:12]}, which its runs record"
-        then = frozen[commit]["claims"].get(q["id"])
-        if then != q[HASH]:
+            return f"what stood in {runs}, is not known"
+        if frozen[commit]["seeds"][: len(q.seeds)] != q.seeds:
+            return f"its seeds were others in {runs}"
+        then = frozen[commit]["claims"].get(q.id)
+        if then != q.claim_hash:
             what = "registered" if then is None else "changed"
-            return (
-                f"{what} after its runs, which record commit {commit[:12]}: run it on fresh seeds"
-            )
+            again = "run it on fresh seeds"
+            return f"{what} after its runs, which record commit {commit[:12]}: {again}"
     return None
 
 
 def withdrawn(asked: list[Row], frozen: Frozen) -> list[str]:
     """Ids of claims that stood in a commit behind runs and stand no more."""
-    return sorted(
-        {i for then in frozen.values() for i in then["claims"]} - {q["id"] for q in asked}
-    )
+    stood: set[str] = set()
+    for then in frozen.values():
+        stood.update(then["claims"])
+    return sorted(stood - {question["id"] for question in asked})
 
 
-def counts(found: Iterable[Row]) -> dict[str, int]:
+def counts(found: Iterable[Finding]) -> dict[str, int]:
     """How many findings have each verdict, in the order of VERDICTS."""
-    found = list(found)
-    return {v: sum(q["verdict"] == v for q in found) for v in VERDICTS}
+    drawn = [finding.verdict for finding in found]
+    return {verdict: drawn.count(verdict) for verdict in VERDICTS}

@@ -1,67 +1,80 @@
-"""results/table1.md, .csv and .json: what each method is and what it costs, a pure function of published records and of what
-the methods' folders say (`distillbench/anatomy.py`, handed in as plain dictionaries).
+"""results/table1.md, .csv and .json: what each method is and what it costs, a pure function of
+published records and of what the methods' folders say (`distillbench/conformance/anatomy.py`,
+handed in as plain dictionaries).
 
-A declared cost (`cost` in config.yaml) lists the evaluations of one cycle as the paper's algorithm needs them. It is compared with
-what the meter saw (`disagreements`), and gives the algorithmic minimum: rows times FLOPs of one evaluation of that network, forward
-and, as declared, backward. A tangent counts as a forward evaluation.
+A declared cost (`cost` in config.yaml) lists the evaluations of one cycle as the paper's algorithm
+needs them. It is compared with what the meter saw (`disagreements`), and gives the algorithmic
+minimum: rows times FLOPs of one evaluation of that network, forward and, as declared, backward. A
+tangent counts as a forward evaluation.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
-from tabulate import tabulate
 
-from eval.report.records import Record
-from eval.report.rows import Row, fidelity_words, summarise
+from eval import catalogue
+from eval.catalogue import MISSING
+from eval.report import text
+from eval.report.records import Record, arm_name, grouped
+from eval.report.rows import Row, fidelity_words, summarise, titled
 
 SHARES = (0.25, 1.0, 4.0)  # of the budget, shown in any case
-SHARE = re.compile(
-    r"(?:^|@)x[0-9.]+$"
-)  # what a variant's name ends in where another share of the budget was spent
-MISSING = "–"
+# the end of a variant's name where another share of the budget was spent
+SHARE = re.compile(r"(?:^|@)x[0-9.]+$")
+NOT_RUN = "—"
+# keys of an anatomy's `needs` that have words of their own, or none
+KNOWN_NEEDS = {"batch", "cycle", "data", "features", "headline_nfe", "nfe", "pairs", "teacher"}
+
+
+class Calls(NamedTuple):
+    """Evaluations of one role in one cycle: how often, and rows in units of the batch."""
+
+    calls: int
+    rows: float
 
 
 def per_cycle(record: Record) -> tuple[float, float]:
     """(cycles of updates of the run, rows of a batch)."""
     cost = record.result["cost"]
-    return cost["updates"]["student"] / cost["calls_per_cycle"]["student.backward"], cost[
-        "images"
-    ] / cost["steps"]
+    cycles = cost["updates"]["student"] / cost["calls_per_cycle"]["student.backward"]
+    return cycles, cost["images"] / cost["steps"]
 
 
-def metered(record: Record, anatomy: Row) -> dict[str, tuple[float, float]]:
-    """role -> (calls, rows in batches) of one cycle, without set-up; the rows of self-supervised features are the declared ones.
+def metered(record: Record, anatomy: Row) -> dict[str, Calls]:
+    """Evaluations of one cycle by role, without set-up.
 
-    Set-up rows are in the record's total. Those of the teacher are known (pairs by Heun steps of two evaluations); how many
-    images the training of features saw is not, so that their rows cannot be told apart and are left out (0).
+    Set-up rows are in the record's total. Those of the teacher are known (pairs by Heun steps of
+    two evaluations); how many images the training of features saw is not, so that their rows
+    cannot be told apart: self-supervised features have rows 0.
     """
-    cost, (cycles, batch), needs = record.result["cost"], per_cycle(record), anatomy["needs"]
-    pairs = needs["pairs"]
-    setup = {"teacher": pairs["count"] * pairs["heun_steps"] * 2 if pairs else 0}
-    calls = {
-        role: n for role, n in cost["calls_per_cycle"].items() if not role.endswith(".backward")
-    }
-    found = {
-        role: (n, (cost["rows"][role] - setup.get(role, 0)) / (cycles * batch))
-        for role, n in calls.items()
-    }
-    if "features" in found and needs["features"] == "self_supervised":
-        found["features"] = (found["features"][0], 0.0)
+    cost = record.result["cost"]
+    cycles, batch = per_cycle(record)
+    pairs = anatomy["needs"]["pairs"]
+    of_pairs = pairs["count"] * pairs["heun_steps"] * 2 if pairs else 0
+    found = {}
+    for role, calls in cost["calls_per_cycle"].items():
+        if role.endswith(".backward"):
+            continue
+        rows = cost["rows"][role] - (of_pairs if role == "teacher" else 0)
+        found[role] = Calls(calls, rows / (cycles * batch))
+    if "features" in found and anatomy["needs"]["features"] == "self_supervised":
+        found["features"] = Calls(found["features"].calls, 0.0)
     return found
 
 
 def declared(anatomy: Row, roles: list[str]) -> dict[str, list[Row]]:
-    """role -> declared evaluations, over the metered roles too: those of a player's further networks, where they are not declared
-    by themselves, are those of its first."""
-    own: dict[str, list[Row]] = {}
-    for entry in anatomy["cost"] or []:
-        own.setdefault(entry["role"], []).append(entry)
+    """Declared evaluations by role, over the metered `roles` too.
+
+    Those of a player's further networks, where they are not declared by themselves, are those of
+    its first.
+    """
+    own = grouped(anatomy["cost"] or [], itemgetter("role"))
     for role in roles:
         first, _, number = role.rpartition(".")
         if role not in own and number.isdigit() and first in own:
@@ -70,67 +83,82 @@ def declared(anatomy: Row, roles: list[str]) -> dict[str, list[Row]]:
 
 
 def disagreements(record: Record, anatomy: Row) -> list[str]:
-    """Roles whose declared calls or rows are not those of the meter, in words; empty where no cost is declared."""
+    """Roles whose declared calls or rows are not those of the meter, in words.
+
+    Empty where no cost is declared.
+    """
     if anatomy["cost"] is None:
         return []
     seen = metered(record, anatomy)
-    own, out = declared(anatomy, list(seen)), []
+    own = declared(anatomy, list(seen))
+    out = []
     for role in sorted({*own, *seen}):
-        calls, rows = (
-            sum(e["calls"] for e in own.get(role, [])),
-            [e["rows"] for e in own.get(role, [])],
-        )
-        got_calls, got_rows = seen.get(role, (0, 0.0))
-        known = got_rows and None not in rows
-        if calls != got_calls or (known and abs(sum(rows) - got_rows) > 0.01 * got_rows):
-            words = "as many" if None in rows else f"{sum(rows):g}"
+        entries = own.get(role, [])
+        calls = sum(entry["calls"] for entry in entries)
+        rows = [entry["rows"] for entry in entries]
+        got = seen.get(role, Calls(0, 0.0))
+        unknown = None in rows
+        known = got.rows and not unknown
+        off = known and abs(sum(rows) - got.rows) > 0.01 * got.rows
+        if calls != got.calls or off:
+            words = "as many" if unknown else f"{sum(rows):g}"
             out.append(
-                f"{role}: declared {calls} calls of {words} batches in a cycle, metered {got_calls} of {got_rows:.4g}"
+                f"{role}: declared {calls} calls of {words} batches in a cycle, "
+                f"metered {got.calls} of {got.rows:.4g}"
             )
     return out
 
 
 def minimum(record: Record, anatomy: Row) -> float | None:
-    """FLOPs of a cycle that the declared evaluations need at least; None where a cost or a network's FLOPs are not known."""
-    seen, (_, batch), total = metered(record, anatomy), per_cycle(record), 0.0
+    """FLOPs of a cycle that the declared evaluations need at least.
+
+    None where a cost or a network's FLOPs are not known.
+    """
+    seen = metered(record, anatomy)
+    _, batch = per_cycle(record)
+    total = 0.0
     for role, entries in declared(anatomy, list(seen)).items():
         network = anatomy["networks"].get(role.removesuffix(".tangent"))
         if network is None or network["flops"] is None:
             return None
-        for e in entries:
-            blocks, all_blocks = e["blocks"], network["blocks"]
-            flops = (
-                network["flops"] if blocks is None else all_blocks[min(blocks, len(all_blocks)) - 1]
-            )
-            rows = seen[role][1] if e["rows"] is None and role in seen else e["rows"] or 0
-            total += (
-                rows
-                * batch
-                * (flops["forward"] + (0 if e["gradient"] == "none" else flops[e["gradient"]]))
-            )
+        for entry in entries:
+            rows = entry["rows"] or 0
+            if entry["rows"] is None and role in seen:
+                rows = seen[role].rows
+            total += rows * batch * _flops(entry, network)
     return total or None
 
 
+def _flops(entry: Row, network: Row) -> float:
+    """FLOPs of one declared evaluation of one row."""
+    flops = network["flops"]
+    if entry["blocks"] is not None:
+        last = min(entry["blocks"], len(network["blocks"]))
+        flops = network["blocks"][last - 1]
+    backward = 0 if entry["gradient"] == "none" else flops[entry["gradient"]]
+    return flops["forward"] + backward
+
+
 def cost_rows(records: list[Record], anatomies: dict[tuple[str, str], Row]) -> list[Row]:
-    """One row for each (benchmark, arm) of a method in `records`, by benchmark and name; a failed arm says so and has no counts."""
-    rows = []
-    for benchmark, arm in sorted(
-        {(r.result["benchmark"], r.arm) for r in records if r.result["group"] != "teacher"}
-    ):
-        own = [r for r in records if (r.result["benchmark"], r.arm) == (benchmark, arm)]
-        anatomy = anatomies.get((benchmark, arm), {"error": "not in this checkout"})
-        rows.append(_row(own, anatomy))
-    return rows
+    """One row for each (benchmark, arm) of a method in `records`, by benchmark and name.
+
+    A failed arm says so and has no counts.
+    """
+    students = [r for r in records if r.group != "teacher"]
+    arms = grouped(students, attrgetter("benchmark", "arm"))
+    missing = {"error": "not in this checkout"}
+    return [_row(own, anatomies.get(arm, missing)) for arm, own in sorted(arms.items())]
 
 
 def _row(own: list[Record], anatomy: Row) -> Row:
-    first, done = own[0].result, [r for r in own if r.result["status"] == "done"]
+    first = own[0].result
+    done = [r for r in own if r.status == "done"]
     row: Row = {
         "benchmark": first["benchmark"],
         "method": first["method"],
         "variant": first["variant"],
         "group": first["group"],
-        "title": first["title"] + (f" ({first['variant']})" if first["variant"] else ""),
+        "title": titled(first["title"], first["variant"]),
         "fidelity": first["fidelity"],
         "adaptation": first["adaptation"],
         "start": first.get("start"),
@@ -138,29 +166,51 @@ def _row(own: list[Record], anatomy: Row) -> Row:
         "seeds": len(done),
         "error": anatomy.get("error"),
     }
-    if "error" not in anatomy:
-        trained = {n["role"]: n["params"] for nets in anatomy["players"].values() for n in nets}
-        players = {
-            name: [{k: n[k] for k in ("role", "kind", "params")} for n in nets]
-            for name, nets in anatomy["players"].items()
-        }
-        row |= {
-            "players": players,
-            "needs": anatomy["needs"],
-            "params_trained": sum(trained.values()),
-        }
+    built = "error" not in anatomy
+    if built:
+        row |= _trained(anatomy)
     if done:
         row |= _counts(done)
-        if "error" not in anatomy:
-            row |= _against_minimum(done[0], anatomy)
+    if done and built:
+        row |= _against_minimum(done[0], anatomy)
     return row
 
 
+def _trained(anatomy: Row) -> Row:
+    """Players with their networks, needs, and parameters of every network, each counted once."""
+    params = {}
+    players: dict[str, list[Row]] = {}
+    for name, networks in anatomy["players"].items():
+        players[name] = []
+        for network in networks:
+            params[network["role"]] = network["params"]
+            players[name].append({key: network[key] for key in ("role", "kind", "params")})
+    return {
+        "players": players,
+        "needs": anatomy["needs"],
+        "params_trained": sum(params.values()),
+    }
+
+
+def _flops_of_update(record: Record) -> float:
+    """Metered FLOPs of one update of the student, without set-up."""
+    cost = record.result["cost"]
+    return float((cost["flops"] - cost["setup_flops"]) / cost["updates"]["student"])
+
+
+def _seconds_of_update(record: Record) -> float:
+    cost = record.result["cost"]
+    return float(cost["seconds"] / cost["updates"]["student"])
+
+
 def _counts(done: list[Record]) -> Row:
-    """What the records of an arm's finished seeds say; calls and rows per update of the student, set-up rows included in `rows`."""
-    result, cost = done[0].result, done[0].result["cost"]
+    """What the records of an arm's finished seeds say.
+
+    Calls and rows are per update of the student; `rows` includes those of set-up.
+    """
+    result = done[0].result
+    cost = result["cost"]
     updates = cost["updates"]["student"]
-    per_update = (cost["flops"] - cost["setup_flops"]) / updates
     calls = cost["calls_per_cycle"]
     return {
         "nfe": result["nfe"],
@@ -170,36 +220,30 @@ def _counts(done: list[Record]) -> Row:
         "updates": cost["updates"],
         "calls": {role: n / calls["student.backward"] for role, n in calls.items()},
         "rows": {role: n / updates for role, n in cost["rows"].items()},
-        "flops_update": per_update,
+        "flops_update": _flops_of_update(done[0]),
         "setup_flops": cost["setup_flops"],
         "budget_flops": cost["limit_flops"],
         "memory_mb": max(r.result["cost"]["peak_memory_mb"] for r in done),
-        "seconds_update": summarise(
-            r.result["cost"]["seconds"] / r.result["cost"]["updates"]["student"] for r in done
-        )[0],
+        "seconds_update": summarise(map(_seconds_of_update, done))[0],
         "hardware": machines(done),
     }
 
 
-def _threads(record: Record) -> str:
-    n = record.result["provenance"]["threads"]
-    return f"{n} thread{'s' if n != 1 else ''}"
-
-
 def _against_minimum(record: Record, anatomy: Row) -> Row:
-    found, cost = minimum(record, anatomy), record.result["cost"]
-    per_cycle_updates = cost["calls_per_cycle"]["student.backward"]
-    per_update = (cost["flops"] - cost["setup_flops"]) / cost["updates"]["student"]
-    least = None if found is None else found / per_cycle_updates
-    rows = {
-        role: entry[1] * per_cycle(record)[1] / per_cycle_updates
-        for role, entry in metered(record, anatomy).items()
-    }
+    """Rows per update without set-up, and the metered FLOPs beside the least that are needed."""
+    least = minimum(record, anatomy)
+    per_update = _flops_of_update(record)
+    updates = record.result["cost"]["calls_per_cycle"]["student.backward"]
+    _, batch = per_cycle(record)
+    rows: dict[str, float | None] = {}
+    for role, calls in metered(record, anatomy).items():
+        rows[role] = calls.rows * batch / updates
     if rows.get("features") == 0:
         entries = declared(anatomy, ["features"]).get("features", [])
-        rows["features"] = (
-            sum(e["rows"] or 0 for e in entries) * per_cycle(record)[1] / per_cycle_updates or None
-        )
+        declared_rows = sum(entry["rows"] or 0 for entry in entries)
+        rows["features"] = declared_rows * batch / updates or None
+    if least is not None:
+        least /= updates
     return {
         "rows": rows,
         "flops_minimum": least,
@@ -209,68 +253,81 @@ def _against_minimum(record: Record, anatomy: Row) -> Row:
 
 
 def machines(records: list[Record]) -> list[str]:
-    """Where these cells were trained: processor and threads."""
-    return sorted({f"{r.result['provenance']['hardware']}, {_threads(r)}" for r in records})
+    """Where these cells were trained: processor and threads, sorted."""
+    found = set()
+    for record in records:
+        provenance = record.result["provenance"]
+        threads = provenance["threads"]
+        plural = "s" if threads != 1 else ""
+        found.add(f"{provenance['hardware']}, {threads} thread{plural}")
+    return sorted(found)
+
+
+def _without_share(record: Record) -> tuple[str, str, float]:
+    """(benchmark, arm without its share of the budget, share)."""
+    variant = SHARE.sub("", record.result["variant"] or "")
+    arm = arm_name(record.result["method"], variant)
+    return record.benchmark, arm, float(record.result.get("budget_share", 1))
 
 
 def quality_rows(records: list[Record]) -> list[Row]:
-    """FID (sliced W2 on mixtures) at the headline NFE by share of the budget, a row for each (benchmark, arm, share)."""
-    found: dict[tuple[str, str, float], list[Record]] = {}
-    for r in records:
-        if r.result["group"] != "teacher":
-            variant = SHARE.sub("", r.result["variant"] or "")
-            arm = r.result["method"] + (f"@{variant}" if variant else "")
-            found.setdefault(
-                (r.result["benchmark"], arm, float(r.result.get("budget_share", 1))), []
-            ).append(r)
-    out = []
-    for (benchmark, arm, share), own in sorted(found.items()):
-        done = [(r, row) for r in own for row in r.rows if row["nfe"] == r.result["headline_nfe"]]
-        metric = "fid" if not done or "fid" in done[0][1] else "sliced_w2"
-        mean, sd = summarise(row[metric] for _, row in done)
-        seconds = summarise(
-            r.result["cost"]["seconds"] + r.result["cost"].get("start", {}).get("seconds", 0)
-            for r, _ in done
-        )[0]
-        title = own[0].result["title"] + (f" ({arm.partition('@')[2]})" if "@" in arm else "")
-        base = {
-            "benchmark": benchmark,
-            "arm": arm,
-            "title": title,
-            "share": share,
-            "metric": metric,
-            "hardware": machines(own),
-        }
-        out.append(
-            base
-            | {
-                "mean": mean,
-                "sd": sd,
-                "seeds": len(done),
-                "seconds": seconds,
-                "failed": len(own) - len(done),
-            }
-        )
-    return out
+    """The main metric at the headline NFE by share of the budget.
+
+    A row for each (benchmark, arm, share), sorted.
+    """
+    students = [r for r in records if r.group != "teacher"]
+    arms = grouped(students, _without_share)
+    return [_quality_row(arm, own) for arm, own in sorted(arms.items())]
+
+
+def _quality_row(place: tuple[str, str, float], own: list[Record]) -> Row:
+    benchmark, arm, share = place
+    seconds = []
+    values = []
+    metric = catalogue.main_metric("images")
+    for record in own:
+        row = record.at(None)
+        if row is not None:
+            metric = catalogue.main_metric(catalogue.family_of(row))
+            values.append(metric.value(row))
+            cost = record.result["cost"]
+            seconds.append(cost["seconds"] + cost.get("start", {}).get("seconds", 0))
+    mean, sd = summarise(values)
+    _, _, variant = arm.partition("@")
+    return {
+        "benchmark": benchmark,
+        "arm": arm,
+        "title": titled(own[0].result["title"], variant),
+        "share": share,
+        "metric": metric.name,
+        "hardware": machines(own),
+        "mean": mean,
+        "sd": sd,
+        "seeds": len(values),
+        "seconds": summarise(seconds)[0],
+        "failed": len(own) - len(values),
+    }
 
 
 def needs_words(row: Row) -> str:
     """What a method asks for, as a phrase."""
     needs = row["needs"]
-    words = ["teacher"] if needs["teacher"] else []
-    words += ["real data"] if needs["data"] else []
-    if pairs := needs["pairs"]:
-        words.append(f"{pairs['count']:,} pairs of the teacher ({pairs['heun_steps']} Heun steps)")
+    words = []
+    if needs["teacher"]:
+        words.append("teacher")
+    if needs["data"]:
+        words.append("real data")
+    if needs["pairs"]:
+        pairs = needs["pairs"]
+        steps = pairs["heun_steps"]
+        words.append(f"{pairs['count']:,} pairs of the teacher ({steps} Heun steps)")
     if needs["features"]:
         words.append(f"frozen features ({needs['features'].replace('_', '-')})")
     if row["start"]:
         words.append(f"finished {row['start']}")
-    known = {"batch", "nfe", "headline_nfe", "data", "teacher", "pairs", "features", "cycle"}
-    words += [
-        f"{key} {value}"
-        for key, value in needs.items()
-        if key not in known and value not in (None, False)
-    ]
+    for key, value in needs.items():
+        if key not in KNOWN_NEEDS and value not in (None, False):
+            words.append(f"{key} {value}")
     return ", ".join(words) or "noise alone"
 
 
@@ -278,238 +335,207 @@ def trained_words(row: Row) -> str:
     """The players with their networks, as a phrase."""
     out = []
     for name, networks in row["players"].items():
-        full = sum(n["kind"] == "velocity" for n in networks)
+        full = sum(network["kind"] == "velocity" for network in networks)
         heads = len(networks) - full
         some = "head" if heads == 1 else f"{heads} heads"
-        out.append(name if not heads else f"{name} ({some})" if not full else f"{name} + {some}")
+        if not heads:
+            out.append(name)
+        elif full:
+            out.append(f"{name} + {some}")
+        else:
+            out.append(f"{name} ({some})")
     return ", ".join(out)
 
 
-def _millions(value: float | None) -> str:
-    return MISSING if value is None else f"{value / 1e6:.2f}M"
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.4g}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def evaluations(row: Row, roles: list[str]) -> str:
+    """'2 (128)': calls and rows of one update of the student, by role where there are several.
 
-
-def evaluations(row: Row, roles: Callable[[str], bool]) -> str:
-    """'2 (128)': calls and rows of one update of the student, by role where there are several."""
-    parts = []
+    roles: those that are meant; what an arm does not call is left out.
+    """
+    parts = {}
     for role, calls in row["calls"].items():
-        if roles(role) and not role.endswith(".backward"):
-            rows = row["rows"].get(role)
-            parts.append((role, f"{_number(calls)} ({MISSING if rows is None else _number(rows)})"))
-    if len({words for _, words in parts}) == 1 and len(parts) > 1:
-        return f"{len(parts)} × {parts[0][1]}"
-    return (
-        parts[0][1]
-        if len(parts) == 1
-        else ", ".join(f"{role} {words}" for role, words in parts) or MISSING
-    )
+        if role in roles and not role.endswith(".backward"):
+            parts[role] = f"{_number(calls)} ({_number(row['rows'].get(role))})"
+    if not parts:
+        return MISSING
+    distinct = set(parts.values())
+    if len(parts) == 1:
+        return distinct.pop()
+    if len(distinct) == 1:
+        return f"{len(parts)} × {distinct.pop()}"
+    return ", ".join(f"{role} {words}" for role, words in parts.items())
 
 
-def is_other(role: str) -> bool:
-    """Of neither student, teacher nor features: critics, discriminators."""
-    return role.partition(".")[0] not in ("student", "teacher", "features")
+def others(row: Row) -> list[str]:
+    """Roles that are neither student, teacher nor features: critics, discriminators."""
+    main = ("student", "teacher", "features")
+    return [role for role in row["calls"] if role.partition(".")[0] not in main]
 
 
 def _method_table(rows: list[Row]) -> str:
-    head = ["method", "trains", "needs", "NFE", "params", "all trained", "fidelity"]
     body = []
-    for r in rows:
-        if "players" not in r or "nfe" not in r:
-            body.append(
-                [r["title"], (r["error"] or r["status"]).replace("|", "\\|"), *[MISSING] * 5]
-            )
+    for row in rows:
+        if "players" not in row or "nfe" not in row:
+            why = text.escaped(row["error"] or row["status"])
+            body.append([row["title"], why, *[MISSING] * 5])
             continue
-        nfe = ", ".join(f"**{n}**" if n == r["headline_nfe"] else str(n) for n in r["nfe"])
-        sizes = [_millions(r["params"]), _millions(r["params_trained"])]
-        body.append(
-            [
-                r["title"],
-                trained_words(r),
-                needs_words(r),
-                nfe,
-                *sizes,
-                fidelity_words(r) or MISSING,
-            ]
-        )
-    return tabulate(body, head, "github", disable_numparse=True)
+        line = [row["title"], trained_words(row), needs_words(row)]
+        line += [text.nfe_words(row["nfe"], row["headline_nfe"])]
+        line += [text.millions(row["params"]), text.millions(row["params_trained"])]
+        body.append([*line, fidelity_words(row) or MISSING])
+    head = ["method", "trains", "needs", "NFE", "params", "all trained", "fidelity"]
+    return text.table(head, body)
 
 
 def _update_table(rows: list[Row]) -> str:
-    head = [
-        "method",
-        "batch",
-        "student",
-        "tangent",
-        "teacher",
-        "critic, heads",
-        "their updates",
-        "features",
-        "MFLOP",
-        "minimum",
-        "ratio",
-    ]
     body = []
-    for r in rows:
-        if "calls" not in r:
+    for row in rows:
+        if "calls" not in row:
             continue
-        updates = {
-            p: n / r["updates"]["student"] for p, n in r["updates"].items() if p != "student"
-        }
-        least, ratio = r.get("flops_minimum"), r.get("ratio")
-        body.append(
-            [
-                r["title"],
-                _number(r["batch"]),
-                evaluations(r, lambda role: role == "student"),
-                evaluations(r, lambda role: role == "student.tangent"),
-                evaluations(r, lambda role: role == "teacher"),
-                evaluations(r, is_other),
-                ", ".join(map(_number, updates.values())) or MISSING,
-                evaluations(r, lambda role: role == "features"),
-                f"{r['flops_update'] / 1e6:.0f}",
-                MISSING if least is None else f"{least / 1e6:.0f}",
-                MISSING if ratio is None else f"{ratio:.3f}",
-            ]
-        )
-    return tabulate(body, head, "github", disable_numparse=True)
+        updates = dict(row["updates"])
+        of_student = updates.pop("student")
+        of_others = [_number(n / of_student) for n in updates.values()]
+        least = row.get("flops_minimum")
+        line = [row["title"], _number(row["batch"])]
+        for role in ("student", "student.tangent", "teacher"):
+            line.append(evaluations(row, [role]))
+        line += [evaluations(row, others(row)), ", ".join(of_others) or MISSING]
+        line.append(evaluations(row, ["features"]))
+        line.append(text.fixed(row["flops_update"] / 1e6, 0))
+        line.append(text.fixed(None if least is None else least / 1e6, 0))
+        line.append(text.fixed(row.get("ratio"), 3))
+        body.append(line)
+    roles = ["student", "tangent", "teacher", "critic, heads", "their updates", "features"]
+    return text.table(["method", "batch", *roles, "MFLOP", "minimum", "ratio"], body)
 
 
 def _budget_table(rows: list[Row]) -> str:
+    body = []
+    for row in rows:
+        if "calls" in row:
+            line = [row["title"], text.tera(row["budget_flops"])]
+            line.append(text.tera(row["setup_flops"] or None))
+            line += [f"{row['updates']['student']:,}", text.fixed(row["seconds_update"], 3)]
+            body.append([*line, f"{row['memory_mb']} MiB", row["seeds"]])
     head = ["method", "TFLOP", "of it set-up", "student updates", "s / update", "peak memory", "n"]
-    body = [
-        [
-            r["title"],
-            f"{r['budget_flops'] / 1e12:.2f}",
-            f"{r['setup_flops'] / 1e12:.2f}" if r["setup_flops"] else MISSING,
-            f"{r['updates']['student']:,}",
-            f"{r['seconds_update']:.3f}",
-            f"{r['memory_mb']} MiB",
-            r["seeds"],
-        ]
-        for r in rows
-        if "calls" in r
-    ]
-    return tabulate(body, head, "github", disable_numparse=True)
+    return text.table(head, body)
 
 
 def _quality_table(rows: list[Row]) -> str:
-    shares = sorted({*SHARES, *(r["share"] for r in rows)})
-    name = {"fid": "FID", "sliced_w2": "sliced W2"}[rows[0]["metric"]] if rows else "FID"
-    head = ["method", *(f"{name} ↓, {s:g}× (s)" for s in shares)]
+    shares = sorted({*SHARES, *map(itemgetter("share"), rows)})
+    metric = catalogue.metric(rows[0]["metric"]) if rows else catalogue.main_metric("images")
+    columns = [f"{metric.column}, {share:g}× (s)" for share in shares]
     body = []
-    for arm in dict.fromkeys(r["arm"] for r in rows):
-        own = {r["share"]: r for r in rows if r["arm"] == arm}
-        body.append([next(iter(own.values()))["title"], *(_quality(own.get(s)) for s in shares)])
-    return tabulate(body, head, "github", disable_numparse=True)
+    for own in grouped(rows, itemgetter("arm")).values():
+        by_share = {row["share"]: row for row in own}
+        cells = [_quality(by_share.get(share)) for share in shares]
+        body.append([own[0]["title"], *cells])
+    return text.table(["method", *columns], body)
 
 
 def _quality(row: Row | None) -> str:
     if row is None:
-        return "—"
+        return NOT_RUN
     if row["mean"] is None:
         return "failed"
-    spread = f" ± {row['sd']:.3f}" if row["sd"] else ""
-    return f"{row['mean']:.3f}{spread} ({row['seconds']:.0f} s, n={row['seeds']})"
+    value = catalogue.metric(row["metric"]).printed(row["mean"], row["sd"])
+    return f"{value} ({row['seconds']:.0f} s, n={row['seeds']})"
 
 
 def markdown(title: str, rows: list[Row], quality: list[Row], sources: tuple[str, str]) -> str:
     """The page; `sources`: tables whose records stand behind the costs and behind the qualities."""
+    qualities = grouped(quality, itemgetter("benchmark"))
     out = [f"# {title}", ""]
-    for benchmark in dict.fromkeys(r["benchmark"] for r in rows):
-        own = [r for r in rows if r["benchmark"] == benchmark]
-        out += [
-            f"## {benchmark}: what each method is",
-            "",
-            _method_table(own),
-            "",
-            *_method_notes(),
-            "",
-        ]
-        out += [
-            "### One update of the student",
-            "",
-            _update_table(own),
-            "",
-            *_update_notes(own),
-            "",
-        ]
-        out += [
-            "### What the budget buys",
-            "",
-            _budget_table(own),
-            "",
-            *_budget_notes(own, sources[0]),
-            "",
-        ]
-        parts = [r for r in quality if r["benchmark"] == benchmark]
-        out += [
-            "### Time to quality",
-            "",
-            _quality_table(parts),
-            "",
-            *_quality_notes(parts, sources[1]),
-            "",
-        ]
+    for benchmark, own in grouped(rows, itemgetter("benchmark")).items():
+        parts = qualities.get(benchmark, [])
+        out += [f"## {benchmark}: what each method is", "", _method_table(own), ""]
+        out += [*_method_notes(), ""]
+        out += ["### One update of the student", "", _update_table(own), ""]
+        out += [*_update_notes(own), ""]
+        out += ["### What the budget buys", "", _budget_table(own), ""]
+        out += [*_budget_notes(own, sources[0]), ""]
+        out += ["### Time to quality", "", _quality_table(parts), ""]
+        out += [*_quality_notes(parts, sources[1]), ""]
     return "\n".join(out).rstrip() + "\n"
 
 
 def _method_notes() -> list[str]:
     return [
-        "‘trains’: what the optimisers move, by player; a head is a small network on features. ‘params’: of the student as it is sampled; "
-        "‘all trained’: of every network with an optimiser, weight averages not counted. Every method gets noise and, where the data "
-        "have classes, labels. NFE: what its sampler supports, the headline in bold.",
+        "‘trains’: what the optimisers move, by player; a head is a small network on features. "
+        "‘params’: of the student as it is sampled; ‘all trained’: of every network with an "
+        "optimiser, weight averages not counted. Every method gets noise and, where the data have "
+        "classes, labels. NFE: what its sampler supports, the headline in bold.",
     ]
 
 
 def _update_notes(rows: list[Row]) -> list[str]:
-    wrong = [f"{r['title']}: {words}" for r in rows for words in r.get("disagreements", [])]
-    undeclared = [r["title"] for r in rows if "calls" in r and not r.get("flops_minimum")]
+    wrong = []
+    undeclared = []
+    for row in rows:
+        for words in row.get("disagreements", []):
+            wrong.append(f"{row['title']}: {words}")
+        if "calls" in row and not row.get("flops_minimum"):
+            undeclared.append(row["title"])
     lines = [
-        "Calls and, in brackets, rows of evaluations, averaged over one cycle and divided by the student’s updates in it; gradients are "
-        "not counted as calls. MFLOP: metered, everything that `train_step` computed in products of matrices and convolutions (a "
-        "multiplication and an addition each), backward passes included, set-up not. Minimum: rows times FLOPs of one evaluation of that "
-        "network, for the evaluations that the arm’s algorithm needs (`cost` in the method’s config.yaml): forward; as much again for a "
-        "tangent; backward about twice that into weights, and as far as the network’s own layers lie on the way through inputs alone. "
-        "Ratio: metered over minimum, above 1 by what an implementation computes beyond it.",
+        "Calls and, in brackets, rows of evaluations, averaged over one cycle and divided by the "
+        "student’s updates in it; gradients are not counted as calls. MFLOP: metered, everything "
+        "that `train_step` computed in products of matrices and convolutions (a multiplication "
+        "and an addition each), backward passes included, set-up not. Minimum: rows times FLOPs "
+        "of one evaluation of that network, for the evaluations that the arm’s algorithm needs "
+        "(`cost` in the method’s config.yaml): forward; as much again for a tangent; backward "
+        "about twice that into weights, and as far as the network’s own layers lie on the way "
+        "through inputs alone. Ratio: metered over minimum, above 1 by what an implementation "
+        "computes beyond it.",
     ]
-    if any((r.get("ratio") or 1) < 0.99 for r in rows):
-        lines += [
-            "",
-            "Below 1: a teacher in closed form is charged as a network for its values, and nothing for a gradient through it.",
-        ]
+    if any((row.get("ratio") or 1) < 0.99 for row in rows):
+        words = "a teacher in closed form is charged as a network for its values, and nothing"
+        lines += ["", f"Below 1: {words} for a gradient through it."]
     if undeclared:
-        lines += [
-            "",
-            f"No declared cost, or a network whose FLOPs are not known in closed form: {', '.join(undeclared)}.",
-        ]
+        words = "No declared cost, or a network whose FLOPs are not known in closed form"
+        lines += ["", f"{words}: {', '.join(undeclared)}."]
     if wrong:
         lines += ["", f"**Counts that differ from the declared ones:** {'; '.join(wrong)}."]
     return lines
 
 
+def _machines_of(rows: list[Row]) -> str:
+    found = set()
+    for row in rows:
+        found.update(row.get("hardware", []))
+    return "; ".join(sorted(found))
+
+
 def _budget_notes(rows: list[Row], source: str) -> list[str]:
-    found = sorted({m for r in rows for m in r.get("hardware", [])})
     return [
-        f"From the records of [{source}]({source}.md). TFLOP: what a run may spend; a method from scratch has the teacher’s on top. "
-        "Set-up: regression pairs, training of frozen features, the arm it starts from. Seconds: of the whole run, set-up, metering and "
-        f"sampling included, over the student’s updates, mean over seeds, on {'; '.join(found) or MISSING}: they are of that machine, "
-        "which other runs shared. Peak memory: of the process, libraries included, largest over seeds.",
+        f"From the records of [{source}]({source}.md). TFLOP: what a run may spend; a method from "
+        "scratch has the teacher’s on top. Set-up: regression pairs, training of frozen features, "
+        "the arm it starts from. Seconds: of the whole run, set-up, metering and sampling "
+        "included, over the student’s updates, mean over seeds, on "
+        f"{_machines_of(rows) or MISSING}: they are of that machine, which other runs shared. Peak "
+        "memory: of the process, libraries included, largest over seeds.",
     ]
 
 
 def _quality_notes(rows: list[Row], source: str) -> list[str]:
     if not rows:
         return ["No run with another share of the budget is published."]
-    found = sorted({m for r in rows for m in r["hardware"]})
     return [
-        f"At the headline NFE, from the records of `{source}`: mean ± sample sd over the seeds there are, seconds of the whole run and of "
-        f"its start, on {'; '.join(found)}, number of seeds; — where not run. All settings are those of the full budget: schedules and "
-        "averages are shares of it.",
+        f"At the headline NFE, from the records of `{source}`: mean ± sample sd over the seeds "
+        "there are, seconds of the whole run and of its start, on "
+        f"{_machines_of(rows)}, number of seeds; {NOT_RUN} where not run. All settings are those "
+        "of the full budget: schedules and averages are shares of it.",
     ]
+
+
+def _flat(value: Any) -> Any:
+    """A value as a cell of the CSV: JSON text of lists and dictionaries."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return json.dumps(text.rounded(value, 8), ensure_ascii=False)
 
 
 def write(
@@ -521,32 +547,22 @@ def write(
     sources: tuple[str, str],
     appendix: list[str],
     folder: Path,
-    write_bytes: Callable[[Path, bytes], None],
+    write_bytes: text.Write,
 ) -> None:
-    """The three twins of the table of costs into `folder`: costs of the arms of `records`, qualities of `budgets`, an appendix."""
-    rows, quality = cost_rows(records, anatomies), quality_rows(budgets)
-    text = lambda v: (
-        v
-        if v is None or isinstance(v, str | int | float)
-        else json.dumps(_rounded(v), ensure_ascii=False)
-    )
-    flat = [{key: text(value) for key, value in r.items()} for r in rows]
-    content = {"sources": list(sources), "rows": _rounded(rows), "time_to_quality": quality}
-    twins = {
-        "md": (
-            markdown(title, rows, quality, sources) + "".join(f"{line}\n" for line in appendix)
-        ).encode(),
-        "json": (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(),
-        "csv": pd.DataFrame(_rounded(flat)).to_csv(index=False).encode(),
+    """The three twins of the table of costs into `folder`.
+
+    records: of the arms whose costs it shows; budgets: those of its qualities; appendix: lines.
+    """
+    rows = cost_rows(records, anatomies)
+    quality = quality_rows(budgets)
+    page = markdown(title, rows, quality, sources) + "".join(f"{line}\n" for line in appendix)
+    content = {
+        "sources": list(sources),
+        "rows": text.rounded(rows, 8),
+        "time_to_quality": quality,
     }
-    for suffix, data in twins.items():
-        write_bytes(folder / f"{name}.{suffix}", data)
-
-
-def _rounded(value: Any) -> Any:
-    """Floats with 8 significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.8g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+    flat = [{key: _flat(value) for key, value in row.items()} for row in rows]
+    frame = pd.DataFrame(text.rounded(flat, 8))
+    write_bytes(folder / f"{name}.md", page.encode())
+    write_bytes(folder / f"{name}.json", text.json_bytes(content))
+    write_bytes(folder / f"{name}.csv", frame.to_csv(index=False).encode())

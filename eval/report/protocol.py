@@ -27,6 +27,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from eval.catalogue import METRICS
 from eval.features.extractors import load_extractor
 from eval.features.train_digits_extractor import alternate, digits_u8
 from eval.metrics.evaluate import Against, evaluate_images, fixed_rows, floor
@@ -35,7 +36,6 @@ from eval.report import records
 from eval.report.records import Record
 from eval.report.rows import Row, build_rows, summarise
 from eval.report.table3 import SHARE
-from eval.report.tables import DIAGNOSTICS, SHOWN
 
 ROOT = Path(__file__).parents[2]
 # As in workflows/benchmarks/digits.yaml.
@@ -48,8 +48,8 @@ AUDIT = "audit"  # ten seeds of every method, at a share of the budget
 TABLE = "table2"  # three seeds at the full budget, and repeated draws
 TABLES = ("trivial generators", "in floors", "noise floor", "spread of training", "sampling error")
 # Of image benchmarks and mixtures; what a table has no value of is left out.
-COLUMNS = SHOWN | DIAGNOSTICS
-HIGHER = ("is", "precision", "recall", "density", "coverage", "class_accuracy", "diversity")
+COLUMNS = {metric.name: (metric.column, metric.scale, metric.digits) for metric in METRICS}
+HIGHER = {metric.name for metric in METRICS if metric.direction == "higher"}
 LEAST_SD = 1 / 896  # of a floor: one held-out image
 
 Scored = dict[str, Any]  # a row of metrics.json: `name`, and a value or None per score

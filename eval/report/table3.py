@@ -17,9 +17,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from eval import catalogue
 from eval.report.records import Record
 from eval.report.rows import summarise
-from eval.report.tables import SHOWN, Appendix
+from eval.report.tables import Appendix
 
 MISSING = "–"
 SHARE = re.compile(r"x\d+\.?\d*")  # the part of an arm's name that is its share of the budget
@@ -108,15 +109,12 @@ def grouped(records: list[Record]) -> dict[str, dict[tuple[str, float], list[Rec
 
 def values_at(records: list[Record], nfe: int | None) -> tuple[str, list[float]]:
     """(main metric, its value per record) at an NFE; at the headline NFE where it is None."""
-    metric = "sliced_w2"
-    values = []
+    rows = []
     for record in records:
-        for row in record.rows:
-            if "fid" in row:
-                metric = "fid"
-            if row["nfe"] == (nfe or record.result["headline_nfe"]):
-                values.append(row[metric])
-    return metric, values
+        wanted = nfe or record.result["headline_nfe"]
+        rows += [row for row in record.rows if row["nfe"] == wanted]
+    metric = catalogue.main_metric(catalogue.family_of(rows[0] if rows else {})).name
+    return metric, [row[metric] for row in rows]
 
 
 def markdown(found: list[Reported], audit: str) -> str:
@@ -146,7 +144,7 @@ def paper_table(own: list[Reported]) -> str:
     settings = sorted({m.setting for r in own for m in r.here})
     head = ["the paper's setting", "metric", "reported", "arm here"]
     for benchmark, share, metric in settings:
-        head.append(f"{benchmark} at {share:g} of the budget, {SHOWN[metric][0]}")
+        head.append(f"{benchmark} at {share:g} of the budget, {catalogue.metric(metric).column}")
     body = []
     for r in own:
         metric = r.metric.upper().replace("_", " ")
@@ -159,11 +157,8 @@ def value_in(reported: Reported, setting: Setting) -> str:
     """'mean ± sd (n seeds)' of the arm in a setting."""
     for measured in reported.here:
         if measured.setting == setting:
-            digits = SHOWN[measured.metric][2]
-            text = f"{measured.mean:.{digits}f}"
-            if measured.sd:
-                text += f" ± {measured.sd:.{digits}f}"
-            return f"{text} (n {measured.n})"
+            metric = catalogue.metric(measured.metric)
+            return f"{metric.printed(measured.mean, measured.sd)} (n {measured.n})"
     return MISSING
 
 
