@@ -21,7 +21,7 @@ from distillbench.cells.record import describe, finish
 from distillbench.cli.evaluate import known_metrics
 from distillbench.errors import UserError
 from distillbench.registry import code, folders, source
-from distillbench.tables import plan
+from distillbench.tables import contents
 from eval.metrics import key
 from eval.report import records
 from tests.conftest import BIN, ROOT, Checkout
@@ -324,7 +324,7 @@ def test_the_workflow_refuses_a_mistake_before_any_work(checkout: Checkout):
 
 def fake(benchmark: str, metrics: str | None = None) -> list[Cell]:
     """Every cell of the table `benchmark`, recorded as done; metrics.json with this text, if it is given."""
-    cells = [c for job in plan.jobs(config.table(benchmark), known_metrics) for c in job.cells]
+    cells = [c for job in contents.jobs(config.table(benchmark), known_metrics) for c in job.cells]
     for one in cells:
         one.folder.mkdir(parents=True)
         finish(one, describe(one), {"steps": 1, "flops": 1.0}, 1, None)

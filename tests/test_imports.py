@@ -47,7 +47,7 @@ TORCH_FREE = (
     "distillbench.cluster.queue",
     "distillbench.registry.folders",
     "distillbench.tables.overview",
-    "distillbench.tables.plan",
+    "distillbench.tables.contents",
     "eval.report.records",
 )
 
@@ -153,7 +153,7 @@ PLANTED = {
     "a neighbour": ("distillbench/audits/a.py", "import distillbench.cluster.queue"),
     "in a function": (
         "distillbench/cells/a.py",
-        "def f():\n    from distillbench.tables import plan",
+        "def f():\n    from distillbench.tables import contents",
     ),
     "for types alone": (
         "distillbench/cells/a.py",

@@ -16,7 +16,7 @@ from distillbench.cells.progress import reporter
 from distillbench.cells.work import train_cells
 from distillbench.errors import UserError
 from distillbench.registry import folders
-from distillbench.tables import plan
+from distillbench.tables import contents
 from tests.conftest import Checkout
 
 
@@ -189,11 +189,11 @@ def test_a_table_shows_what_its_arms_start_from(checkout: Checkout):
         "workflows/tables/one.yaml",
         "{name: one, title: one, benchmarks: [tiny], methods: [fsf_dmd], seeds: [0]}\n",
     )
-    assert [a.name for a in plan.arms(config.table("one"))] == ["fsf_dmd", "meanflow@x0.7"]
+    assert [a.name for a in contents.arms(config.table("one"))] == ["fsf_dmd", "meanflow@x0.7"]
     path.write_text(
         "{name: one, title: one, benchmarks: [tiny], methods: [meanflow], variants: [meanflow@x0.7, fsf_dmd], seeds: [0]}\n"
     )
-    assert [a.name for a in plan.arms(config.table("one"))] == [
+    assert [a.name for a in contents.arms(config.table("one"))] == [
         "meanflow",
         "meanflow@x0.7",
         "fsf_dmd",

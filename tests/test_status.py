@@ -13,7 +13,7 @@ from distillbench.cells.cell import Cell
 from distillbench.cells.disk import LAST, is_locked
 from distillbench.cli.evaluate import known_metrics
 from distillbench.registry import folders
-from distillbench.tables import plan
+from distillbench.tables import contents
 from tests.conftest import Checkout
 from tests.test_cells import cell, edit
 from tests.test_resilience import AT, FIRST, TRIGGER, before, until_end, wait_for
@@ -85,7 +85,7 @@ def test_time_left_comes_from_cells_that_are_done_on_this_machine(
 ):
     from distillbench.tables import overview
 
-    jobs = plan.jobs(config.table("tiny-ring"), known_metrics)
+    jobs = contents.jobs(config.table("tiny-ring"), known_metrics)
     arms = [a for a in sorted(folders.discover()) if a != "dmd"]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
 

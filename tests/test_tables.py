@@ -15,7 +15,7 @@ import yaml
 from distillbench import config
 from distillbench.config import SCHEMAS
 from distillbench.errors import UserError
-from distillbench.tables import plan
+from distillbench.tables import contents
 from eval import catalogue
 from eval.report import tables
 from eval.report.records import Record
@@ -350,4 +350,4 @@ def test_a_comparison_with_an_arm_of_no_row_is_named(monkeypatch: pytest.MonkeyP
         UserError,
         match=r"table3\.yaml: key 'compare': 'sid@naiv' is no arm of this table, did you mean 'sid@naive'",
     ):
-        plan.arms(table)
+        contents.arms(table)

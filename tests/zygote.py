@@ -32,7 +32,7 @@ PROGRAMS = ("distillbench", "snakemake")
 OURS = ("distillbench", "eval", "snakemake")  # packages whose modules `python -m` runs here
 IMPORTED = (
     *("distillbench.cli.main", "distillbench.cells.train", "distillbench.conformance.check"),
-    *("distillbench.cli.audit_pages", "distillbench.cli.bundles", "distillbench.cli.workflow"),
+    *("distillbench.cli.audit_pages", "distillbench.cli.verify", "distillbench.cli.workflow"),
     *("distillbench.cluster.dispatch", "distillbench.cells.validate"),
     *("eval.metrics.evaluate", "eval.report.method_pages", "eval.report.tables"),
     *("eval.report.costs", "eval.report.figures", "eval.audit.page"),

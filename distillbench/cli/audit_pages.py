@@ -23,7 +23,7 @@ from distillbench.cli.render import PageWriter, no_records, published
 from distillbench.config import Table
 from distillbench.errors import UserError
 from distillbench.registry import folders
-from distillbench.tables import plan
+from distillbench.tables import contents
 
 if TYPE_CHECKING:
     from eval.audit.findings import Finding
@@ -37,7 +37,7 @@ EXAMINED = "results/examinations.yaml"
 
 def audit_table(name: str) -> Table:
     """The audit called `name`; UserError where the table is of another kind."""
-    table = plan.table(name)
+    table = contents.table(name)
     if table.kind != "audit":
         raise UserError(
             f"audit {name}: workflows/tables/{name}.yaml is a table of kind {table.kind}: "
@@ -77,7 +77,7 @@ def publish(table: Table) -> None:
 
     assert table.seeds is not None
     asked = questions.of_table(table, known_metrics)
-    cells = [cell for job in plan.jobs(table, known_metrics) for cell in job.cells]
+    cells = [cell for job in contents.jobs(table, known_metrics) for cell in job.cells]
     ended = []
     results = []
     for cell in cells:
@@ -214,7 +214,7 @@ def beside_papers(name: str) -> Appendix:
     """The papers' ablations beside the arms of an audit, from its published records."""
     from eval.report import table3
 
-    audit = plan.table(name)
+    audit = contents.table(name)
     if audit.kind != "audit":
         raise UserError(f"workflows/tables: key 'beside': '{name}' is no audit: name one")
     papers = [
@@ -230,7 +230,7 @@ def before(table: Table) -> Earlier | None:
 
     if table.again_of is None:
         return None
-    first = plan.table(table.again_of)
+    first = contents.table(table.again_of)
     if first.kind != "audit" or not first.seeds or set(first.seeds) & set(table.seeds or []):
         raise UserError(
             f"workflows/tables/{table.name}.yaml: again_of: '{first.name}' is no audit on other "

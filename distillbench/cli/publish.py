@@ -25,7 +25,7 @@ from distillbench.cli.render import (
 from distillbench.config import Table
 from distillbench.errors import UserError
 from distillbench.registry.claims import SCHEMAS
-from distillbench.tables import overview, plan
+from distillbench.tables import contents, overview
 
 
 def table(
@@ -51,11 +51,11 @@ def table(
     A table of `kind: costs` has no cells of its own: it is rendered from the published records of
     its sources.
     """
-    wanted = plan.table(name, profile)
+    wanted = contents.table(name, profile)
     incomplete = config.root() / "results" / f"{name}.partial.md"
     if partial:
         if wanted.kind != "costs":
-            text = overview.partial(name, plan.jobs(wanted, known_metrics), is_evaluated)
+            text = overview.partial(name, contents.jobs(wanted, known_metrics), is_evaluated)
             write_atomically(incomplete, text.encode())
         return
     incomplete.unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def publish_cells(table: Table) -> None:
     """Copy the records of a table's cells, all of which must have ended, to results/records."""
     from eval.report import records
 
-    cells = [cell for job in plan.jobs(table, known_metrics) for cell in job.cells]
+    cells = [cell for job in contents.jobs(table, known_metrics) for cell in job.cells]
     for cell in cells:
         if not has_ended(cell):
             lacks = "trained" if cell.result() is None else "evaluated"

@@ -15,7 +15,7 @@ from distillbench.cli.evaluate import is_evaluated, known_metrics
 from distillbench.cli.extractors import check_extractors
 from distillbench.cli.options import ProfileName, TableName, out
 from distillbench.cluster import control
-from distillbench.tables import overview, plan, story
+from distillbench.tables import contents, overview, story
 
 
 def status(
@@ -34,7 +34,7 @@ def status(
     FAILED, DIVERGED, OOM, TIMEOUT, HUNG, OVER BUDGET, REFUSED: it has a record that says why; see
     `distillbench logs`.
     """
-    jobs = plan.jobs(plan.table(table, profile), known_metrics)
+    jobs = contents.jobs(contents.table(table, profile), known_metrics)
     if not long:
         out.print(overview.matrix(jobs, is_evaluated))
         return
@@ -64,8 +64,8 @@ def logs(
 def show_plan(table: TableName = "table2", profile: ProfileName = None) -> None:
     """What a table still needs, and a check of every file it will read; with --profile slurm also
     what would be asked of the cluster."""
-    wanted = plan.table(table, profile)
-    jobs = plan.jobs(wanted, known_metrics)
+    wanted = contents.table(table, profile)
+    jobs = contents.jobs(wanted, known_metrics)
     check_extractors([job.cells[0].benchmark for job in jobs])
     to_train = [job for job in jobs if not all(is_trained(cell) for cell in job.cells)]
     for warning in validate.validate(to_train):
@@ -85,7 +85,7 @@ def show_plan(table: TableName = "table2", profile: ProfileName = None) -> None:
 def cancel(table: TableName = "table2", profile: ProfileName = "slurm") -> None:
     """End the SLURM jobs of a table's cells; their launchers do not try again. The same snakemake
     command continues them later."""
-    numbers = control.cancel(plan.jobs(plan.table(table, profile), known_metrics))
+    numbers = control.cancel(contents.jobs(contents.table(table, profile), known_metrics))
     if numbers:
         print(f"cancelled: jobs {', '.join(numbers)}")
     else:

@@ -33,7 +33,7 @@ from distillbench.cli.render import published
 from distillbench.config import Table
 from distillbench.errors import UserError
 from distillbench.registry import folders
-from distillbench.tables import plan
+from distillbench.tables import contents
 
 if TYPE_CHECKING:
     from eval.report.records import Record
@@ -88,7 +88,7 @@ def verification(path: Path, rerun: int = 0, seed: int | None = None) -> Iterato
         with contextlib.chdir(folder):
             try:
                 name = yaml.safe_load(files[MANIFEST])["audit"]
-                table = plan.table(name)
+                table = contents.table(name)
                 yield from redrawn_verdicts(table)
                 yield rerendered_pages(table)
                 claims = read_frozen(audit_pages.folder_of(table))

@@ -23,7 +23,7 @@ from distillbench.config import Table
 from distillbench.errors import UserError
 from distillbench.registry import folders, resources
 from distillbench.registry.resources import Site
-from distillbench.tables import plan
+from distillbench.tables import contents
 
 JobName = tuple[str, str, str]  # benchmark, arm, hash of keys
 
@@ -118,7 +118,7 @@ def tables_of(arguments: Sequence[str], wanted: str | None, profile: str | None)
     for name in names:
         if name == wanted or any(f"results/{name}." in argument for argument in arguments):
             named.append(name)
-    return [plan.table(name, profile) for name in named or names]
+    return [contents.table(name, profile) for name in named or names]
 
 
 def prepare(arguments: Sequence[str], wanted: str | None) -> Workflow:
@@ -131,13 +131,13 @@ def prepare(arguments: Sequence[str], wanted: str | None) -> Workflow:
     tables: dict[str, Table] = {}
     for table in tables_of(arguments, wanted, profile):
         if table.kind == "costs":
-            source = plan.table(table.sources[0], profile)
+            source = contents.table(table.sources[0], profile)
             workflow.costs[table.name] = source.name
             tables[source.name] = source
         else:
             tables[table.name] = table
     for name, table in tables.items():
-        workflow.jobs[name] = plan.jobs(table, known_metrics)
+        workflow.jobs[name] = contents.jobs(table, known_metrics)
         for job in workflow.jobs[name]:
             workflow.every_job[job.benchmark, job.arm, job.keys] = job
         if table.kind == "audit":
@@ -162,5 +162,5 @@ def prepare(arguments: Sequence[str], wanted: str | None) -> Workflow:
     for name, jobs in workflow.jobs.items():
         own = [*jobs, *workflow.experiments.get(name, [])]
         complete = not any(one in unfinished for one in own)
-        plan.note_cells(tables[name], jobs, complete)
+        contents.note_cells(tables[name], jobs, complete)
     return workflow
