@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distillbench.cli.options import out as terminal
 from distillbench.data.images import Images
 from eval.metrics import evaluate, key
 from eval.metrics.evaluate import Against

@@ -222,7 +222,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     ):  # the keys are those of tiny-ring
         made.write(
             f"workflows/benchmarks/{name}.yaml",
-            RING.replace("tiny-ring", name).replace("timeout_s: 60", limit),
+            RING.replace("tiny-ring", name).replace("timeout_s: 3600", limit),
         )
         shutil.copytree(
             made.folder / "results/runs/tiny-ring", made.folder / f"results/runs/{name}"

@@ -13,15 +13,12 @@ import pytest
 
 from distillbench.cells import journal
 from distillbench.cluster.launcher import name_of
+from tests.commands import real_environment
 from tests.conftest import RING, Checkout
 from tests.slurm.cluster import Cluster, missing
 
 REQUIRED = "DISTILLBENCH_REQUIRE_SLURM"  # set where a skipped test is a failure
-SLOW = (
-    RING.replace("tiny-ring", "slow-ring")
-    .replace("seeds: [0, 1]", "seeds: [0]")
-    .replace("timeout_s: 60", "timeout_s: 600")
-)
+SLOW = RING.replace("tiny-ring", "slow-ring").replace("seeds: [0, 1]", "seeds: [0]")
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +40,7 @@ class Site(Checkout):
     def __init__(self, folder: Path, cluster: Cluster):
         super().__init__(folder)
         self.cluster = cluster
-        self.environment |= {
+        self.environment = real_environment() | {
             "SLURM_CONF": cluster.environment["SLURM_CONF"],
             "PATH": f"{self.environment['PATH']}:/usr/sbin",
         }
