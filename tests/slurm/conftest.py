@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 
 from distillbench.cells import journal
 from distillbench.cluster.launcher import name_of
-from tests.commands import real_environment
+from tests.commands import Command
 from tests.conftest import RING, Checkout
 from tests.slurm.cluster import Cluster, missing
 
@@ -40,7 +39,7 @@ class Site(Checkout):
     def __init__(self, folder: Path, cluster: Cluster):
         super().__init__(folder)
         self.cluster = cluster
-        self.environment = real_environment() | {
+        self.environment |= {
             "SLURM_CONF": cluster.environment["SLURM_CONF"],
             "PATH": f"{self.environment['PATH']}:/usr/sbin",
         }
@@ -87,17 +86,9 @@ class Site(Checkout):
                 f"MeanFlow.train_step = lambda *step: (__import__('time').sleep({seconds}), quick(*step))[1]\n"
             )
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
+    def start(self, *command: str, new_session: bool = True, **more: str) -> Command:
         """A command in the background, in a process group of its own."""
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return super().start(*command, new_session=new_session, **more)
 
     def until(self, ready, what: str, seconds: float = 300):
         """Wait for a value that is true."""
