@@ -82,7 +82,7 @@ class Checkout:
     def keep(self, *methods: str) -> None:
         """Take all other methods away."""
         for path in (self.folder / "methods").iterdir():
-            if path.name not in methods:
+            if path.is_dir() and path.name not in methods:
                 shutil.rmtree(path)
 
     def write(self, path: str, text: str) -> Path:
