@@ -19,8 +19,9 @@ protocol: .venv/installed
 
 # tests/slurm has the machine for itself: its jobs take all cores.
 test: .venv/installed
-	@export PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 && $(BIN)/python -m pytest -n auto --dist loadgroup --ignore tests/slurm && \
-	$(BIN)/python -m pytest tests/slurm
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 && \
+	$(BIN)/python -m pytest -n auto --dist loadgroup --durations=50 --ignore tests/slurm && \
+	$(BIN)/python -m pytest --durations=20 tests/slurm
 
 test-slow: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.slow

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
+import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import pytest
 import torch
 
 from tests.commands import BIN as BIN
-from tests.commands import LONG, ROOT, Command, environment, real_environment, run
+from tests.commands import (
+    LONG,
+    ROOT,
+    Command,
+    environment,
+    real_environment,
+    run,
+    zygote_environment,
+)
+from tests.shim import SOCKET
 
 DIGITS = """
 name: tiny
@@ -23,7 +33,7 @@ budget: {flops: 1.5e+9}
 sampling: {count: 1000}
 extractor: digits-gelu-64
 seeds: [0, 1]
-timeout_s: 60
+timeout_s: 3600
 """
 RING = """
 name: tiny-ring
@@ -34,7 +44,7 @@ teacher: {updates: 60, batch: 32, lr: 1.0e-3, heun_steps: 4}
 budget: {flops: 7.0e+9}
 sampling: {count: 500}
 seeds: [0, 1]
-timeout_s: 60
+timeout_s: 3600
 """
 TABLE = "{{name: {name}, title: {name}, benchmarks: [{name}]}}\n"
 
@@ -69,17 +79,23 @@ class Checkout:
             self.write(f"workflows/benchmarks/{name}.yaml", text)
             self.write(f"workflows/tables/{name}.yaml", TABLE.format(name=name))
 
+    def keep(self, *methods: str) -> None:
+        """Take all other methods away."""
+        for path in (self.folder / "methods").iterdir():
+            if path.is_dir() and path.name not in methods:
+                shutil.rmtree(path)
+
     def write(self, path: str, text: str) -> Path:
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
         return target
 
-    def run(self, *command: str, timeout: float = LONG) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = LONG) -> CompletedProcess[str]:
         """`distillbench ...` or `snakemake ...` here."""
         return run(command, self.folder, self.environment, timeout)
 
-    def run_anew(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def run_anew(self, *command: str) -> CompletedProcess[str]:
         """The same as an installation runs it, with all its imports."""
         return run(command, self.folder, real_environment())
 
@@ -87,7 +103,7 @@ class Checkout:
         """`run` in the background, with `more` in its environment."""
         return Command(command, self.folder, self.environment | more, new_session)
 
-    def snakemake(self, *targets: str, cores: int = 2) -> subprocess.CompletedProcess[str]:
+    def snakemake(self, *targets: str, cores: int = 2) -> CompletedProcess[str]:
         return self.run("snakemake", "--cores", str(cores), *targets)
 
     def metrics(self) -> dict[str, bytes]:
@@ -115,10 +131,37 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     (tmp_path / "checkout").mkdir()
     made = Checkout(tmp_path / "checkout")
     monkeypatch.chdir(made.folder)
+    light_children(monkeypatch)
     return made
+
+
+def light_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process asks of a module in a process of its own, the zygote begins."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    if zygote_environment():
+        monkeypatch.setattr(
+            sys, "executable", str(Path(zygote_environment()[SOCKET]).parent / "python")
+        )
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+# Files by what they take, longest first, so that no worker ends with one of these.
+FIRST = (
+    *("test_audit_workflow", "test_workflow", "test_resilience", "test_check", "test_ranks"),
+    *("test_cells", "test_tuning", "test_starts", "test_disks", "test_method_pages"),
+    *("test_costs", "test_tables", "test_perf_gpu", "test_protocol"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=place)

@@ -29,7 +29,7 @@ teacher: {{updates: 60, batch: 32, lr: 1.0e-3, heun_steps: 4}}
 budget: {{flops: 2.0e+9}}
 sampling: {{count: 500}}
 seeds: [0]
-timeout_s: 60
+timeout_s: 3600
 """
 AUDIT = """
 name: audit

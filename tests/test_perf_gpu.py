@@ -16,7 +16,7 @@ def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder, *arguments: str) -> tuple[dict, str]:
-    gpu.main(["--output", str(folder), "--tiny", *arguments])
+    gpu.main(["--output", str(folder), "--tiny", "--seconds", "3600", *arguments])
     return json.loads((folder / "gpu.json").read_text()), (folder / "gpu.md").read_text()
 
 

@@ -28,16 +28,13 @@ from typing import NoReturn
 
 from tests.shim import REAL, SOCKET
 
+ROOT = Path(__file__).parents[1]
 PROGRAMS = ("distillbench", "snakemake")
 OURS = ("distillbench", "eval", "snakemake")  # packages whose modules `python -m` runs here
-IMPORTED = (
-    *("distillbench.cli.main", "distillbench.cells.train", "distillbench.conformance.check"),
-    *("distillbench.cli.audit_pages", "distillbench.cli.verify", "distillbench.cli.workflow"),
-    *("distillbench.cluster.dispatch", "distillbench.cells.validate"),
-    *("eval.metrics.evaluate", "eval.report.method_pages", "eval.report.tables"),
-    *("eval.report.costs", "eval.report.figures", "eval.audit.page"),
-    *("torch._dynamo", "torch.distributed", "torch.optim", "sklearn.datasets", "scipy.linalg"),
-    *("matplotlib.backends.backend_agg", "matplotlib.pyplot", "pandas", "tabulate"),
+TREES = ("distillbench", "eval")  # all of whose modules are imported
+LATE = (  # what others import only where they use it
+    *("torch._dynamo", "torch.distributed", "torch.optim", "torch.utils.flop_counter"),
+    *("sklearn.datasets", "scipy.linalg", "matplotlib.pyplot", "pandas", "tabulate"),
     *("snakemake.cli", "snakemake.api", "snakemake.workflow", "snakemake.executors.local"),
 )
 
@@ -213,10 +210,20 @@ def received(connection: socket.socket, size: int) -> bytes:
     return data
 
 
+def ours() -> list[str]:
+    """Modules of the packages under test, less what is run as a script or copied as a text."""
+    found = []
+    for file in sorted(file for tree in TREES for file in (ROOT / tree).rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if not {"__main__", "__init__", "template"} & set(parts):
+            found.append(".".join(parts))
+    return found
+
+
 def main(path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    for name in IMPORTED:
+    for name in (*ours(), *LATE):
         importlib.import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork has no other threads"
     listener.bind(path)

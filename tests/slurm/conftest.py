@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,15 +12,12 @@ import pytest
 
 from distillbench.cells import journal
 from distillbench.cluster.launcher import name_of
+from tests.commands import Command
 from tests.conftest import RING, Checkout
 from tests.slurm.cluster import Cluster, missing
 
 REQUIRED = "DISTILLBENCH_REQUIRE_SLURM"  # set where a skipped test is a failure
-SLOW = (
-    RING.replace("tiny-ring", "slow-ring")
-    .replace("seeds: [0, 1]", "seeds: [0]")
-    .replace("timeout_s: 60", "timeout_s: 600")
-)
+SLOW = RING.replace("tiny-ring", "slow-ring").replace("seeds: [0, 1]", "seeds: [0]")
 
 
 @pytest.fixture(scope="session")
@@ -90,17 +86,9 @@ class Site(Checkout):
                 f"MeanFlow.train_step = lambda *step: (__import__('time').sleep({seconds}), quick(*step))[1]\n"
             )
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
+    def start(self, *command: str, new_session: bool = True, **more: str) -> Command:
         """A command in the background, in a process group of its own."""
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return super().start(*command, new_session=new_session, **more)
 
     def until(self, ready, what: str, seconds: float = 300):
         """Wait for a value that is true."""
