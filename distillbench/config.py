@@ -249,6 +249,7 @@ class Table(Strict):
         "all", description="'all' discovered methods, or names"
     )
     variants: list[str] = Field([], description="more rows, as method@variant")
+    share: float = Field(1.0, gt=0, description="of the benchmarks' budget, for every arm")
     seeds: list[int] | None = Field(
         None, min_length=1, description="instead of those of the benchmarks"
     )

@@ -10,10 +10,10 @@ import typer
 import yaml
 
 from distillbench import config
-from distillbench.cells.disk import lock, write_atomically, write_json
+from distillbench.cells.disk import lock, json_bytes, write_atomically
 from distillbench.cli import audit_pages
 from distillbench.cli.evaluate import has_ended, is_evaluated, known_metrics
-from distillbench.cli.options import ProfileName
+from distillbench.cli.options import ProfileName, out
 from distillbench.cli.render import (
     PageWriter,
     no_records,
@@ -149,10 +149,18 @@ def pages(
     raise typer.Exit(say_rendered("docs/methods", render_pages(check), check))
 
 
-def schema() -> None:
+def schema(
+    check: Annotated[
+        bool, typer.Option("--check", help="compare the files there; exit 1 if they differ")
+    ] = False,
+) -> None:
     """Write the JSON schemas that editors check benchmark, table and method files with."""
+    writer = PageWriter(check)
     for path, model in SCHEMAS.items():
-        write_json(config.root() / path, model.model_json_schema())
+        writer.write(config.root() / path, json_bytes(model.model_json_schema()))
+    if check and writer.differing:
+        out.print("schemas differ from the models: run `distillbench schema`")
+        raise typer.Exit(1)
 
 
 def rekey(

@@ -18,7 +18,6 @@ import random
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from typing import Any
 from distillbench import config
 from distillbench.audits.experiments import MECHANISMS, Experiment
 from distillbench.cells.cell import Cell
-from distillbench.cells.disk import write_json
+from distillbench.cells.disk import make_folder, write_json
 from distillbench.cells.environment import ONE_THREAD
 from distillbench.cells.progress import say
 from distillbench.cells.provenance import git, hardware
@@ -138,7 +137,7 @@ def published() -> Iterator[Published]:
 
 
 class Earlier:
-    """The code of a commit, laid out in a folder of its own."""
+    """The code of a commit, laid out in a folder of its own with what it has trained there."""
 
     def __init__(self, commit: str, folder: Path):
         self.commit = commit
@@ -147,6 +146,7 @@ class Earlier:
         packed = subprocess.run(["git", "archive", commit], cwd=root(), capture_output=True)
         if packed.returncode:
             raise UserError(f"rekey {commit}: no such commit here: name one that git knows")
+        make_folder(folder)
         with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tar:
             tar.extractall(folder, filter="data")
 
@@ -304,8 +304,8 @@ def rewrite(change: Change) -> None:
     b = config.benchmark(record.place.benchmark)
     for name in ("metrics.json", "draws.json"):
         file = record.file.with_name(name)
-        if file.is_file():
-            scores = json.loads(file.read_text())
+        scores = read_json(file)
+        if scores is not None and scores["key"] == record.result["key"]:
             scores["key"] = change.key
             scores["evaluation"]["key"] = evaluation_key(b.extractor, b.cross_extractor)
             write_json(file, scores)
@@ -324,18 +324,18 @@ def rekey(base: str, count: int, seed: int) -> bool:
     """
     if git("status", "--porcelain", "--", ".", ":!results"):
         raise UserError("rekey: uncommitted changes: commit them, since the log names the commit")
-    with tempfile.TemporaryDirectory() as folder:
-        commit = git("rev-parse", "--verify", f"{base}^{{commit}}") or base
-        earlier = Earlier(commit, Path(folder))
-        found = changes(list(published()), earlier)
-        if not found:
-            say("every record has its key")
-            return True
-        places = drawn(found, count, seed)
-        say(f"{len(found)} records to re-key, after {len(places)} drawn ones, seed {seed}:")
-        if not proved(found, places, earlier):
-            say("nothing is re-keyed: find out why, or train these tables again")
-            return False
+    commit = git("rev-parse", "--verify", f"{base}^{{commit}}") or base
+    # Kept between calls: interrupted, the same command continues with what has been trained.
+    earlier = Earlier(commit, root() / "results/runs/rekey" / commit[:12])
+    found = changes(list(published()), earlier)
+    if not found:
+        say("every record has its key")
+        return True
+    places = drawn(found, count, seed)
+    say(f"{len(found)} records to re-key, after {len(places)} drawn ones, seed {seed}:")
+    if not proved(found, places, earlier):
+        say("nothing is re-keyed: find out why, or train these tables again")
+        return False
     for change in found:
         rewrite(change)
     log = root() / LOG

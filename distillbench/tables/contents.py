@@ -29,10 +29,11 @@ def table(name: str, profile: str | None = None) -> Table:
 def arms(table: Table) -> list[Arm]:
     """A table's methods in their default variant, its variants, and what all these start from.
 
-    Raises UserError where `compare` names another arm.
+    All of them have the table's share of the budget. Raises UserError where `compare` names another
+    arm.
     """
     methods = sorted(folders.discover()) if table.methods == "all" else table.methods
-    found = [folders.arm(name) for name in (*methods, *table.variants)]
+    found = [folders.arm(name).at(table.share) for name in (*methods, *table.variants)]
     found += start_arms(found)
     names = [arm.name for arm in found]
     for pair in table.compare:
