@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from distillbench import config
-from distillbench.cells.disk import lock, json_bytes, write_atomically
+from distillbench.cells.disk import json_bytes, lock, write_atomically
 from distillbench.cli import audit_pages
 from distillbench.cli.evaluate import has_ended, is_evaluated, known_metrics
 from distillbench.cli.options import ProfileName, out
