@@ -230,7 +230,10 @@ def test_the_width_that_both_losses_settle_at(
     weight, gamma, k = 0.3, 1.0, kappa(width, "exponential")
     w = weight * k / (heads * d)
     a = width * math.sqrt(1 - 8 * gamma * w)
-    at = lambda a, w, gamma, weight: slopes(a, w, gamma, weight, width, heads, d)
+
+    def at(a, w, gamma, weight):
+        return slopes(a, w, gamma, weight, width, heads, d)
+
     assert max(map(abs, at(a, w, gamma, weight))) < 1e-6
     assert a < 0.98 * width  # no small matter
     pulled, blind = at(width, 0.0, gamma, weight)
@@ -273,7 +276,10 @@ def test_each_player_moves_the_logits_its_way():  # test 3
     for which in ("student", "discriminator"):
         m, _ = made(distillation=0.0, r1=0.0, student={"lr": 1e-3}, discriminator={"lr": 1e-3})
         x = student_samples(m, data)
-        logit = lambda images: mean_logit(m, images, data.cond.labels)  # noqa: B023
+
+        def logit(images, m=m):
+            return mean_logit(m, images, data.cond.labels)
+
         fake, real = logit(x), logit(data.x)
         rests = m.discriminator if which == "student" else m.student
         rests.update = lambda loss: None

@@ -63,7 +63,10 @@ def test_descent_goes_where_each_player_wants(name):
 def test_gradients_against_closed_forms():
     real, fake = 2 * double(50, seed=1), 2 * double(50, seed=2)
     real.requires_grad_(), fake.requires_grad_()
-    gradient = lambda loss, *of: torch.autograd.grad(loss, of)
+
+    def gradient(loss, *of):
+        return torch.autograd.grad(loss, of)
+
     torch.testing.assert_close(
         gradient(adversarial.softplus_generator(fake), fake)[0], -torch.sigmoid(-fake) / 50
     )
@@ -229,7 +232,9 @@ def test_spectral_norms_are_one():
 
 
 def test_the_power_iteration_is_state_of_the_player():
-    made = lambda: Player("d", [TokenHead(6, 5, 3, 0)], PlayerConfig(lr=1e-2), Meter())
+    def made():
+        return Player("d", [TokenHead(6, 5, 3, 0)], PlayerConfig(lr=1e-2), Meter())
+
     one, other, x = made(), made(), double(8, 4, 6).float()
     one.update(one.networks[0](x, None).mean())
     names = [k for k in one.state_dict() if k.endswith("._u") or k.endswith("._v")]
@@ -249,9 +254,9 @@ def test_a_token_head_against_its_formula():
         k = layer.weight.shape[-1]
         return sum(h.roll(k // 2 - j, 1) @ layer.weight[:, :, j].T for j in range(k)) + layer.bias
 
-    norm = lambda layer, h: (
-        F.batch_norm(h.mT, None, None, layer.weight, layer.bias, training=True).mT
-    )
+    def norm(layer, h):
+        return F.batch_norm(h.mT, None, None, layer.weight, layer.bias, training=True).mT
+
     h = F.leaky_relu(norm(head.norm_enter, conv(head.enter, x)), 0.2)
     h = (h + F.leaky_relu(norm(head.norm_mix, conv(head.mix, h)), 0.2)) / math.sqrt(2)
     expected = (conv(head.leave, h) * head.label.weight[labels][:, None]).sum(2) / math.sqrt(

@@ -367,7 +367,10 @@ def test_a_pass_in_bfloat16_is_near_that_in_float32(make):
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
     x, t = torch.randn(6, *net.shape, device="cuda"), torch.rand(6, device="cuda")
-    f = lambda: net(x, t, torch.arange(6, device="cuda") % CLASSES, s=0.5 * t)
+
+    def f():
+        return net(x, t, torch.arange(6, device="cuda") % CLASSES, s=0.5 * t)
+
     exact = f()
     with torch.autocast("cuda", torch.bfloat16):
         rounded = f()
@@ -465,7 +468,10 @@ def a_cell(where: str, name: str) -> None:
     from distillbench.cells.cell import Cell
     from distillbench.cells.sampling import sample
 
-    cell, quiet = Cell(config.benchmark(where), folders.arm(name), 0), lambda *_: None
+    def quiet(*_):
+        return None
+
+    cell = Cell(config.benchmark(where), folders.arm(name), 0)
     for one in (cell.teacher, cell):
         with one.locked():
             record = train.run_cell(one, quiet)

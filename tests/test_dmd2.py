@@ -173,9 +173,12 @@ def test_matching_is_the_gradient_of_the_kl(
         )
         return torch.stack(torch.autograd.grad(method.pseudo_loss(x, g), (m, a))) * (1 - t) ** 2 / t
 
-    s = lambda std: (1 - t) ** 2 * std**2 + t**2
+    def noised_variance(std):
+        return (1 - t) ** 2 * std**2 + t**2
+
+    s, s0 = noised_variance(std), noised_variance(a0)
     closed = (1 - t) ** 2 * torch.tensor(
-        [(m0 - mean) / s(std), a0 * (1 / s(std) - 1 / s(a0))], dtype=torch.float64
+        [(m0 - mean) / s, a0 * (1 / s - 1 / s0)], dtype=torch.float64
     )
     torch.testing.assert_close(ours((mean, std), (m0, a0)), closed, rtol=1e-6, atol=0)
     assert not torch.allclose(
@@ -242,7 +245,10 @@ def test_adversarial_gradient_is_that_of_its_objective(
     t,
 ):  # (b) 2: E softplus(-D(x_t)) by the law of x_t, which is N((1-t) m, S^2)
     real, m0, a0, nodes = (0.1, 0.5), 0.6, 0.4, quantiles(1000)
-    classifier = lambda x, t: log_ratio(x, t, real, (m0, a0))  # held fixed
+
+    def classifier(x, t):  # held fixed
+        return log_ratio(x, t, real, (m0, a0))
+
     z, e = (v.reshape(-1, 1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
 
     def objective(m: float, a: float) -> float:
@@ -275,7 +281,10 @@ def test_adversarial_gradient_is_that_of_its_objective(
         return torch.stack(torch.autograd.grad(loss(logits), (m, a))).float()
 
     torch.testing.assert_close(ours(), closed, rtol=1e-3, atol=1e-5)
-    saturating = lambda logits: -nn.functional.softplus(logits).mean()
+
+    def saturating(logits):
+        return -nn.functional.softplus(logits).mean()
+
     for planted in (
         ours(lambda logits: method.softplus_generator(-logits)),
         ours(saturating),
@@ -288,7 +297,10 @@ def test_the_classifier_learns_the_log_ratio(
 ):  # (b) 3: minimiser of L_cls, real rows first
     n, real, fake = 200_000, (0.8, 0.5), (0.2, 0.7)
     g = torch.Generator().manual_seed(0)
-    draw = lambda mean, std: mean + std * torch.randn(n, 1, generator=g, dtype=torch.float64)
+
+    def draw(mean, std):
+        return mean + std * torch.randn(n, 1, generator=g, dtype=torch.float64)
+
     x, t = (draw(*real), draw(*fake)), 0.3
     arm = analytic(real, fake, 0.1)
     seen: list[Tensor] = []
@@ -397,13 +409,15 @@ def test_each_loss_reaches_its_own_networks_only(monkeypatch, variant):  # test 
     )
     found, moved = {}, []
     student, critic = m.student.update, m.critic.update
-    everything = lambda: (
-        weights(m.net),
-        weights(m.fake),
-        weights(m.head),
-        weights(m.trunk),
-        weights(task.teacher.network),
-    )
+
+    def everything():
+        return (
+            weights(m.net),
+            weights(m.fake),
+            weights(m.head),
+            weights(m.trunk),
+            weights(task.teacher.network),
+        )
 
     def watched(original, find):
         def update(loss: Tensor) -> None:
@@ -488,12 +502,22 @@ def test_sum_reduction_with_a_heavier_gan_is_the_same_direction():  # test 9: la
         torch.randn(8, 48, dtype=torch.float64, requires_grad=True),
         torch.randn(8, 48, dtype=torch.float64),
     )
-    adversarial = lambda x: method.softplus_generator(x.sin().sum(1))
-    summed = lambda x: 0.5 * (x - (x - g).detach()).square().sum(1).mean()
-    gradient = lambda loss: torch.autograd.grad(loss, x)[0]
+
+    def adversarial(x):
+        return method.softplus_generator(x.sin().sum(1))
+
+    def summed(x):
+        return 0.5 * (x - (x - g).detach()).square().sum(1).mean()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, x)[0]
+
     ours = gradient(method.pseudo_loss(x, g) + 0.03 * adversarial(x))
     torch.testing.assert_close(gradient(summed(x) + 48 * 0.03 * adversarial(x)), 48 * ours)
-    cosine = lambda a: torch.cosine_similarity(a.flatten(), ours.flatten(), dim=0).item()
+
+    def cosine(a):
+        return torch.cosine_similarity(a.flatten(), ours.flatten(), dim=0).item()
+
     assert (
         cosine(gradient(summed(x) + 0.03 * adversarial(x))) < 0.999
     )  # planted: lambda_G as it was
@@ -527,8 +551,13 @@ def calls_of(
 def dependent(a: tuple, b: tuple) -> bool:
     """Whether two evaluations share times, or noise: rows of small t are those of x, rows of large t are noise."""
     loud = (a[1] > 0.7) & (b[1] > 0.7)
-    flat = lambda call: ((call[0] - call[0].mean(0)) / over(call[1], call[0]))[loud].flatten()
-    corr = lambda u, v: torch.corrcoef(torch.stack([u, v]))[0, 1].abs().item()
+
+    def flat(call):
+        return ((call[0] - call[0].mean(0)) / over(call[1], call[0]))[loud].flatten()
+
+    def corr(u, v):
+        return torch.corrcoef(torch.stack([u, v]))[0, 1].abs().item()
+
     return corr(a[1], b[1]) > 0.08 or corr(flat(a), flat(b)) > 0.5
 
 
@@ -536,9 +565,15 @@ class OneDraw(Step):
     """Planted: FastGen's t and noise, one for all uses, and real rows as fake ones."""
 
     def rng(self, name: str) -> SimpleNamespace:
-        once = lambda n: n // 2 if name.startswith("classifier") else n
-        fresh = lambda: Rng(0, name.split()[-1])
-        rows = lambda x, n: x.repeat(n // len(x), *([1] * (x.dim() - 1)))
+        def once(n):
+            return n // 2 if name.startswith("classifier") else n
+
+        def fresh():
+            return Rng(0, name.split()[-1])
+
+        def rows(x, n):
+            return x.repeat(n // len(x), *([1] * (x.dim() - 1)))
+
         return SimpleNamespace(
             uniform=lambda n: rows(fresh().uniform(once(n)), n),
             normal=lambda n, *shape: rows(fresh().normal(once(n), *shape), n),
@@ -614,7 +649,10 @@ def test_the_critic_is_told_the_step_it_judges(index):
 def test_a_critic_told_the_step_starts_as_the_teacher_and_learns_the_difference():
     m, task = made("four-step-conditioned", critic_differs=False)
     x, t, labels = torch.randn(6, *SHAPE), torch.rand(6), torch.arange(6) % 3
-    at = lambda m, t_k: m.fake(x, t, labels, s=t - t_k)
+
+    def at(m, t_k):
+        return m.fake(x, t, labels, s=t - t_k)
+
     torch.testing.assert_close(at(m, 1.0), task.teacher.velocity(x, t, Condition(labels)))
     assert torch.equal(at(m, 1.0), at(m, 0.25))
     blind, _ = made("four-step", critic_differs=False)
@@ -770,7 +808,11 @@ def test_inputs_are_the_samplers(index, start):  # test 6
     )  # noise alone at the first step
     fresh = step(index).rng("renoise")
     path = []
-    walk = lambda x, t: (path.append(x), m.generate(m.net, x, t, batch().cond.labels))[1]
+
+    def walk(x, t):
+        path.append(x)
+        return m.generate(m.net, x, t, batch().cond.labels)
+
     method.renoising(walk, z, 4, lambda: fresh.normal(N, *SHAPE), start=start)
     assert torch.equal(x, path[k]) and not torch.equal(x, path[(k + 1) % 4])
 
@@ -852,7 +894,10 @@ def test_the_average_is_what_is_sampled():
     for i in range(6):
         m.train_step(batch(), step(i))
     z, labels = torch.randn(6, *SHAPE), torch.arange(6) % 3
-    jump = lambda net: z - net(z, torch.ones(6), labels)
+
+    def jump(net):
+        return z - net(z, torch.ones(6), labels)
+
     x = m.sample(z, Condition(labels), 1, None)
     assert torch.equal(x, jump(m.student.averaged())) and not torch.allclose(
         x, jump(m.net), atol=1e-4

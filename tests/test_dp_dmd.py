@@ -33,8 +33,14 @@ SMALL = {
     "critic": {"lr": 1e-2, "warmup": 0.0},
 }  # over the settings of digits
 EVERY = {"critic_updates": 1}  # the student moves on each step, but where a test says otherwise
-step = lambda index=0: Step(index, 40, 0, CPU)
-ones = lambda x, value=1.0: x.new_full((len(x),), value)
+
+
+def step(index=0):
+    return Step(index, 40, 0, CPU)
+
+
+def ones(x, value=1.0):
+    return x.new_full((len(x),), value)
 
 
 def made(variant: str | None = None, critic_differs: bool = True, **changes) -> tuple:
@@ -117,15 +123,19 @@ def test_the_student_lands_where_its_anchor_says(tbar):  # test 8
 
 def test_the_x0_form():  # test 9; Eq. 39-41: |x_theta(z, 1) - (z_tbar - tbar v(z_tbar, tbar))|^2
     z, v_1, curved = *torch.randn(2, N, *SHAPE), teacher()
-    both = lambda velocity: [
-        method.anchor_target(velocity, z, 0.75, 4, "heun", x0) for x0 in (False, True)
-    ]
+
+    def both(velocity):
+        return [method.anchor_target(velocity, z, 0.75, 4, "heun", x0) for x0 in (False, True)]
+
     secant, tangent = both(lambda x, t: 0 * x + 0.3)  # constant along its paths
     assert close(tangent, secant)
     secant, tangent = both(curved)
     assert not close(tangent, secant, 0.01)
     z_tbar, t = z - 0.25 * secant, ones(z, 0.75)
-    distance = lambda x0: (denoiser(z, v_1, ones(z)) - x0).square().mean()
+
+    def distance(x0):
+        return (denoiser(z, v_1, ones(z)) - x0).square().mean()
+
     torch.testing.assert_close(
         method.diversity_loss(v_1, tangent), distance(denoiser(z_tbar, curved(z_tbar, t), t))
     )
@@ -140,7 +150,9 @@ def test_the_x0_form():  # test 9; Eq. 39-41: |x_theta(z, 1) - (z_tbar - tbar v(
 
 def test_the_target_is_a_function_of_the_noise():  # test 7: one noise is fitted exactly, unlike a posterior mean
     task, z, labels = random_task(SHAPE), torch.randn(1, *SHAPE), torch.zeros(1, dtype=torch.int64)
-    velocity = lambda x, t: task.teacher.velocity(x, t, Condition(labels))
+
+    def velocity(x, t):
+        return task.teacher.velocity(x, t, Condition(labels))
 
     def fit(target) -> float:
         net, losses = task.network("teacher"), []
@@ -171,9 +183,12 @@ def gaussian(x: Tensor, t: Tensor, std: float) -> Tensor:
 
 def given(z: Tensor = Z, e: Tensor = E) -> SimpleNamespace:
     """A step whose draws are z, the noise e of the other uses, and uniform 0, so that t is the lower end."""
-    stream = lambda name: SimpleNamespace(
-        normal=lambda *_: z if name == "z" else e, uniform=lambda n: z.new_zeros(n)
-    )
+
+    def stream(name):
+        return SimpleNamespace(
+            normal=lambda *_: z if name == "z" else e, uniform=lambda n: z.new_zeros(n)
+        )
+
     return SimpleNamespace(index=0, rng=stream)
 
 
@@ -194,7 +209,9 @@ def toy(
     m.task = SimpleNamespace(
         shape=shape, teacher=SimpleNamespace(velocity=lambda x, t, cond: gaussian(x, t, real))
     )
-    m.net, m.fake, m.losses = lambda x, t, labels: parameter * x, fake, {}
+    m.net = lambda x, t, labels: parameter * x
+    m.fake = fake
+    m.losses = {}
     m.student, m.critic = (
         SimpleNamespace(update=lambda loss, name=name: m.losses.update({name: loss}))
         for name in ("student", "critic")
@@ -225,13 +242,23 @@ def test_matching_is_the_gradient_of_the_kl_through_the_later_steps(
     t, theta, steps
 ):  # b.3; KL(q_t | p_t) of x = a z to N(0, 0.5^2)
     r = 1 - theta / steps  # of one step
-    a, std, s = r**steps, 0.5, lambda std: (1 - t) ** 2 * std**2 + t**2
-    kl = (1 - t) ** 2 * a * (1 / s(std) - 1 / s(a))  # d KL / d a
-    closed = lambda through: kl * through * -a / (r * steps)  # d a / d theta through so many steps
+    a = r**steps
+    std = 0.5
+
+    def noised_variance(std):
+        return (1 - t) ** 2 * std**2 + t**2
+
+    # d KL / d a
+    kl = (1 - t) ** 2 * a * (1 / noised_variance(std) - 1 / noised_variance(a))
+
+    def closed(through):
+        return kl * through * -a / (r * steps)  # d a / d theta through so many steps
+
     changes, unit = {"diversity": 0.0, "steps": steps}, (1 - t) ** 2 / t
-    ours = lambda fake=a, real=std, detach=True: (
-        slope(*toy(theta, exact(fake), real, t, detach=detach, **changes)) * unit
-    )
+
+    def ours(fake=a, real=std, detach=True):
+        return slope(*toy(theta, exact(fake), real, t, detach=detach, **changes)) * unit
+
     cut, whole = closed(steps - 1), closed(steps)
     assert ours() == pytest.approx(cut, rel=1e-3)
     assert ours(detach=False) == pytest.approx(whole, rel=1e-3)
@@ -279,9 +306,11 @@ def test_the_critic_regresses_the_velocity_of_the_samples(
         2 * (0.2 * variance - (t - (1 - t) * a**2)), rel=1e-3
     )
     assert slope(m, parameter, "critic") == 0 != slope(m, parameter)
-    best = lambda a: (
-        (t - (1 - t) * a**2) / ((1 - t) ** 2 * a**2 + t**2)
-    )  # the exact velocity of N(0, a^2)
+
+    def best(a):
+        """The factor of x in the exact velocity of N(0, a^2)."""
+        return (t - (1 - t) * a**2) / ((1 - t) ** 2 * a**2 + t**2)
+
     psi.data.fill_(best(a))
     assert slope(m, psi, "critic") == pytest.approx(0, abs=1e-12)
     for planted in ((1 - theta / 4) ** 3, 0.5):  # one step less; the teacher
@@ -297,9 +326,10 @@ def test_descent_moves_the_scale_to_the_teachers(
         given(*torch.randn(2, 256, 64, dtype=torch.float64)),
         {"weighting": "noisy_residual", "diversity": 0.0},
     )
-    ours = lambda fake, real: slope(
-        *toy(4 * (1 - a**0.25), exact(fake), real, 0.4, (64,), **changes), draws=draws
-    )
+
+    def ours(fake, real):
+        return slope(*toy(4 * (1 - a**0.25), exact(fake), real, 0.4, (64,), **changes), draws=draws)
+
     assert ours(a, 1.0) * (1 - a) > 0 and ours(1.0, 1.0) == 0
     assert not ours(1.0, a) * (1 - a) > 0  # planted: the sign
 
@@ -343,7 +373,11 @@ def test_gradient_of_the_matching_term(monkeypatch, w):  # test 5; b.3 steps 3 t
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_cut(detach):  # test 3; test 2
     m, _ = made()
-    z, velocity = torch.randn(N, *SHAPE), lambda x, t: m.net(x, t, batch().cond.labels)
+    z = torch.randn(N, *SHAPE)
+
+    def velocity(x, t):
+        return m.net(x, t, batch().cond.labels)
+
     x, v_1 = method.rollout(velocity, z, 4, detach, True)
     assert torch.equal(x, euler(velocity, z, 4))
     loss = method.pseudo_loss(x, torch.randn(N, *SHAPE))
@@ -414,7 +448,10 @@ def test_what_every_network_sees(
         m.anchor(z, Condition(cond.labels.flip(0))),
     ):  # other noise, other labels
         assert not close(planted, target, 0.01)
-    walk = lambda steps: euler(lambda x, t: net(x, t, cond.labels), z, steps).detach()
+
+    def walk(steps):
+        return euler(lambda x, t: net(x, t, cond.labels), z, steps).detach()
+
     assert close(x, walk(4)) and not close(x, walk(3), 0.01) and not x.requires_grad
     for (_, t, _), use in zip(judged, ("matching", "critic")):
         torch.testing.assert_close(t, 0.02 + 0.96 * step().rng(f"{use} t").uniform(n))

@@ -185,13 +185,16 @@ def test_every_set_is_where_it_belongs(monkeypatch):
 
 def test_training_and_reference_exchanged_are_noticed(monkeypatch):
     load, real = kinds.load, Against.of
-    swap = lambda d: dataclasses.replace(
-        d,
-        train=d.reference,
-        train_labels=d.reference_labels,
-        reference=d.train,
-        reference_labels=d.train_labels,
-    )
+
+    def swap(d):
+        return dataclasses.replace(
+            d,
+            train=d.reference,
+            train_labels=d.reference_labels,
+            reference=d.train,
+            reference_labels=d.train_labels,
+        )
+
     both = {
         "training images are not the training half",
         "the reference is not held out",
@@ -218,11 +221,20 @@ def test_other_mix_ups_are_noticed(monkeypatch):
             return mixed_up(metrics(context))
 
     assert planted(lambda *a: a) == []
-    first = lambda d, e, c, s, t, again, *r: (d, e, c, s, {1: t[1]}, again, *r)
+
+    def first(d, e, c, s, t, again, *r):
+        return (d, e, c, s, {1: t[1]}, again, *r)
+
     assert planted(first) == ["not the teacher's sample of many steps"]
-    reused = lambda d, e, c, s, t, again, *r: (d, e, c, s, t, t[32], *r)
+
+    def reused(d, e, c, s, t, again, *r):
+        return (d, e, c, s, t, t[32], *r)
+
     assert planted(reused) == ["the teacher's own set is not the held-out images"]
-    one_off = lambda d, e, c, s, t, again, *r: (d, e, c, {1: s[1].roll(1, 0)}, t, again, *r)
+
+    def one_off(d, e, c, s, t, again, *r):
+        return (d, e, c, {1: s[1].roll(1, 0)}, t, again, *r)
+
     assert set(planted(one_off)) == {
         "labels are not in turn",
         "not the teacher's sample of many steps",

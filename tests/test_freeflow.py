@@ -136,17 +136,28 @@ def test_signs_of_the_paper_give_the_same_gradient():  # test 2
     g = torch.Generator().manual_seed(0)
     z, e = torch.randn(2, 8, 2, dtype=torch.float64, generator=g)
     delta, r = 0.1 + 0.8 * torch.rand(2, 8, dtype=torch.float64, generator=g)
-    paper_f = lambda d: torch.sin(3 * z + over(d, z))  # F(z, delta)
-    f = lambda d: z + over(d, z) * paper_f(d)
+
+    def paper_f(d):
+        return torch.sin(3 * z + over(d, z))  # F(z, delta)
+
+    def f(d):
+        return z + over(d, z) * paper_f(d)
+
     state, v_g = jvp(f, (delta,), (torch.ones_like(delta),))
     paper_delta = v_g + velocity(state, 1 - delta, 0.5)  # v_G - u(f, 1 - delta)
     u, du = jvp(lambda s: -paper_f(1 - s), (1 - delta,), (torch.ones_like(delta),))
     ours = Gaussian(None, derivative="jvp").generating(z, u, du, delta, delta, NONE, step())
     torch.testing.assert_close(ours, -paper_delta)
     x = z - u  # at any delta: what matters is v_N - u(x_r, r)
-    of = lambda a: velocity(noised(x, e, r), r, a)
+
+    def of(a):
+        return velocity(noised(x, e, r), r, a)
+
     paper_delta_n = -of(0.3) + of(0.5)
-    gradient = lambda a, b: torch.autograd.grad(method.gradient_form(a, b), leaf)[0]
+
+    def gradient(a, b):
+        return torch.autograd.grad(method.gradient_form(a, b), leaf)[0]
+
     leaf = u.clone().requires_grad_(True)
     for in_the_paper in (paper_delta, paper_delta_n):
         theirs, own = gradient(-leaf, in_the_paper), gradient(leaf, -in_the_paper)
@@ -194,7 +205,10 @@ def test_the_exact_map_has_no_residual_in_the_continuous_form():  # test 3
     dx_ds = jvp(lambda s: exact_map(z, s, 0.5), (s,), (torch.ones_like(s),))[1]
     torch.testing.assert_close(dx_ds, velocity(exact_map(z, s, 0.5), s, 0.5))  # Eq. 7
     m = Gaussian(None, derivative="jvp")
-    residual = lambda u, du: m.generating(z, u, du, delta, delta, NONE, step())
+
+    def residual(u, du):
+        return m.generating(z, u, du, delta, delta, NONE, step())
+
     assert residual(u, du).abs().max() < 1e-12
     assert residual(u, -du).abs().max() > 0.1 and residual(-u, du).abs().max() > 0.1
 
@@ -271,7 +285,9 @@ def test_derivative_is_partial_in_s(monkeypatch):  # test 7
     seen, original = [], task.jvp
 
     def watched(net, primals, tangents, cond, graph=False):
-        double = lambda parts: tuple(p.double() for p in parts)
+        def double(parts):
+            return tuple(p.double() for p in parts)
+
         out = original(net, double(primals), double(tangents), cond, graph)
         seen.append((double(primals), out[1], cond))
         return out
@@ -279,7 +295,10 @@ def test_derivative_is_partial_in_s(monkeypatch):  # test 7
     monkeypatch.setattr(task, "jvp", watched)
     m.train_step(batch(), step())
     (z, one, s), du, cond = seen[0]
-    at = lambda z, s: m_before(z, one, cond.labels, s=s).detach()
+
+    def at(z, s):
+        return m_before(z, one, cond.labels, s=s).detach()
+
     m_before = made(derivative="jvp", correction=0.0)[0]
     moved(m_before)  # the same draws: the network as it was before the update
     m_before = m_before.net.double()
@@ -387,10 +406,12 @@ def test_network_is_trained_at_the_end_of_the_interval(monkeypatch):  # test 9
     assert (
         torch.cat([s for s, grad in seen if grad])[:24] == 0
     ).all()  # prediction trains F(z, 1), which is what is sampled
-    planted = lambda delta, steps: (
-        (delta * steps).floor() / steps - 1 / steps,
-        (delta * steps).floor() / steps,
-    )  # trained at the floor
+
+    # Planted: trained at the start of the interval.
+    def planted(delta, steps):
+        floor = (delta * steps).floor() / steps
+        return floor - 1 / steps, floor
+
     monkeypatch.setattr(method, "on_grid", planted)
     seen.clear()
     m.train_step(batch(), step())
@@ -478,7 +499,10 @@ def test_an_update_is_wired_as_its_settings_say(monkeypatch, index, share):
     )
     scale = m.train_step(batch(), step(index, 10))["lambda"].item()
     (z, u), cotangent, delta_g = outputs[0], forms[0][0][1], raw[0][0][0]
-    norm = lambda x: x.flatten(1).norm(dim=1).mean().item()
+
+    def norm(x):
+        return x.flatten(1).norm(dim=1).mean().item()
+
     assert torch.equal(given[0], (z - u)[24:])  # X(z, 1, 0)
     assert torch.equal(cotangent[:24], delta_g)  # k = 0
     assert norm(cotangent[24:]) == pytest.approx(share * 0.3 * norm(delta_g), rel=1e-4) and (
@@ -510,7 +534,10 @@ def test_the_average_is_what_is_sampled():
     for i in range(3):
         m.train_step(batch(), step(i))
     z, one, labels = torch.randn(6, *SHAPE), torch.ones(6), torch.arange(6) % 3
-    jump = lambda net: z - net(z, one, labels, s=0 * one)
+
+    def jump(net):
+        return z - net(z, one, labels, s=0 * one)
+
     x = m.sample(z, Condition(labels), 1, None)
     assert torch.equal(x, jump(m.student.averaged())) and not torch.allclose(
         x, jump(m.net), atol=1e-4
@@ -518,7 +545,9 @@ def test_the_average_is_what_is_sampled():
 
 
 def test_alpha_schedule():  # test 14: delay and ramp 10K of 100K, decay after 25K
-    alpha = lambda p, decay=None: method.alpha_at(p, 0.6, 0.1, 0.1, decay)
+    def alpha(p, decay=None):
+        return method.alpha_at(p, 0.6, 0.1, 0.1, decay)
+
     assert [alpha(p) for p in (0.0, 0.0999, 0.15, 0.2, 1.0)] == pytest.approx([0, 0, 0.3, 0.6, 0.6])
     assert [alpha(p, 0.25) for p in (0.15, 0.25, 1.0)] == pytest.approx([0.3, 0.6, 0.3])
     assert (
@@ -564,7 +593,11 @@ def test_gradients_reach_their_own_player_only(monkeypatch, derivative):  # test
             loss, list(m.net.parameters()), retain_graph=True, allow_unused=True
         )
     )
-    free = lambda u, delta: (u * delta).sum()  # planted: the target keeps its graph
+
+    # Planted: the target keeps its graph.
+    def free(u, delta):
+        return (u * delta).sum()
+
     delta_with_graph = u * 2.0
     a = torch.autograd.grad(method.gradient_form(u, delta_with_graph), u, retain_graph=True)[0]
     assert not torch.allclose(a * len(u), torch.autograd.grad(free(u, delta_with_graph), u)[0])

@@ -153,9 +153,10 @@ def test_bias_of_the_surrogate(
     found = stationary(real, fake, on_sample, **law)
     assert abs(found - expected) <= 0.01 + 0.01 * expected
     if name == "R1, on samples":
-        on_diagonal = lambda x_t, t, x, a: exact_average(
-            x_t, t, t, a
-        )  # planted: u(x_t, t, t), which here is the exact fake velocity
+        # Planted: u(x_t, t, t), which here is the exact fake velocity.
+        def on_diagonal(x_t, t, x, a):
+            return exact_average(x_t, t, t, a)
+
         assert abs(stationary(real, on_diagonal, on_sample) - expected) > 0.4  # test 9
         assert (
             slope(0.2, fake, real, on_sample) > 0 > slope(0.2, real, fake, on_sample)
@@ -317,9 +318,9 @@ def test_the_matching_term_alone(monkeypatch):
         loss = (u - (u.detach() + sign * delta)).square().sum((1, 2, 3)).mean()
         return torch.autograd.grad(loss, list(before.parameters()), retain_graph=True)
 
-    close = lambda other: all(
-        torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(gradients, other)
-    )
+    def close(other):
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(gradients, other))
+
     assert close(gradient(0 * t, 4))
     assert (
         not close(gradient(t, 4))

@@ -359,9 +359,14 @@ def test_cost_of_an_update():  # cost file sections 1-2, test 6: FM 3.00 F, offi
         return counter.get_total_flops()
 
     def dual(m: int) -> float:
-        parts = lambda: value_and_tangent(
-            lambda x, t, s: net(x, t, labels, s=s), primals, tuple(d[:m] for d in tangents), False
-        )
+        def parts():
+            return value_and_tangent(
+                lambda x, t, s: net(x, t, labels, s=s),
+                primals,
+                tuple(d[:m] for d in tangents),
+                False,
+            )
+
         return flops(lambda: meanflow_gradient(net, *parts(), t, s, v)) / forward
 
     with torch.no_grad():

@@ -115,7 +115,10 @@ def test_the_noisy_normaliser_is_the_teachers_own_velocity():  # dp_dmd.md b.3 s
     t = torch.full((8,), 0.6)
     x_t = noised(x, e, t)
     x0_r, x0_f = denoiser(x_t, v_r, t), denoiser(x_t, v_f, t)
-    size = lambda x: (x - x0_r).abs().mean((1, 2, 3), keepdim=True)
+
+    def size(x):
+        return (x - x0_r).abs().mean((1, 2, 3), keepdim=True)
+
     torch.testing.assert_close(
         (x0_f - x0_r) / size(x_t), expected, rtol=1e-4, atol=1e-5
     )  # the printed form

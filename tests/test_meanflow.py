@@ -74,11 +74,13 @@ def test_closed_form_identities():  # section 1, test 1
     assert near(dx_ds, velocity(paths.jump(x, u, t, s), s))  # dX/ds = v(X, s)
     x_m = paths.jump(x, average(x, t, m), t, m)
     assert near(paths.jump(x_m, average(x_m, m, s), m, s), paths.jump(x, u, t, s))  # additivity
-    one = lambda f: vmap(jacrev(lambda x, t, s: f(x[None], t[None], s[None])[0]))(x, t, s)
-    left = torch.eye(5, dtype=x.dtype) - (t - s)[:, None, None] * one(average)
-    assert near(
-        left, one(lambda x, t, s: paths.jump(x, average(x, t, s), t, s))
-    )  # I - (t-s) d_x u = d_x X
+
+    def jacobians(f):
+        return vmap(jacrev(lambda x, t, s: f(x[None], t[None], s[None])[0]))(x, t, s)
+
+    left = torch.eye(5, dtype=x.dtype) - (t - s)[:, None, None] * jacobians(average)
+    right = jacobians(lambda x, t, s: paths.jump(x, average(x, t, s), t, s))
+    assert near(left, right)  # I - (t-s) d_x u = d_x X
 
 
 def test_target_at_the_exact_average_velocity_is_itself():  # Eq. 10-11, test 2
@@ -257,7 +259,10 @@ def test_diagonal_rows_regress_the_velocity_itself(
     v = task.teacher.velocity(x_t, t, data.cond) if velocity == "teacher" else e - data.x
     torch.testing.assert_close(u, reference(x_t, t, data.cond.labels, s=s))
     assert torch.equal(target[12:], v[12:]) and torch.equal(t[12:], s[12:])
-    f = lambda x, t, s: reference(x, t, data.cond.labels, s=s)
+
+    def f(x, t, s):
+        return reference(x, t, data.cond.labels, s=s)
+
     du = jvp(f, (x_t, t, s), (v, torch.ones_like(t), torch.zeros_like(s)))[1]
     expected = v - (t - s)[:, None] * du
     torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)

@@ -254,7 +254,7 @@ def test_what_is_not_declared_is_withheld(
     assert withheld.x is None and withheld.pairs is None
     _, run = batch("meanflow@scratch")
     assert not run.task.has_teacher
-    with pytest.raises(ValueError, match="task.teacher without"):
+    with pytest.raises(ValueError, match=r"task\.teacher without"):
         _ = run.task.teacher
     with pytest.raises(ValueError, match="teacher"):
         run.task.network("teacher")

@@ -80,7 +80,10 @@ def test_schedule_over_the_players_own_updates():
         made.update(net.p.sum())
         positions.append(-float(net.p.detach()))
     rates = [b - a for a, b in pairwise(positions)]  # the lr that was really used
-    cosine = lambda i: 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / 100))
+
+    def cosine(i):
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / 100))
+
     assert rates[0] == pytest.approx(
         0.1, rel=1e-6
     )  # linear warm-up over the first tenth: 1/10, 2/10, ...

@@ -33,7 +33,10 @@ def posterior(x: Tensor, t: Tensor) -> Tensor:
 def noise(seed: int = 0) -> tuple[Tensor, Callable[[], Tensor]]:
     """Starting noise [N, 1] and a stream of fresh noise."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(N, 1, generator=g, dtype=torch.float64)
+
+    def draw():
+        return torch.randn(N, 1, generator=g, dtype=torch.float64)
+
     return draw(), draw
 
 
@@ -113,8 +116,16 @@ def test_a_posterior_mean_has_the_variance_of_its_recursion(steps):
 def test_evaluations_times_and_draws(steps):  # test 7: the last re-noise is not made
     def seen(sampler) -> tuple[list[float], int]:
         times, drawn = [], []
-        denoise = lambda x, t: (times.append(t.unique().item()), x)[1]
-        sampler(denoise, torch.zeros(3, 2), steps, lambda: (drawn.append(0), torch.zeros(3, 2))[1])
+
+        def denoise(x, t):
+            times.append(t.unique().item())
+            return x
+
+        def fresh():
+            drawn.append(0)
+            return torch.zeros(3, 2)
+
+        sampler(denoise, torch.zeros(3, 2), steps, fresh)
         return times, len(drawn)
 
     expected = [1 - i / steps for i in range(steps)], steps - 1
@@ -170,10 +181,13 @@ def test_a_simulated_input_is_what_the_sampler_meets(k, start):  # test 6
     if start < 1:  # its first input is start z, which is no draw of x_t: noise alone, of that size
         assert not torch.equal(inputs[0][0], z) and torch.equal(inputs[0][0], start * z)
         return
-    law = lambda x: (
-        abs(x.mean().item() - (k / 4) * M) < 0.005
-        and abs(x.std().item() - spread(t[0]).item()) < 0.005
-    )
+
+    def law(x):
+        return (
+            abs(x.mean().item() - (k / 4) * M) < 0.005
+            and abs(x.std().item() - spread(t[0]).item()) < 0.005
+        )
+
     assert law(x)
     assert k == 0 or not law(transport(x, t))  # planted: the clean sample, not noised again
 
@@ -200,7 +214,10 @@ def test_one_step_has_no_path():  # test 6: with N = 1 simulated and noised real
 @pytest.mark.parametrize("k", [1, 3])
 def test_no_gradient_through_the_simulated_path(k):  # test 6
     layer = nn.Linear(2, 2)
-    denoise = lambda x, t: layer(x)
+
+    def denoise(x, t):
+        return layer(x)
+
     z = torch.randn(5, 2)
     x, _ = simulated_input(denoise, z, 4, k, lambda: torch.ones(5, 2))
     assert not x.requires_grad

@@ -133,7 +133,9 @@ def test_half_the_exact_gradient_at_alpha_one_half(a):  # test 3
 
 
 def test_oracle_table_of_alpha():  # test 4, SID-2
-    table = lambda a: [slope(projected(alpha), a) for alpha in ALPHAS]
+    def table(a):
+        return [slope(projected(alpha), a) for alpha in ALPHAS]
+
     assert table(0.2) == pytest.approx([-0.023, -0.038, -0.068, -0.098, -0.110, -0.128], abs=7e-4)
     assert table(4.0)[:5] == pytest.approx([1.67, 1.44, 0.96, 0.48, 0.29], abs=7e-3) and table(4.0)[
         5
@@ -293,7 +295,10 @@ def test_loss_in_velocities_is_the_loss_in_denoisers(alpha):  # (i)
 
     t = sigma / (1 + sigma)
     torch.testing.assert_close(ours(t), expected, rtol=1e-9, atol=0)
-    gradient = lambda loss: torch.autograd.grad(loss, y, retain_graph=True)[0]
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, y, retain_graph=True)[0]
+
     torch.testing.assert_close(gradient(ours(t)), gradient(expected), rtol=1e-8, atol=1e-12)
     planted = (
         ours(t, swap=True),

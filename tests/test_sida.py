@@ -37,16 +37,20 @@ def test_the_discriminator_is_the_critics_own_middle(monkeypatch):  # (b.5)
         logits, outputs[2].mean(1), atol=1e-3
     )
     plain, _ = made()
-    count = lambda m: sum(p.numel() for player in (m.student, m.critic) for p in player.parameters)
+
+    def count(m):
+        return sum(p.numel() for player in (m.student, m.critic) for p in player.parameters)
+
     assert count(m) == count(plain)  # no new parameters
     assert not [b for b in m.fake.blocks if b._forward_hooks]  # the hook does not stay
 
 
 def test_losses_of_the_discriminator_and_of_its_opponent():  # (b.5), test 10
     real, fake = torch.randn(2, 6)
-    bce = lambda logits, target: F.binary_cross_entropy_with_logits(
-        logits, torch.full_like(logits, target)
-    )
+
+    def bce(logits, target):
+        return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
     torch.testing.assert_close(
         method.discriminator_loss(real, fake), 0.5 * (bce(real, 1.0) + bce(fake, 0.0))
     )
@@ -83,12 +87,11 @@ def test_critic_and_discriminator_move_together_under_the_same_noise(monkeypatch
 
     def update(loss: Tensor) -> None:
         critic, (logits, discriminator) = calls[0][0][1], calls[1][0]
-        gradient = lambda value: torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(value, m.critic.parameters, retain_graph=True)
-            ]
-        )
+
+        def gradient(value):
+            found = torch.autograd.grad(value, m.critic.parameters, retain_graph=True)
+            return torch.cat([g.flatten() for g in found])
+
         torch.testing.assert_close(gradient(loss), gradient(critic + 0.3 * discriminator))
         for planted in (critic, critic + discriminator):
             assert not torch.allclose(gradient(loss), gradient(planted), rtol=1e-2, atol=1e-6)

@@ -43,9 +43,8 @@ def test_status_shows_a_matrix(checkout: Checkout):
     slow = before(FIRST, "import time; time.sleep(0.5)")
     edit(checkout.folder / "methods/meanflow/method.py", *slow)
     assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
-    process = checkout.start(
-        *("distillbench train tiny-ring meanflow --seeds 0".split()), new_session=True
-    )
+    command = ("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0")
+    process = checkout.start(*command, new_session=True)
     with until_end(process):
         wait_for(cell(arm="meanflow").folder / LAST)
         running = checkout.run("distillbench", "status", "tiny-ring").stdout

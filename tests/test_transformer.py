@@ -135,12 +135,11 @@ def test_the_inputs_count():
     # Attention mixes tokens: a change in one patch is seen in all; without it, in one.
     other = x.clone()
     other[:, :, :2, :2] += 1
-    moved = lambda: (
-        net.patches(
-            net(other, t, LABELS, s=s, guidance=t) - net(x, t, LABELS, s=s, guidance=t)
-        ).norm(dim=2)
-        > 1e-9
-    ).sum(1)
+
+    def moved():
+        gap = net(other, t, LABELS, s=s, guidance=t) - net(x, t, LABELS, s=s, guidance=t)
+        return (net.patches(gap).norm(dim=2) > 1e-9).sum(1)
+
     assert (moved() == 6).all()
     for block in net.blocks:
         block.attention.out.weight.data.zero_()
@@ -256,7 +255,10 @@ def test_a_wrong_rule_is_found(operation, planted, monkeypatch):
 
 def test_what_the_rules_do_not_cover_is_refused():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    causal = lambda h: F.scaled_dot_product_attention(h, h, h, is_causal=True)
+
+    def causal(h):
+        return F.scaled_dot_product_attention(h, h, h, is_causal=True)
+
     for f in (F.gelu, causal, lambda h: h.permute(1, 0, 2, 3), lambda h: h.mean(1)):
         with pytest.raises((NotImplementedError, TypeError)):
             value_and_tangent(f, (x,), (x,), False)

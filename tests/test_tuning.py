@@ -82,7 +82,10 @@ def test_at_most_twelve_trials_and_the_first_changes_nothing(tunable: Checkout):
 
 def test_the_inner_split_sees_no_reported_digit():
     whole, inner = (kinds.load(DigitsData(kind="digits", inner=flag)) for flag in (False, True))
-    rows = lambda x: {t.numpy().tobytes() for t in x}
+
+    def rows(x):
+        return {t.numpy().tobytes() for t in x}
+
     assert (
         len(inner.train) + len(inner.reference) == len(whole.train)
         and abs(len(inner.train) - len(inner.reference)) <= 10

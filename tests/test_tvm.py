@@ -134,9 +134,10 @@ def test_the_anchor_is_least_at_the_marginal_velocity():  # test 1: B
     )
     x_s = paths.noised(x, e, s)
     for target, least in ((e - x, True), (x - e, False)):  # planted: the other sign
-        b = lambda a, target=target: method.weighted_error(
-            velocity(x_s, s) + a * x_s, target, 1.0
-        ).mean()
+
+        def b(a, target=target):
+            return method.weighted_error(velocity(x_s, s) + a * x_s, target, 1.0).mean()
+
         assert (b(0.0) < b(0.05) and b(0.0) < b(-0.05)) == least
 
 
@@ -146,7 +147,10 @@ def test_the_gradient_pushes_a_perturbed_map_back(wrong):  # test 2: u + eps x, 
     x, signs = x * paths.over(scale(t), x), []
     for start in (-0.02, 0.02):
         eps = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-        perturbed = lambda x, t, s, eps=eps: average(x, t, s) + eps * x
+
+        def perturbed(x, t, s, eps=eps):
+            return average(x, t, s) + eps * x
+
         u, du = in_s(perturbed, x, t, s)
         dx_ds = (
             method.terminal_velocity(u, du, s, t)
@@ -182,9 +186,15 @@ def test_derivative_in_s_is_minus_that_in_the_gap():  # test 3
     x = data.x
     _, du = task.jvp(m.net, (x, t, s), (0 * x, 0 * t, 1 + 0 * s), data.cond, graph=True)
     h = 5e-3
-    f = lambda s: m.net(x, t, data.cond.labels, s=s)
+
+    def f(s):
+        return m.net(x, t, data.cond.labels, s=s)
+
     torch.testing.assert_close(du, (f(s + h) - f(s - h)) / (2 * h), rtol=1e-2, atol=2e-3)
-    embedded = lambda gap: m.net(x, t, data.cond.labels, s=t - gap)
+
+    def embedded(gap):
+        return m.net(x, t, data.cond.labels, s=t - gap)
+
     in_gap = jvp(embedded, (t - s,), (-torch.ones_like(s),))[1]
     torch.testing.assert_close(du, in_gap, rtol=1e-4, atol=1e-5)
     in_t = jvp(lambda t: m.net(x, t, data.cond.labels, s=s), (t,), (torch.ones_like(t),))[1]
@@ -199,9 +209,15 @@ def objective(m, reference: dict[str, Tensor], bar: dict[str, Tensor], data: Bat
     t, s = times.gap_pair(again.rng("t, s"), N, c.time_mean, c.time_std, c.s_mean, c.s_std)
     e, s2 = again.rng("e").normal(N, 2), times.logit_normal(again.rng("s'"), N, c.s_mean, c.s_std)
     labels = labels.masked_fill(again.rng("dropout").uniform(N) < c.label_dropout, CLASSES)
-    u = lambda p, x, t, s: functional_call(m.net, p, (x, t, labels), {"s": s})
+
+    def u(p, x, t, s):
+        return functional_call(m.net, p, (x, t, labels), {"s": s})
+
     x_t, x_s = paths.noised(data.x, e, t), paths.noised(data.x, e, s2)
-    map_to = lambda s: x_t - (t - s)[:, None] * u(reference, x_t, t, s)
+
+    def map_to(s):
+        return x_t - (t - s)[:, None] * u(reference, x_t, t, s)
+
     x, dx_ds = jvp(map_to, (s,), (torch.ones_like(s),))
     a = (dx_ds - u(bar, x.detach(), s, s).detach()).square().mean()
     return a + (u(reference, x_s, s2, s2) - (e - data.x)).square().mean()
@@ -211,7 +227,10 @@ def test_gradient_is_that_of_the_papers_objective(monkeypatch):  # section 3; te
     m, _ = made("scratch", label_dropout=0.3)
     shake(m.student.averaged("target"))
     data, names = batch(), [k for k, _ in m.net.named_parameters()]
-    flat = lambda gradients: torch.cat([g.flatten() for g in gradients])
+
+    def flat(gradients):
+        return torch.cat([g.flatten() for g in gradients])
+
     ours = flat(torch.autograd.grad(loss_of(m, data, monkeypatch), m.student.parameters))
     m.config = m.config.model_copy(update={"detach_jvp": True})
     detached = flat(torch.autograd.grad(loss_of(m, data, monkeypatch), m.student.parameters))
@@ -426,9 +445,10 @@ def test_rms_norms_start_at_zero_and_gates_jump(
 ):  # test 11; the last layer is zero too, so gates move in the second update
     m = fresh("scratch", norms=norms)
     gates, labels, x, t = [], torch.arange(N) % CLASSES, torch.randn(N, 2), torch.rand(N)
-    hook = lambda _m, _args, out: gates.append(
-        mlp.modulations(out, 3, norms)[2].square().mean().sqrt()
-    )
+
+    def hook(_m, _args, out):
+        gates.append(mlp.modulations(out, 3, norms)[2].square().mean().sqrt())
+
     for i in range(4):
         handle = m.net.blocks[0].modulation.register_forward_hook(hook)
         out = m.net(x, t, labels, s=0.5 * t)
@@ -521,9 +541,11 @@ def test_every_variant_changes_an_update():
         for i in range(20):
             m.train_step(batch(), step(i))
         moved.append(weights(m.net))
-    alike = lambda a, b: (
-        a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
-    )  # a drawn weight is an input more
+
+    def alike(a, b):
+        # A drawn weight is an input more: another shape.
+        return a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
+
     assert not [
         (VARIANTS[i], VARIANTS[j])
         for i in range(len(moved))

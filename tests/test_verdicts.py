@@ -135,7 +135,10 @@ def test_parity_is_supported_by_equivalence_alone():
 
 def test_an_absolute_number_is_met_within_its_tolerance_and_never_contradicted_from_another_protocol():
     paper = 2.0
-    y = lambda value: [around(np.log(value))]
+
+    def y(value):
+        return [around(np.log(value))]
+
     assert judge(y(2.0), "absolute", value=paper) == (SUPPORTED, "within the tolerance")
     assert (
         judge(y(2.09), "absolute", value=paper)[0] == INCONCLUSIVE
@@ -229,7 +232,10 @@ def rates(
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_the_rule_by_simulation(n: int, noise: str):
     """The rates that docs/audit.md states; bounds with three standard errors of 2,000 runs."""
-    above = lambda p: p + 3 * (p * (1 - p) / 2000) ** 0.5
+
+    def above(p):
+        return p + 3 * (p * (1 - p) / 2000) ** 0.5
+
     none, double, single = rates(0.0, n, noise), rates(0.04, n, noise), rates(0.02, n, noise)
     assert none.get((SUPPORTED, ""), 0) <= 0.01  # false support, the issue's bar
     assert none.get((SUPPORTED, ""), 0) <= above(0.006) and none.get(

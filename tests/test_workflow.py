@@ -270,15 +270,20 @@ def test_updates_trained_twice_are_counted(tmp_path: Path):
         (tmp_path / NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return repeated(tmp_path)
 
-    start, step = {"start": 0, "steps": 40}, lambda i: {"step": i}  # a checkpoint every 2
-    rest = lambda k: [
-        line for i in range(k, 40, 2) for line in (step(i), step(i + 1), {"checkpoint": i + 2})
-    ]
+    start = {"start": 0, "steps": 40}  # a checkpoint every 2
+
+    def step(i):
+        return {"step": i}
+
+    def rest(k):
+        lines = []
+        for i in range(k, 40, 2):
+            lines += [step(i), step(i + 1), {"checkpoint": i + 2}]
+        return lines
+
     killed = [start, step(0), step(1), {"checkpoint": 2}, step(2), step(3)]
-    assert of(*killed, start | {"start": 4}, *rest(4)) == (
-        1,
-        0,
-    )  # the line of its last checkpoint was lost
+    # The line of its last checkpoint was lost.
+    assert of(*killed, start | {"start": 4}, *rest(4)) == (1, 0)
     assert of(*killed, start | {"start": 2}, *rest(2)) == (1, 2)
     for bad in (
         [*killed, start, *rest(0)],
