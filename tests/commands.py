@@ -35,7 +35,7 @@ def real_environment() -> dict[str, str]:
 
 @cache
 def zygote_environment() -> dict[str, str]:
-    """What makes a command find this process's zygote, which is started; empty where none can be."""
+    """Variables by which a command finds this process's zygote, started here; {} without one."""
     if sys.platform != "linux":
         return {}
     folder = Path(tempfile.mkdtemp(prefix="zygote-"))

@@ -108,7 +108,8 @@ def test_the_distillation_gradient_in_velocities(weighting):  # tests 1, 2
     )
 
 
-def test_sds_in_noise_is_dreamfusions_gradient():  # test 2: w (eps_psi - e) = w(t) (1-t) (v - (e - x))
+# test 2: w (eps_psi - e) = w(t) (1-t) (v - (e - x))
+def test_sds_in_noise_is_dreamfusions_gradient():
     x, e, v, t = (
         double(6, 3),
         double(6, 3, seed=1),
@@ -126,7 +127,8 @@ def test_sds_in_noise_is_dreamfusions_gradient():  # test 2: w (eps_psi - e) = w
     )  # planted: alpha twice
 
 
-# A Gaussian teacher N(0, width^2) and a student x = a z. Everything is linear, so the four points of (z, e) are exact.
+# A Gaussian teacher N(0, width^2) and a student x = a z.
+# Everything is linear, so the four points of (z, e) are exact.
 
 Z = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
 E = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
@@ -160,7 +162,10 @@ def kappa(width: float, weighting: str) -> float:
 def test_the_teacher_pulls_every_sample_to_its_mean(
     width, weighting
 ):  # test 4, README 'What the distillation term does'
-    """dL/da = 2 kappa a and dL/dshift = 2 kappa (shift - mean), whatever a is: zero at a = 0 alone, not at the teacher's width."""
+    """dL/da = 2 kappa a and dL/dshift = 2 kappa (shift - mean) for every a.
+
+    So a student shrinks to a = 0, and not to the teacher's width.
+    """
     for a in (0.1, width, 2.0):
         leaf, shift = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, 0.7))
         slopes = torch.autograd.grad(
@@ -202,7 +207,7 @@ class Quadratic(nn.Module):
 def slopes(
     a: float, w: float, gamma: float, weight: float, width: float, heads: int = 1, d: int = 1
 ) -> tuple[float, float]:
-    """d/da of the student's loss and d/dw of the first head's, for equal quadratic heads on samples of d coordinates."""
+    """d/da of the student's loss and d/dw of the first head's, of equal quadratic heads, in R^d."""
     scale, judges = (
         torch.tensor(a, dtype=torch.float64, requires_grad=True),
         [Quadratic(w) for _ in range(heads)],
@@ -226,7 +231,7 @@ def slopes(
 def test_the_width_that_both_losses_settle_at(
     width, heads, d
 ):  # README 'What the distillation term does'
-    """Inside the hinge's margins: w = lambda kappa / (K d) and a^2 = width^2 (1 - 8 lambda gamma kappa / (K d))."""
+    """Inside the hinge's margins w = lambda kappa / (K d), a^2 = width^2 (1 - 8 gamma w)."""
     weight, gamma, k = 0.3, 1.0, kappa(width, "exponential")
     w = weight * k / (heads * d)
     a = width * math.sqrt(1 - 8 * gamma * w)
@@ -494,7 +499,7 @@ def test_no_evaluation_more_than_the_algorithm_needs(changes, calls):
 
 
 def test_r1_costs_no_evaluation_of_the_features():
-    """Their output carries a graph, since R1 differentiates in it, but no gradient is taken below it."""
+    """R1 differentiates in their output, which carries a graph; no gradient is taken below it."""
     flops = []
     for gamma in (0.0, 0.5):
         m, task = made(pixel=True, r1=gamma)

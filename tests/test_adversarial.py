@@ -1,4 +1,7 @@
-"""Heads, losses and penalty of discriminators: specs/add.md (b) and tests 3, 6, 8, specs/dmd2.md for the softplus pair."""
+"""Heads, losses and penalty of discriminators: specs/add.md (b) and tests 3, 6, 8.
+
+The softplus pair is that of specs/dmd2.md.
+"""
 
 import math
 
@@ -47,7 +50,10 @@ def test_losses_of_a_head_that_knows_nothing(
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_descent_goes_where_each_player_wants(name):
-    """The generator raises D(fake); the discriminator raises D(real) and lowers D(fake), to the margin of the hinge."""
+    """The generator raises D(fake); the discriminator raises D(real) and lowers D(fake).
+
+    The hinge does so up to its margin.
+    """
     generator, discriminator, *_ = PAIRS[name]
     real, fake = (0.3 * double(8, seed=s) for s in (1, 2))
     real.requires_grad_(), fake.requires_grad_()
@@ -105,7 +111,7 @@ def test_the_hinge_is_least_beyond_its_margins():  # add.md test 3: D(real) >= 1
 
 @pytest.mark.parametrize("width", [0.2, 0.7])
 def test_at_the_best_discriminator_the_student_descends_half_a_kl(width):
-    """Samples a z, data N(0, width^2), D = log p - log q: sigmoid(-D) is 1/2 to first order in a - width."""
+    """Samples a z, data N(0, width^2), D = log p - log q: sigmoid(-D) is 1/2 to first order."""
     z = double(200_000, seed=3)
     for a in (0.99 * width, 1.01 * width):
         scale = torch.tensor(a, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,7 @@
-"""Findings from records: which values count, families, freezing, what stands on the page; claims refused before anything runs."""
+"""Findings from records: which values count, families, freezing, what stands on the page.
+
+Claims that cannot be judged are refused before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -252,7 +255,7 @@ def test_derived_metrics_other_nfe_and_instability():
 
 
 def test_who_is_to_blame():
-    """A cell that its teacher kept from running says nothing; of an instability only divergence counts."""
+    """A cell whose teacher failed says nothing; of an instability only divergence counts."""
     refused = [
         record("a", 10, "refused"),
         *(r for r in arms() if (r.arm, r.result["seed"]) != ("a", 10)),
@@ -345,7 +348,9 @@ def test_an_experiment_that_fails_leaves_a_record(checkout, body, capsys):
     head = "BENCHMARK = 'check-mixture'\nMETHODS = ('dmd',)\n"
     checkout.write(
         "mechanisms/breaks.py",
-        f"{head}def measure(seed):\n    if seed == 10:\n        return {{'far': 1.0}}\n    {body}\n",
+        f"{head}def measure(seed):\n"
+        f"    if seed == 10:\n        return {{'far': 1.0}}\n"
+        f"    {body}\n",
     )
     run_experiment("breaks", [10, 11], lambda *_: None)
     good, bad = (
@@ -411,8 +416,8 @@ def test_a_second_audit_names_the_verdicts_that_changed():
     about = page.Audit("again", "10 to 14", 10, 0, 0.1, "snakemake", before=before)
     same = page.page("Again", first, about, {})
     assert (
-        "2 questions have a verdict in both (0 in the first alone); 0 of them another one, 0 the opposite one. "
-        in same
+        "2 questions have a verdict in both (0 in the first alone); "
+        "0 of them another one, 0 the opposite one. " in same
     )
     assert "Effects have the same sign in 2 of 2; in 2 the one found here" in same
     found = (
@@ -421,8 +426,8 @@ def test_a_second_audit_names_the_verdicts_that_changed():
     )
     text = page.page("Again", found, about, {})
     assert (
-        "2 questions have a verdict in both (0 in the first alone); 1 of them another one, 1 the opposite one. "
-        in text
+        "2 questions have a verdict in both (0 in the first alone); "
+        "1 of them another one, 1 the opposite one. " in text
     )
     assert "Effects have the same sign in 1 of 2; in 1 the one found here" in text
     row = next(line for line in text.splitlines() if line.startswith("| **[A-1]")).split("|")
@@ -435,7 +440,10 @@ def test_a_second_audit_names_the_verdicts_that_changed():
 
 
 def test_a_second_audit_is_compared_with_an_audit_on_other_seeds(checkout):
-    table = "{{name: {name}, title: t, kind: {kind}, benchmarks: [tiny-ring], methods: [dmd], seeds: {seeds}{more}}}\n"
+    table = (
+        "{{name: {name}, title: t, kind: {kind}, benchmarks: [tiny-ring], methods: [dmd], "
+        "seeds: {seeds}{more}}}\n"
+    )
 
     def made(
         name: str, seeds: list[int], kind: str = "audit", more: str = ", again_of: first"
@@ -543,7 +551,8 @@ def test_a_wrong_claim_is_one_line_with_file_line_and_remedy(checkout, change, w
     )
     checkout.write(
         "workflows/tables/a.yaml",
-        "{name: a, title: a, kind: audit, benchmarks: [tiny-ring], methods: [dmd], seeds: [1, 2, 3, 4]}\n",
+        "{name: a, title: a, kind: audit, benchmarks: [tiny-ring], methods: [dmd], "
+        "seeds: [1, 2, 3, 4]}\n",
     )
     with pytest.raises(UserError) as error:
         questions.of_table(config.table("a"), known_metrics)
@@ -557,7 +566,8 @@ def test_ids_are_unique_and_numbers_have_a_source(checkout):
     checkout.write("methods/tvm/claims.yaml", yaml.safe_dump({"claims": [CLAIM]}))
     checkout.write(
         "workflows/tables/a.yaml",
-        "{name: a, title: a, kind: audit, benchmarks: [tiny-ring], methods: [dmd, tvm], seeds: [1, 2, 3]}\n",
+        "{name: a, title: a, kind: audit, benchmarks: [tiny-ring], methods: [dmd, tvm], "
+        "seeds: [1, 2, 3]}\n",
     )
     with pytest.raises(
         UserError,

@@ -1,4 +1,4 @@
-"""Scores that know classes and noise: closed forms, oracles by brute force, and errors planted on purpose."""
+"""Scores that know classes and noise: closed forms, oracles by brute force, planted errors."""
 
 import math
 
@@ -123,7 +123,8 @@ def test_noise_distance_of_known_relations():
         torch.argsort(torch.argsort(TURN, stable=True))
     ]
     assert noise_distance(unrelated, y, TURN) == pytest.approx(1, abs=0.02)
-    # x = y + c for two-valued y: same^2 = c^2, shuffled^2 = c^2 + 2 var (n / (n - 1) for pairs of different samples).
+    # x = y + c for two-valued y:
+    # same^2 = c^2, shuffled^2 = c^2 + 2 var (n / (n - 1) for pairs of different samples).
     labels = torch.zeros(1000, dtype=torch.long)
     flip = 40 * (torch.arange(1000) % 2).view(-1, 1, 1, 1).to(torch.uint8)
     assert noise_distance(flip + 30, flip, labels) == pytest.approx(

@@ -1,4 +1,7 @@
-"""Table 1: counts against the meter's, the minimum by hand, shares of the budget, a page that follows from its records."""
+"""Table 1: counts against the meter's, the minimum by hand, shares of the budget.
+
+The page follows from its records alone.
+"""
 
 from __future__ import annotations
 

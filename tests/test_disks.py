@@ -21,7 +21,7 @@ from tests.test_cells import cell
 
 @pytest.fixture
 def small_disk(checkout: Checkout) -> Iterator[tuple[Checkout, Path]]:
-    """results/ on a file system of its own, which `mount -o remount` fills up or makes read-only."""
+    """results/ on a file system of its own, which a remount fills up or makes read-only."""
     results = checkout.folder / "results"
     results.mkdir()
     mounted = subprocess.run(

@@ -22,7 +22,7 @@ SHAPE, N, PAIRS = (1, 4, 4), 16, 6
 
 
 def made(**changes) -> tuple:
-    """DMD with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
+    """DMD with a random teacher; `critic_differs` moves the critic off it, where it starts."""
     task = random_task(SHAPE)
     settings = {
         "batch": N,
@@ -94,7 +94,10 @@ def test_gradient_of_the_matching_term(monkeypatch, w):  # Algorithm 2; tests 1,
     x0_f = paths.denoiser(x_t, critic(x_t, t, labels), t)
 
     def g(weight: float, real: float = w, clean: Tensor = x) -> Tensor:
-        """(x0_f - x0_r) / mean |x - x0_r|: the difference with guidance `real`, the normaliser with `weight`, of `clean`."""
+        """(x0_f - x0_r) / mean |clean - x0_w|, detached, over the number of elements.
+
+        x0_r has the guidance `real`, x0_w the guidance `weight`.
+        """
         x0_r, x0_w = (
             paths.denoiser(x_t, task.teacher.velocity(x_t, t, Condition(labels, guidance)), t)
             for guidance in (real, weight)
@@ -144,7 +147,8 @@ def test_a_critic_that_equals_the_teacher_is_stationary():  # test 2: the studen
     )  # planted: real and fake differ
 
 
-def test_the_critics_minimiser_is_the_velocity_of_the_samples():  # (b) 2, (i): regression onto e - sg(x)
+# (b) 2, (i): regression onto e - sg(x)
+def test_the_critics_minimiser_is_the_velocity_of_the_samples():
     n, mean, std = 200_000, 0.8, 0.5
     x, e = (
         mean + std * torch.randn(n, 1, dtype=torch.float64),
@@ -217,7 +221,8 @@ def test_without_regression_there_are_no_pairs(monkeypatch):
     )
 
 
-def test_times_and_noise_of_the_two_updates():  # (h), test 6: the generator's t truncated, the critic's not; per sample; fresh
+# (h), test 6: the generator's t truncated, the critic's not; per sample; fresh
+def test_times_and_noise_of_the_two_updates():
     n = 4096
     m, _ = made(batch=n, regression=0.0)
     seen = []

@@ -1,4 +1,7 @@
-"""DMD2 against closed forms and its paper: specs/dmd2.md ((b)-(d), (i) and the tests numbered there), with those of specs/dmd.md."""
+"""DMD2 against closed forms and its paper: specs/dmd2.md (b)-(d), (i).
+
+Numbers of tests are that file's, or those of specs/dmd.md where they say so.
+"""
 
 import math
 import sys
@@ -40,7 +43,7 @@ SMALL = {
 
 
 def made(variant: str | None = None, **changes) -> tuple:
-    """An arm with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
+    """An arm with a random teacher; `critic_differs` moves the critic off it, where it starts."""
     task = random_task(SHAPE)
     critic_differs = changes.pop("critic_differs", True)
     m = DMD2(
@@ -103,7 +106,10 @@ def test_gradient_of_the_matching_term(monkeypatch, w, variant):  # test 1: dmd.
     x0_f = denoiser(x_t, critic(x_t, t, labels), t)
 
     def g(weight: float = w, real: float = w, clean: Tensor = x) -> Tensor:
-        """(x0_f - x0_r) / mean |x - x0_r| or / t: the difference with guidance `real`, the normaliser with `weight`, of `clean`."""
+        """(x0_f - x0_r) / mean |clean - x0_w| or / t, detached, over the number of elements.
+
+        x0_r has the guidance `real`, x0_w the guidance `weight`.
+        """
         x0_r, x0_w = (
             denoiser(x_t, task.teacher.velocity(x_t, t, Condition(labels, v)), t)
             for v in (real, weight)
@@ -128,7 +134,7 @@ def gaussian(x: Tensor, t: Tensor, mean: float, std: float) -> Tensor:
 
 
 class Given:
-    """A step whose draws are given: uniform 0, so that t is the lower end; the same normal numbers for all uses."""
+    """A step whose draws are given: uniform 0, the lower end of t; one normal tensor for all."""
 
     def __init__(self, normal: Tensor, uniform: float = 0.0):
         self.stream = SimpleNamespace(
@@ -153,7 +159,8 @@ def analytic(real: tuple[float, float], fake: tuple[float, float], t: float, **c
     return m
 
 
-# x_t = (1-t)(m + a z) + t n with E z = E n = E zn = 0 and E z^2 = E n^2 = 1 exactly on these four points
+# x_t = (1-t)(m + a z) + t n with E z = E n = E zn = 0 and E z^2 = E n^2 = 1
+# exactly on these four points
 Z = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)[:, None]
 E = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)[:, None]
 
@@ -235,7 +242,7 @@ def log_ratio(x: Tensor, t: Tensor, real: tuple[float, float], fake: tuple[float
 
 
 def quantiles(n: int) -> Tensor:
-    """n points of equal weight with the law, and exactly the mean and variance, of a standard normal."""
+    """n points of equal weight with a standard normal's law, exact in mean and variance."""
     z = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
     return z / z.square().mean().sqrt()
 
@@ -306,7 +313,7 @@ def test_the_classifier_learns_the_log_ratio(
     seen: list[Tensor] = []
 
     def z_score(change: float = 0.0, swapped: bool = False) -> float:
-        """Largest slope of L_cls along 1, x_t, x_t^2 added to D, in standard errors of its estimate."""
+        """Largest slope of L_cls along 1, x_t, x_t^2 added to D, in standard errors."""
         arm.trunk = lambda x, t, labels, s, features: (
             seen.append(x),
             [log_ratio(x, t, real, fake) * (1 + change)],
@@ -364,7 +371,8 @@ def test_the_classifier_sees_the_last_of_its_blocks(monkeypatch, blocks):  # (b)
     assert not any(features is out for features in seen for out in planted)
 
 
-def test_the_critics_minimiser_is_the_velocity_of_the_samples():  # (b) 3, (i): regression onto e - sg(x)
+# (b) 3, (i): regression onto e - sg(x)
+def test_the_critics_minimiser_is_the_velocity_of_the_samples():
     n, mean, std = 200_000, 0.8, 0.5
     x, e = (
         mean + std * torch.randn(n, 1, dtype=torch.float64),
@@ -497,7 +505,8 @@ def test_terms_and_their_weights(
     )  # planted: exchanged
 
 
-def test_sum_reduction_with_a_heavier_gan_is_the_same_direction():  # test 9: lambda_G is tied to the mean over elements
+# test 9: lambda_G is tied to the mean over elements
+def test_sum_reduction_with_a_heavier_gan_is_the_same_direction():
     x, g = (
         torch.randn(8, 48, dtype=torch.float64, requires_grad=True),
         torch.randn(8, 48, dtype=torch.float64),
@@ -549,7 +558,10 @@ def calls_of(
 
 
 def dependent(a: tuple, b: tuple) -> bool:
-    """Whether two evaluations share times, or noise: rows of small t are those of x, rows of large t are noise."""
+    """Whether two evaluations share times or noise.
+
+    Rows of small t are those of x, rows of large t are noise.
+    """
     loud = (a[1] > 0.7) & (b[1] > 0.7)
 
     def flat(call):
@@ -580,7 +592,8 @@ class OneDraw(Step):
         )
 
 
-def test_every_use_has_times_and_noise_of_its_own():  # test 4; (b): L_DM's t truncated, the others' not
+# test 4; (b): L_DM's t truncated, the others' not
+def test_every_use_has_times_and_noise_of_its_own():
     n = 4096
     m, _ = made(batch=n)
     calls = calls_of(m, n)
@@ -697,7 +710,8 @@ def test_who_moves_when(variant, cycle):  # test 2; (c)
     assert "".join(updates(m, 3 * cycle.count("|"))) == 3 * cycle
     assert DMD2.needs(m.config).cycle == cycle.count("|")
     assert m.student.updates == 3 and m.critic.updates == 3 * cycle.count("c")
-    # Both schedules end together: the student's counts its own updates, as the official one counts iterations.
+    # Both schedules end together:
+    # the student's counts its own updates, as the official one counts iterations.
     at_end = [player.learning_rate() / player.config.lr for player in (m.student, m.critic)]
     assert at_end == pytest.approx([FILE["config"]["student"]["final_lr"]] * 2)
 
@@ -841,7 +855,8 @@ def test_one_gradient_step_at_the_drawn_time(
     assert not all(torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in zip(gradients, planted))
 
 
-def test_noised_real_inputs():  # (d): k for each row; test 6: one law with the simulated ones where there is one step
+# (d): k for each row; test 6: one law with the simulated ones where there is one step
+def test_noised_real_inputs():
     m, _ = made("noised-real")
     data, own = batch(), step()
     x, t = inputs(m, 0)
@@ -1008,7 +1023,8 @@ def cost(
     return {k: v for k, v in (named | {"critic.1": head, "network": frozen}).items() if v}
 
 
-# On the student's turn: the critic for L_DM, its features for L_adv; on the critic's: once for L_fake, once for real and fake together.
+# On the student's turn: the critic for L_DM, its features for L_adv;
+# on the critic's: once for L_fake, once for real and fake together.
 COSTS = {
     None: cost(2, 1, 1, 2 + 4, 2, head=3),
     "velocity": cost(2, 1, 1, 2 + 4, 2, head=3),
@@ -1023,7 +1039,8 @@ COSTS = {
     "gan-only": cost(2, 1, 0, 1 + 4, 2, head=3),
     "gan-only-one-to-one": cost(1, 1, 0, 1 + 2, 1, head=2),
     "teacher-features": cost(2, 1, 1, 1 + 2, 2, head=3, frozen=3),
-    # The k-th step is simulated by k evaluations: 1 in two steps of N = 2, 6 in four steps of N = 4, at each place of r = 2.
+    # The k-th step is simulated by k evaluations:
+    # 1 in two steps of N = 2, 6 in four steps of N = 4, at each place of r = 2.
     "two-step": cost(4 + 2, 2, 2, 12, 4, head=6),
     "two-step-conditioned": cost(4 + 2, 2, 2, 12, 4, head=6),
     "four-step": cost(8 + 12, 4, 4, 24, 8, head=12),

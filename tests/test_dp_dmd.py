@@ -1,4 +1,4 @@
-"""DP-DMD against closed forms and its paper: specs/dp_dmd.md ((b)-(d), (i) and the tests numbered there)."""
+"""DP-DMD against closed forms and its paper: specs/dp_dmd.md (b)-(d), (i), by test number."""
 
 import copy
 import sys
@@ -44,7 +44,7 @@ def ones(x, value=1.0):
 
 
 def made(variant: str | None = None, critic_differs: bool = True, **changes) -> tuple:
-    """An arm with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
+    """An arm with a random teacher; `critic_differs` moves the critic off it, where it starts."""
     task = random_task(SHAPE)
     m = DPDMD(
         task,
@@ -148,7 +148,8 @@ def test_the_x0_form():  # test 9; Eq. 39-41: |x_theta(z, 1) - (z_tbar - tbar v(
     )
 
 
-def test_the_target_is_a_function_of_the_noise():  # test 7: one noise is fitted exactly, unlike a posterior mean
+# test 7: one noise is fitted exactly, unlike a posterior mean
+def test_the_target_is_a_function_of_the_noise():
     task, z, labels = random_task(SHAPE), torch.randn(1, *SHAPE), torch.zeros(1, dtype=torch.int64)
 
     def velocity(x, t):
@@ -182,7 +183,7 @@ def gaussian(x: Tensor, t: Tensor, std: float) -> Tensor:
 
 
 def given(z: Tensor = Z, e: Tensor = E) -> SimpleNamespace:
-    """A step whose draws are z, the noise e of the other uses, and uniform 0, so that t is the lower end."""
+    """A step with the draws z, the noise e of the other uses, and uniform 0: t at its lower end."""
 
     def stream(name):
         return SimpleNamespace(
@@ -195,7 +196,10 @@ def given(z: Tensor = Z, e: Tensor = E) -> SimpleNamespace:
 def toy(
     theta: float, fake, real: float, t: float, shape: tuple[int, ...] = (1,), **changes
 ) -> tuple:
-    """DP-DMD with the student v = theta x, an exact teacher of N(0, real^2), a given critic, all draws at time t."""
+    """DP-DMD with the student v = theta x, a given critic, and all draws at time t.
+
+    The teacher is exact for N(0, real^2).
+    """
     m, parameter = (
         DPDMD.__new__(DPDMD),
         torch.tensor(theta, dtype=torch.float64, requires_grad=True),

@@ -1,4 +1,7 @@
-"""`distillbench evaluate BENCHMARK ARM --draws N`: several sets of samples of one checkpoint, for the sampling error."""
+"""`distillbench evaluate BENCHMARK ARM --draws N`: several sets of samples of one checkpoint.
+
+Their spread is the error of sampling.
+"""
 
 from __future__ import annotations
 

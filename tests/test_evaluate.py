@@ -1,4 +1,4 @@
-"""What is scored against what: one pass, nothing mixed up between sets, and a key that sees every edit."""
+"""What is scored against what: one pass, no two sets mixed up, a key that sees every edit."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def test_scores_under_two_extractors_never_mix(data, against):
 def metrics(monkeypatch: pytest.MonkeyPatch, teacher_itself: bool = False) -> dict:
     """metrics.json, by the command line's own code, of a student whose every set is known.
 
-    Its samples are training images; those of its teacher on the same noise are class means at 1 step and the student's own
+    Its samples are training images; those of its teacher on the same noise are class means at
+    1 step and the student's own images at 32; the teacher's from other noise are held-out images.
     images at 32; the teacher's from other noise are held-out images.
     """
     monkeypatch.chdir(EVAL.parent)

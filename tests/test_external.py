@@ -1,4 +1,4 @@
-"""`distillbench evaluate PATH`: what the scores of released samples are, and their rows in tables."""
+"""`distillbench evaluate PATH`: the scores of released samples, and their rows in tables."""
 
 from __future__ import annotations
 
@@ -245,7 +245,10 @@ def test_what_sample_writes_is_accepted(checkout, capsys):
     )  # as tables compare it
     save_file({"samples": torch.full((500, 2), torch.nan)}, "points.safetensors")
     code, _, err = run(capsys, "evaluate", "points.safetensors", "--benchmark", "tiny-ring")
-    line = "points.safetensors: 'samples' has 1000 values that are NaN or infinite: the sampler diverged, nothing to score"
+    line = (
+        "points.safetensors: 'samples' has 1000 values that are NaN or infinite: "
+        "the sampler diverged, nothing to score"
+    )
     assert (code, err) == (2, f"distillbench: {line}\n")
 
 
@@ -311,8 +314,8 @@ def test_a_published_row_is_in_all_twins_and_checked(published, good, capsys, mo
         f"{found['row']['fid']:.3f}" in line and "1000 samples, not 20000: not comparable" in line
     )
     assert (
-        f"theirs: A. Author, https://example.org/samples (1000 samples, sha256 {found['samples_sha256'][:12]})."
-        in page
+        f"theirs: A. Author, https://example.org/samples "
+        f"(1000 samples, sha256 {found['samples_sha256'][:12]})." in page
     )
     (row,) = [
         r
@@ -363,7 +366,10 @@ def test_publishing_again(published, good, capsys):
     assert run(capsys, "evaluate", "x.npz", *again)[0] == 0 and file.read_bytes() == first
     code, out, err = run(capsys, "evaluate", "y.npz", *again)
     sha = json.loads(first)["samples_sha256"]
-    line = f"{file}: published with another samples_sha256 ({sha}): choose another --name, or say --overwrite"
+    line = (
+        f"{file}: published with another samples_sha256 ({sha}): "
+        "choose another --name, or say --overwrite"
+    )
     assert (code, out, err) == (2, "", f"distillbench: {line}\n") and file.read_bytes() == first
     code, _, err = run(
         capsys, "evaluate", "x.npz", *again[:-2], "https://elsewhere.org", "--publish"
@@ -478,7 +484,10 @@ def test_a_spoilt_record_is_named(spoilt: str, published, capsys):
     file.parent.mkdir(parents=True)
     file.write_text(spoilt, errors="surrogateescape")
     code, _, err = run(capsys, "table", "table2", "--check")
-    line = f"{file}: no record of external samples: remove it, or publish it again with `distillbench evaluate`"
+    line = (
+        f"{file}: no record of external samples: "
+        "remove it, or publish it again with `distillbench evaluate`"
+    )
     assert (code, err) == (2, f"distillbench: {line}\n")
 
 

@@ -1,4 +1,4 @@
-"""The committed extractors are the ones their scripts make, and behave as measuring instruments should."""
+"""The committed extractors are what their scripts make, and behave as measuring instruments."""
 
 import hashlib
 from dataclasses import replace
@@ -50,7 +50,10 @@ def test_these_are_all_of_them():
 
 
 def test_committed_weights_are_the_known_ones(extractor):
-    """Another hash makes every published score incomparable: change it here only with all results."""
+    """A hash per extractor; another one makes every published score incomparable.
+
+    Change it here only together with all results.
+    """
     content = WEIGHTS[extractor.name].read_bytes()
     assert extractor.sha256 == hashlib.sha256(content).hexdigest() == COMMITTED[extractor.name]
     assert len(content) < 300_000
@@ -121,7 +124,7 @@ def test_only_the_classifier_has_classes(digits):
 
 
 def looks_at_the_image_alone(extractor: Extractor, images: Tensor) -> bool:
-    """Whether an image's features stay as they are in other company, in another order, and the second time."""
+    """Whether an image's features are the same in other company, another order, and again."""
     together = extractor.features(images)[0]
     apart, turned = (
         extractor.features(images, batch=7)[0],
@@ -375,7 +378,10 @@ def test_training_repeats_to_the_byte_whatever_the_global_stream(
     "module, name", [(train_digits_extractor, NAME), (train_digits_simclr, SECOND)]
 )
 def test_retraining_gives_the_committed_extractor(module, name, digits, one_thread, monkeypatch):
-    """To the byte on the kind of CPU it was trained on, within rounding on others; another seed is another extractor."""
+    """To the byte on the kind of CPU it was trained on, within rounding on others.
+
+    Another seed is another extractor.
+    """
     images = train_digits_simclr.scaled(digits[0])
     committed = network_of(name, safetensors.torch.load(WEIGHTS[name].read_bytes()))(images)[0]
 
@@ -394,7 +400,7 @@ def test_retraining_gives_the_committed_extractor(module, name, digits, one_thre
 
 @pytest.mark.slow
 def test_a_second_thread_is_another_extractor(digits, one_thread):
-    """Training repeats at a fixed number of threads only: what another number gives has a hash of its own."""
+    """Training repeats at a fixed number of threads only, so another number has its own hash."""
     few, found = (digits[0][:512], digits[1][:512]), []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
@@ -408,7 +414,10 @@ def test_a_second_thread_is_another_extractor(digits, one_thread):
 
 @pytest.mark.slow
 def test_without_labels_unseen_digits_are_recognised_where_they_moved(digits, one_thread):
-    """Trained on half of them: of the others, moved by a pixel, 5 nearest neighbours know 80 %; by pixels 49 %, untrained 38 %."""
+    """Trained on half of the digits, it recognises the others after a move by a pixel.
+
+    Five nearest neighbours know 80 %; by pixels they know 49 %, by untrained features 38 %.
+    """
     images, labels = digits
     even = train_digits_extractor.alternate(labels)
     torch.manual_seed(SEED)

@@ -1,4 +1,7 @@
-"""Frozen features of discriminators, how they are trained without labels, and who pays: design.md 'Benchmarks' (budgets)."""
+"""Frozen features of discriminators: how they are trained without labels, and who pays.
+
+The budget is that of design.md, 'Benchmarks'.
+"""
 
 import itertools
 from dataclasses import replace
@@ -195,7 +198,8 @@ class Judged(Method):
 
     def train_step(self, batch, step):
         x = self.net(batch.x, step.rng("t").uniform(16), batch.cond.labels)
-        loss = x.square().mean() if self.task.features is None else sum(f.square().mean() for f in self.task.features(x))
+        features = [x] if self.task.features is None else self.task.features(x)
+        loss = sum(f.square().mean() for f in features)
         self.student.update(loss)
         return {"loss": loss.detach()}
 

@@ -1,4 +1,4 @@
-"""The trivial generators are what they say, and every score on digits lies where it was calibrated."""
+"""The trivial generators are what they say, and scores on digits lie where they were calibrated."""
 
 import numpy as np
 import pytest
@@ -168,7 +168,7 @@ def test_rows_are_named_complete_and_repeat(data, against, rows):
 
 
 def test_floor_is_where_it_was_calibrated(rows):
-    """Stratified halves, specs/eval.md section 5: FID 0.18 +- 0.03, and KID about 0, slightly below."""
+    """Stratified halves, specs/eval.md section 5: FID 0.18 +- 0.03, KID about 0, slightly below."""
     floor = rows["floor"]
     assert 0.1 < floor["fid"] < 0.26 and -0.02 < floor["kid"] < 0.005 and floor["is"] > 9.7
     assert floor["precision"] > 0.85 and floor["recall"] > 0.85
@@ -200,7 +200,8 @@ def broken(rows: dict[str, dict]) -> list[str]:
     mix, memorised, missing = rows["mixup"], rows["memoriser"], rows["one_class_missing"]
     repeated, noisy = rows["one_image_repeated"], rows["noise"]
     said = {
-        # the held-out half itself: below the floor of reality, nearest neighbours are its own originals
+        # the held-out half itself:
+        # below the floor of reality, nearest neighbours are its own originals
         "copy: no distance": all(abs(copy[m]) < 1e-3 for m in ("fid", "fid_cross"))
         and copy["kid"] < floor["kid"] - 0.002,
         "copy: all four are 1": all(
@@ -232,7 +233,8 @@ def broken(rows: dict[str, dict]) -> list[str]:
         and mix["diversity"] < 0.9
         and mix["c2st"] > 0.6,
         "mixup: near the data": mix["memorisation"] > floor["memorisation"] + 0.2,
-        # only memorisation sees what the memoriser does; what repeats cost stands under recall and C2ST
+        # only memorisation sees what the memoriser does;
+        # what repeats cost stands under recall and C2ST
         "memoriser: caught": memorised["memorisation"] == 1,
         "memoriser: pass": memorised["fid"] < 2 * floor["fid"]
         and memorised["fid_cross"] < 2 * floor["fid_cross"],
@@ -271,7 +273,7 @@ def test_every_failure_is_caught_and_missed_where_the_protocol_says(rows):
 
 
 def test_swapped_sets_are_noticed(data, rows):
-    """Generated and reference, or training and held-out half, exchanged: the reading above breaks."""
+    """Generated and reference, or both halves, exchanged: the calibrated reading breaks."""
     swapped = Digits(data.reference, data.reference_labels, data.train, data.train_labels)
     wrong = Against.of(swapped, EXTRACTOR, CROSS_EXTRACTOR)
     memorised = memoriser(data.train, data.train_labels, N, rng())

@@ -1,4 +1,4 @@
-"""FreeFlow against closed forms and its paper: specs/freeflow.md section 10 (test numbers in the comments)."""
+"""FreeFlow against closed forms and its paper: specs/freeflow.md section 10, by test number."""
 
 import math
 import sys
@@ -52,7 +52,7 @@ SETTINGS = {
 
 
 def made(**changes) -> tuple:
-    """FreeFlow with a random teacher, off its starting point, so that no difference of velocities is zero."""
+    """FreeFlow with a random teacher, moved off it so that no difference of velocities is zero."""
     task = random_task(SHAPE)
     m = FreeFlow(task, FreeFlow.Config.model_validate(SETTINGS | changes))
     return m, task
@@ -92,7 +92,10 @@ def exact_average(z: Tensor, s: Tensor, c: float) -> Tensor:
 
 
 class Gaussian(SimpleNamespace):
-    """FreeFlow without training: `net` is any U(z, s), the teacher the exact velocity of N(0, c^2), g that of N(0, a^2)."""
+    """FreeFlow without training: `net` is any U(z, s).
+
+    The teacher has the exact velocity of N(0, c^2), g that of N(0, a^2).
+    """
 
     def __new__(cls, net, c: float = 0.5, a: float = 0.5, **changes):
         m = FreeFlow.__new__(FreeFlow)
@@ -132,7 +135,10 @@ def test_correction_pulls_the_generator_towards_the_data():  # test 1
 
 
 def test_signs_of_the_paper_give_the_same_gradient():  # test 2
-    """The paper's quantities of any map, u = -v, F = -U, f = z + delta F, v_G = df/d delta, v_N = -v_q, and ours."""
+    """The paper's quantities of any map beside ours.
+
+    u = -v, F = -U, f = z + delta F, v_G = df/d delta, v_N = -v_q.
+    """
     g = torch.Generator().manual_seed(0)
     z, e = torch.randn(2, 8, 2, dtype=torch.float64, generator=g)
     delta, r = 0.1 + 0.8 * torch.rand(2, 8, dtype=torch.float64, generator=g)
@@ -172,7 +178,7 @@ def test_signs_of_the_paper_give_the_same_gradient():  # test 2
 
 @pytest.mark.parametrize("form", ["euler", "heun", "jvp"])
 def test_prediction_pulls_the_map_towards_the_flow(form):
-    """U off by eps > 0 from the fixed point: Delta_G > 0, since U moves by -Delta_G; for every form the same sign."""
+    """U off by eps > 0 from the fixed point has Delta_G > 0 in every form: U moves by -Delta_G."""
     z = torch.randn(64, 1, dtype=torch.float64)
     for eps in (0.05, -0.05):
         if form == "jvp":
@@ -214,7 +220,7 @@ def test_the_exact_map_has_no_residual_in_the_continuous_form():  # test 3
 
 
 def roll_out(solver, n: int, c: float = 0.5):
-    """U(z, s) at the grid points of the teacher's n-step Euler or Heun path, and where the path of z = 1 ends."""
+    """U(z, s) at the grid points of the teacher's n-step path, and where the path of z = 1 ends."""
     asked: list[Tensor] = []
     one = torch.ones(1, 1, dtype=torch.float64)
     end = solver(lambda x, t: (asked.append(x), velocity(x, t, c))[1], one, n)
@@ -484,7 +490,7 @@ def test_correction_is_a_tenth_of_the_prediction(
     "index,share", [(0, 0.0), (2, 0.5), (9, 1.0)]
 )  # before the delay, half way up, after the ramp
 def test_an_update_is_wired_as_its_settings_say(monkeypatch, index, share):
-    """k, alpha's delay and ramp at this progress, the student's own samples for Eq. 11, and g_psi trained while alpha is 0."""
+    """k, alpha's delay and ramp, the student's own samples for Eq. 11, g_psi trained at alpha 0."""
     m, _ = made(k=0.0, alpha_delay=0.1, alpha_ramp=0.2)
     moved(m)
     outputs, given, noising = [], [], m.noising

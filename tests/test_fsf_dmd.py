@@ -1,4 +1,4 @@
-"""FSF-DMD's reconstruction against closed forms: specs/fsf_dmd.md, its bias table and the tests numbered there."""
+"""FSF-DMD's reconstruction against closed forms: the bias table and tests of specs/fsf_dmd.md."""
 
 import sys
 from itertools import combinations
@@ -80,7 +80,10 @@ E = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).repeat(2000)[:, No
 
 
 def slope(a: float, real, fake, on_sample: bool, law=lambda t: torch.ones_like(t)) -> float:
-    """d loss / d a, of the method's own losses at `real` and `fake` velocities of (x_t, t, x, a); expectations are exact but for t."""
+    """d loss / d a of the method's own losses, with exact expectations but for t.
+
+    `real` and `fake` are velocities of (x_t, t, x, a).
+    """
     scale = torch.tensor(a, dtype=torch.float64, requires_grad=True)
     u = (1 - scale) * Z  # exact_average(Z, 1, 0)
     sample = Z - u
@@ -163,7 +166,8 @@ def test_bias_of_the_surrogate(
         )  # planted, test 7: Delta with the other sign
 
 
-def test_the_flow_maps_endpoint_is_the_limit_of_unrolling():  # test 3: at the teacher's own flow map nothing is left
+# test 3: at the teacher's own flow map nothing is left
+def test_the_flow_maps_endpoint_is_the_limit_of_unrolling():
     x, t = torch.randn(200, 1, dtype=torch.float64), TIMES[:800:4].contiguous()
     limit = exact_average(x, t, 0 * t, 1.0)
     errors = [
@@ -235,7 +239,8 @@ def test_the_method_itself_has_that_bias(monkeypatch):
 # The losses.
 
 
-def test_gradient_of_the_velocity_form_and_its_twin():  # tests 7, 8: the step on a sample is -tau Delta, or parallel to it
+# tests 7, 8: the step on a sample is -tau Delta, or parallel to it
+def test_gradient_of_the_velocity_form_and_its_twin():
     torch.manual_seed(2)
     start, v_real, v_fake, e = torch.randn(4, 8, 5, dtype=torch.float64).unbind(0)
     tau, t = torch.full((8,), 0.5, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
@@ -289,7 +294,10 @@ def test_only_the_generating_evaluation_has_a_gradient(monkeypatch):  # test 6
 
 
 def test_the_matching_term_alone(monkeypatch):
-    """Its gradient is that of |u - sg(u + Delta)|^2 at the drawn time of a reference network, with everything else constant."""
+    """Its gradient is that of |u - sg(u + Delta)|^2 at the drawn time of a reference network.
+
+    Everything else is constant.
+    """
     m, task = made("unrolled", steps=1)
     before = task.network("start", second_time=True)
     before.load_state_dict(m.net.state_dict())
@@ -355,7 +363,7 @@ def test_backward_simulation():  # test 10, (b.4)
 
 
 def test_flow_map_rows_are_meanflows(monkeypatch):
-    """The other loss is MeanFlow's on the first rows, whether or not the matching term's rows follow."""
+    """The other loss is MeanFlow's on the first rows, whether or not matching rows follow."""
     targets = []
     for variant in (None, "flow-map-only"):
         m, _ = made(variant)
@@ -433,7 +441,8 @@ def test_settings_that_do_not_fit(changes, words):
         made(**changes)
 
 
-# What it costs: two steps of simulation (one evaluation of the student in all), in each its pass, tangents and the rest.
+# What it costs: two steps of simulation (one evaluation of the student in all),
+# in each its pass, tangents and the rest.
 
 
 def cost(
@@ -462,7 +471,8 @@ COSTS = {
     "low-noise": cost(2 * 2 + 1, 2 * 2),
     "no-simulation": cost(2, 2, passes=1),
     "renoising": cost(2 * 2 + 1, 2 * 2),
-    # five critic steps to one of the student, at each of two steps: 10 samples, of which 5 begin with one more evaluation
+    # five critic steps to one of the student, at each of two steps:
+    # 10 samples, of which 5 begin with one more evaluation
     "explicit-fake-no-simulation": cost(5, 2, passes=1) | {"critic": 5 + 1, "critic.backward": 5},
     "explicit-fake": cost(10 + 5, 2 * 2) | {"critic": 10 + 2, "critic.backward": 10},
     "diagonal-fake": cost(2 * 2 + 1, 2 * 2),

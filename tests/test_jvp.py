@@ -1,4 +1,7 @@
-"""The derivative along (x, t, s): specs/meanflow.md tests 3, 4, 6, 12 and specs/meanflow_cost_and_jvp.md section 7."""
+"""The derivative along (x, t, s): specs/meanflow.md tests 3, 4, 6, 12.
+
+Costs are those of specs/meanflow_cost_and_jvp.md, section 7.
+"""
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ LABELS = torch.arange(B) % (CLASSES + 1)
 
 
 def network(width: int = 32, depth: int = 2, shape: tuple[int, ...] = SHAPE) -> VelocityMLP:
-    """Random weights everywhere: at its own initialisation the network is zero and any derivative passes."""
+    """Random weights everywhere: a new network is zero, where any derivative would pass."""
     net = VelocityMLP(shape, CLASSES, width, depth, second_time=True)
     for p in net.parameters():
         nn.init.normal_(p, std=0.15)
@@ -86,7 +89,8 @@ def test_tangent_is_that_of_torch():
     )
 
 
-def test_a_network_fed_a_fixed_gap_fails():  # meanflow.md test 4: h = t - s is computed inside and gets tangent 1
+# meanflow.md test 4: h = t - s is computed inside and gets tangent 1
+def test_a_network_fed_a_fixed_gap_fails():
     net, point = network().double(), inputs(torch.float64)
     x, t, s, _ = point
     gap = t - s
@@ -98,7 +102,8 @@ def test_a_network_fed_a_fixed_gap_fails():  # meanflow.md test 4: h = t - s is 
     assert torch.allclose(fixed[0], net(x, t, LABELS, s=s)) and relative(fixed[1], expected) > 0.05
 
 
-def test_the_second_time_enters_as_the_gap():  # meanflow.md section 2 and test 4: the embedded number is t - s, raw in [0, 1]
+# meanflow.md section 2 and test 4: the embedded number is t - s, raw in [0, 1]
+def test_the_second_time_enters_as_the_gap():
     net, (x, t, s, _), seen = network(), inputs(), []
     net.gap.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
     net.time.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
@@ -135,7 +140,10 @@ def explicit_layer_norm(x: Tensor, shape: tuple[int, ...], eps: float = 1e-5) ->
 
 
 def test_second_order_gradient_is_that_of_torch(monkeypatch):  # with graph: TVM
-    """The reference needs an explicit layer norm: torch's own is silently wrong in second order (pytorch issue 196700)."""
+    """Second-order gradients against torch's, with an explicit layer norm in the reference.
+
+    torch's own layer norm is silently wrong in second order (pytorch issue 196700).
+    """
     net = network().double()
     parameters = dict(net.named_parameters())
     primals, tangents = along(*inputs(torch.float64))
@@ -242,7 +250,8 @@ def test_affine_layer_norm_is_refused():
         value_and_tangent(nn.LayerNorm(4), (x,), (x,), False)
 
 
-def test_affine_rms_norm_and_one_without_eps_are_refused():  # torch's eps of None depends on the type
+# torch's eps of None depends on the type
+def test_affine_rms_norm_and_one_without_eps_are_refused():
     x = torch.randn(3, 4)
     for f in (nn.RMSNorm(4, eps=1e-6), nn.RMSNorm(4, elementwise_affine=False)):
         with pytest.raises(NotImplementedError, match="rms_norm"):
@@ -346,7 +355,8 @@ def test_meanflow_gradient_is_that_of_the_official_graph():  # cost file test 1
     )
 
 
-def test_cost_of_an_update():  # cost file sections 1-2, test 6: FM 3.00 F, official graph 5.00 F, dual 3 + 1.18 (1-q) F
+# cost file sections 1-2, test 6: FM 3.00 F, official graph 5.00 F, dual 3 + 1.18 (1-q) F
+def test_cost_of_an_update():
     b, shape = 32, (1, 8, 8)
     net = network(64, 4, shape)
     labels = torch.arange(b) % CLASSES

@@ -1,4 +1,7 @@
-"""Distribution-matching gradients: specs/conventions.md (weightings, scale, tests 3, 7, 8) and specs/dmd.md (tests 1-5)."""
+"""Distribution-matching gradients: weightings, scale, stop-gradients.
+
+specs/conventions.md tests 3, 7, 8; specs/dmd.md tests 1-5.
+"""
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ def mean_abs(x: Tensor) -> Tensor:
     return x.abs().mean(1, keepdim=True)
 
 
-# conventions.md 'Named weightings', column 'general form' (a = alpha = 1 - t, sigma = t); x0, eps, s of real r and fake f
+# conventions.md 'Named weightings', column 'general form' (a = alpha = 1 - t, sigma = t);
+# x0, eps, s of real r and fake f
 GENERAL = {
     "reverse_kl": lambda a, x, r, f: a * (f["s"] - r["s"]),
     "sigma_alpha": lambda a, x, r, f: r["eps"] - f["eps"],

@@ -1,4 +1,4 @@
-"""MeanFlow against its closed form and its paper: specs/meanflow.md sections 1, 3 and 10 (test numbers in the comments)."""
+"""MeanFlow against its closed form and its paper: specs/meanflow.md sections 1, 3, 10, by test."""
 
 import sys
 from functools import partial
@@ -98,7 +98,8 @@ def test_target_at_the_exact_average_velocity_is_itself():  # Eq. 10-11, test 2
         assert not near(method.meanflow_target(v, derivative(x, t, s, tangents), t, s), u, 1e-2)
 
 
-def test_sample_velocities_give_an_unbiased_target():  # section 1: target noise is (d_x X)(e - x - v), of zero mean
+# section 1: target noise is (d_x X)(e - x - v), of zero mean
+def test_sample_velocities_give_an_unbiased_target():
     n = 200_000
     t, s = torch.full((n,), 0.8, dtype=torch.float64), torch.full((n,), 0.3, dtype=torch.float64)
     x, e = C * torch.randn(n, 1, dtype=torch.float64), torch.randn(n, 1, dtype=torch.float64)
@@ -140,7 +141,8 @@ def test_nothing_flows_through_target_derivative_and_weight():  # test 6
     assert not torch.allclose(planted, frozen, rtol=1e-2)
 
 
-def test_a_sample_is_summed_not_averaged():  # test 7: replicating the elements k times multiplies L by k
+# test 7: replicating the elements k times multiplies L by k
+def test_a_sample_is_summed_not_averaged():
     u, target = torch.randn(2, 8, 3, dtype=torch.float64)
     c, p, k = 1e-1, 0.75, 4
     many = method.adaptive_loss(u.repeat(1, k), target.repeat(1, k), p, c)

@@ -1,4 +1,7 @@
-"""What a method spends and what it is given: design.md 'The interface' and 'Benchmarks' (budgets), specs/meanflow_cost_and_jvp.md."""
+"""What a method spends and what it is given: design.md 'The interface' and 'Benchmarks'.
+
+Costs of derivatives are in specs/meanflow_cost_and_jvp.md.
+"""
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def cell(arm: str | None, benchmark: str = "tiny", **changes) -> Cell:
-    """A cell whose teacher has random weights (all of them: the last layer of a new network is zero)."""
+    """A cell whose teacher has random weights everywhere (a new network's last layer is zero)."""
     b = config.benchmark(benchmark).model_copy(update=changes)
     made = Cell(b, folders.arm(arm) if arm else None, 0)
     if arm:
@@ -212,7 +215,7 @@ def test_a_doubled_batch_is_two_evaluations(
     run = build(cell("meanflow"))
 
     def both(noise, cond, nfe, rng):
-        """Guidance as most code bases write it: the conditional and the unconditional rows in one call."""
+        """Guidance with the conditional and the unconditional rows in one call, as is common."""
         two, labels = (
             torch.cat([noise, noise]),
             torch.cat([cond.labels, torch.full_like(cond.labels, 10)]),

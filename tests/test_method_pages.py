@@ -1,4 +1,7 @@
-"""docs/methods: prose from the README alone, numbers from records alone; what is missing or stale is said."""
+"""docs/methods: prose from the README alone, numbers from records alone.
+
+What is missing or stale is said.
+"""
 
 from __future__ import annotations
 
@@ -186,7 +189,8 @@ def test_every_line_of_the_readme_is_on_the_page_once_and_every_number_is_from_a
             "it is better",
             "Table 2",
             "comparative",
-            "`a`, `a@b`: fid, lower is better, on b; `a`, `a@b`: recall, lower is better, on b-small",
+            "`a`, `a@b`: fid, lower is better, on b; "
+            "`a`, `a@b`: recall, lower is better, on b-small",
         ],
         [
             "[A-2" + link,

@@ -1,4 +1,4 @@
-"""Identities of the straight path: specs/conventions.md (sections and test numbers in the comments)."""
+"""Identities of the straight path: specs/conventions.md, by section and test number."""
 
 import math
 

@@ -1,4 +1,7 @@
-"""What moves a player: own parameters, schedule, clipping, moving averages, checkpoints, ranks (design.md 'The interface')."""
+"""What moves a player: design.md 'The interface'.
+
+Own parameters, schedule, clipping, moving averages, checkpoints, ranks.
+"""
 
 import copy
 import math
@@ -23,7 +26,7 @@ def player(*networks: nn.Module, total: int = 100, **config) -> Player:
 
 
 class Scalar(nn.Module):
-    """One parameter. With the loss `self.p` its gradient is 1, and AdamW moves it by exactly -lr."""
+    """One parameter: the loss `self.p` has gradient 1, and AdamW moves it by exactly -lr."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +36,8 @@ class Scalar(nn.Module):
         return x * self.p
 
 
-def test_an_update_differentiates_its_own_parameters_only():  # a loss may pass through a critic without touching it
+# a loss may pass through a critic without touching it
+def test_an_update_differentiates_its_own_parameters_only():
     student, critic = nn.Linear(4, 4), nn.Linear(4, 4)
     s, c = player(student), player(critic)
     x = torch.randn(8, 4)
@@ -49,9 +53,8 @@ def test_an_update_differentiates_its_own_parameters_only():  # a loss may pass 
     own.load_state_dict(before)
     own(x).square().mean().backward()
     torch.testing.assert_close(gradient, own.weight.grad)
-    own(
-        student(x)
-    ).square().mean().backward()  # planted: loss.backward() of the student reaches the critic as well
+    own(student(x)).square().mean().backward()
+    # Planted: loss.backward() of the student reaches the critic as well.
     assert not torch.allclose(gradient, own.weight.grad)
 
 
@@ -212,7 +215,7 @@ def test_loading_a_state_does_not_tie_two_players_together():
 
 
 def train(rank: int, world: int, folder: str) -> None:
-    """Five updates on 16 rows in all, shared by the ranks; beside it a network whose gradients nobody averages."""
+    """Five updates on 16 rows in all, shared by the ranks, beside a network nobody averages."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if world > 1:

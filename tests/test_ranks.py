@@ -1,4 +1,7 @@
-"""Several ranks train one cell as one rank does (design.md 'The interface'); whose rank is lost, ends (workflow.md, section 3)."""
+"""Several ranks train one cell as one rank does, and end where one of them is lost.
+
+design.md 'The interface'; workflow.md, section 3.
+"""
 
 from __future__ import annotations
 

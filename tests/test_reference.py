@@ -107,7 +107,10 @@ def test_other_images_never_hit(what, extractor, sets, tmp_path):
 
 @pytest.mark.usefixtures("quiet")
 def test_same_path_with_other_images_never_hits(extractor, sets, tmp_path, monkeypatch):
-    """torch-fidelity's cache is keyed by a name and answers with the old value; so would this one without the content's hash."""
+    """The same path with other images is another key of the cache, which has the content's hash.
+
+    torch-fidelity's is keyed by a name and answers with the old value.
+    """
     path, folder = tmp_path / "reference.npz", tmp_path / "cache"
     for images in sets:
         np.savez(path, images.permute(0, 2, 3, 1).numpy())
@@ -221,7 +224,7 @@ def test_no_folder_is_said_before_any_work(extractor, sets, tmp_path):
 
 @pytest.mark.usefixtures("quiet")
 def test_adm_batches_give_their_images_and_nothing_else(extractor, sets, tmp_path):
-    """mu and sigma are of another network: here they are pickles, so merely reading them would raise."""
+    """mu and sigma are of another network: here they are pickles, so reading them would raise."""
     images, path, folder = sets[0], tmp_path / "VIRTUAL.npz", tmp_path / "cache"
     poison = {
         name: np.array([{"not": "read"}], dtype=object)

@@ -1,4 +1,7 @@
-"""Re-noising and backward simulation on Gaussians, where every law is known: specs/dmd2.md (d) and its tests 6 and 7."""
+"""Re-noising and backward simulation on Gaussians, where every law is known: specs/dmd2.md (d).
+
+Numbers of tests are that file's.
+"""
 
 from collections.abc import Callable
 
@@ -97,7 +100,10 @@ def test_an_exact_student_returns_the_data(steps):  # test 7
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_posterior_mean_has_the_variance_of_its_recursion(steps):
-    """The mean is right after any number of steps, the variance is what shrinking and noise anew leave: 0 after one."""
+    """The mean is right after any number of steps, and the variance follows the recursion.
+
+    It is what shrinking and noise anew leave: 0 after one step.
+    """
     variance = 0.0
     for i in range(1, steps):
         t = torch.tensor(1 - i / steps, dtype=torch.float64)
@@ -165,7 +171,10 @@ def test_noise_is_fresh_at_every_step():  # issue 9 of the official repository: 
 @pytest.mark.parametrize("start", [1.0, 0.8])
 @pytest.mark.parametrize("k", range(4))
 def test_a_simulated_input_is_what_the_sampler_meets(k, start):  # test 6
-    """Bit for bit the k-th input of `renoising` with the same draws; k evaluations; law of x_t under an exact student."""
+    """Bit for bit the k-th input of `renoising` with the same draws, after k evaluations.
+
+    Its law is that of x_t under an exact student.
+    """
     inputs, calls = [], []
     z, fresh = noise()
     renoising(lambda x, t: (inputs.append((x, t)), transport(x, t))[1], z, 4, fresh, start=start)

@@ -48,7 +48,8 @@ LIMITS = (5, 20, 80)
 FIRST = "        c = self.config\n"  # of a step
 LOSS = "        self.student.update(loss)\n"
 NEEDS = "        pairs = Pairs(config.pairs,"
-TRIGGER = f"if step.index == {AT} and step.total > {AT}: "  # in training, not in the cycle that is metered
+# In training, not in the cycle that is metered.
+TRIGGER = f"if step.index == {AT} and step.total > {AT}: "
 SLEEP = "import time; time.sleep(1000)"
 
 
@@ -109,7 +110,9 @@ RAISED = {
     "nan_weights": (
         before(
             LOSS,
-            "if step.index == step.total - 1 > 0: [p.data.fill_(float('nan')) for p in self.student.averaged().parameters()]",
+            "if step.index == step.total - 1 > 0:",
+            "    for p in self.student.averaged().parameters():",
+            "        p.data.fill_(float('nan'))",
         ),
         "diverged",
         "samples at nfe=1 are not finite",
@@ -173,7 +176,8 @@ SLOW = {
         "hung",
         rf"^nothing ended for STALL s in sampling after 0 batches {LINE}$",
     ),
-    "hang_native": (  # a loop in C that neither releases the interpreter's lock nor looks for signals
+    # a loop in C that neither releases the interpreter's lock nor looks for signals
+    "hang_native": (
         before(
             FIRST,
             TRIGGER
@@ -218,7 +222,10 @@ def limited(made: Checkout, seconds: int) -> None:
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout with a trained teacher of tiny-ring, and of its copies with limits of seconds (which are no part of a key)."""
+    """A checkout with a trained teacher of tiny-ring, and of its copies with limits of seconds.
+
+    Limits are no part of a key.
+    """
     made = Checkout(tmp_path_factory.mktemp("ground"))
     trained = made.run("distillbench", "train", "tiny-ring", "teacher", "--seeds", "0")
     assert trained.returncode == 0, trained.stderr
@@ -592,7 +599,10 @@ def test_provenance_without_git(here: Checkout, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 @pytest.mark.parametrize("whom", ["worker", "watcher"])
 def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: str, number: int):
-    """Not even many times at the same step; the same command continues. Asked to leave, a process saves the step it was at."""
+    """A process ended from outside leaves no record, however often at one step, and can go on.
+
+    Asked to leave, a process saves the step it was at.
+    """
     process, folder = started(here, f"{whom}{number}", "time.sleep(0.06)")
     with until_end(process):
         wait_for(folder / LAST)
@@ -623,7 +633,7 @@ def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: st
 
 
 def started(here: Checkout, name: str, every_step: str) -> tuple[Command, Path]:
-    """`distillbench train` of a copy of dmd that does something more in every step, in a process group of its own."""
+    """`distillbench train` of a copy of dmd with one more line in every step, in its own group."""
     shutil.copytree(here.folder / "methods/dmd", here.folder / f"methods/{name}")
     edit(here.folder / f"methods/{name}/method.py", *before(FIRST, f"import time; {every_step}"))
     return launched(here, "tiny-ring", name), cell(arm=name).folder
@@ -681,7 +691,7 @@ main.main()
 
 
 def test_a_kill_for_lack_of_memory_is_told_from_a_kill_by_somebody(here: Checkout):
-    """By the kernel's count of such kills; without it even ten deaths at one step make no record."""
+    """The kernel's count of such kills decides: without it ten deaths at one step are no record."""
     shutil.copytree(here.folder / "methods/dmd", here.folder / "methods/kills_itself")
     edit(
         here.folder / "methods/kills_itself/method.py",
@@ -782,7 +792,7 @@ def interrupt(pulse: Pulse) -> None:
 def interrupted(
     here: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Cell, list[dict[str, float]]]]:
-    """meanflow, killed after 30 steps with a checkpoint every step, and the step lines of the uninterrupted run."""
+    """meanflow, killed after 30 steps with a checkpoint each, and the uninterrupted run's lines."""
     monkeypatch.setattr(train, "limit_memory", quiet)
     monkeypatch.setattr(torch, "set_flush_denormal", quiet)
     made = cell(arm="meanflow")

@@ -46,7 +46,7 @@ def settings(**changes) -> dict:
 
 
 def made(**changes) -> tuple:
-    """SiD with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
+    """SiD with a random teacher; `critic_differs` moves the critic off it, where it starts."""
     task = random_task(SHAPE, depth=3)
     critic_differs = changes.pop("critic_differs", True)
     m = SiD(task, SiD.Config.model_validate(settings(**changes)))
@@ -74,7 +74,8 @@ def still(player) -> None:
     player.update = lambda loss: None
 
 
-# 1-D Gaussians: teacher N(0, 1), generator x = a z, t uniform. The loss is quadratic in (z, e): four points are exact.
+# 1-D Gaussians: teacher N(0, 1), generator x = a z, t uniform.
+# The loss is quadratic in (z, e): four points are exact.
 
 Z, E = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
 MIDPOINTS = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
@@ -105,7 +106,7 @@ def parts(x: Tensor, critic: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def slope(loss, a: float) -> float:
-    """d loss / da with the critic's weights fixed at their optimum for a, the gradient going through its input."""
+    """d loss / da with the critic fixed at its optimum for a, through its input."""
     leaf = torch.tensor(a, dtype=torch.float64, requires_grad=True)
     return torch.autograd.grad(loss(*parts(leaf * ZZ, a)), leaf)[0].item()
 
@@ -192,7 +193,10 @@ def test_gradient_is_linear_in_alpha():  # test 5: (1 - alpha) A + B / 2
 
 
 def test_identity_on_a_mixture():
-    """Teacher: two modes (the suite's closed form). Generator N(m, a^2). The trapezoidal rule in z and e, midpoints in t."""
+    """A teacher of two modes (the suite's closed form), a generator N(m, a^2).
+
+    The trapezoidal rule in z and e, midpoints in t.
+    """
     mixture = Mixture(torch.tensor([[-1.0], [1.2]]), 0.5, torch.tensor([0.3, 0.7]), None, 0)
     teacher = MixtureVelocity(mixture).double()
     nodes = torch.linspace(-6, 6, 81, dtype=torch.float64)
@@ -260,7 +264,7 @@ def field(scale: float):
 
 
 def official(y: Tensor, n: Tensor, sigma: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(b.3) with VE noise y + sigma n and denoisers f, mean over elements; delta and W beside it."""
+    """(b.3) with VE noise y + sigma n and denoisers f, mean over elements; then delta and W."""
     x_ve = y + over(sigma, y) * n
 
     def f(scale: float) -> Tensor:

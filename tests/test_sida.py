@@ -1,4 +1,4 @@
-"""SiDA, SiD with a discriminator in the critic, against specs/sid.md (test numbers in the comments)."""
+"""SiDA, SiD with a discriminator in the critic, against specs/sid.md, by test number."""
 
 import math
 

@@ -191,7 +191,8 @@ def test_a_table_shows_what_its_arms_start_from(checkout: Checkout):
     )
     assert [a.name for a in contents.arms(config.table("one"))] == ["fsf_dmd", "meanflow@x0.7"]
     path.write_text(
-        "{name: one, title: one, benchmarks: [tiny], methods: [meanflow], variants: [meanflow@x0.7, fsf_dmd], seeds: [0]}\n"
+        "{name: one, title: one, benchmarks: [tiny], methods: [meanflow], "
+        "variants: [meanflow@x0.7, fsf_dmd], seeds: [0]}\n"
     )
     assert [a.name for a in contents.arms(config.table("one"))] == [
         "meanflow",

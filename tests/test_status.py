@@ -103,12 +103,14 @@ def test_time_left_comes_from_cells_that_are_done_on_this_machine(
     write(cell(arm=None), 30, overview.hardware())
     write(cell(arm="dmd"), 20, overview.hardware())
     states = [(c, overview.state_of(c, lambda _: True)) for j in jobs for c in j.cells]
-    # Teacher 1: 30 s as teacher 0; dmd 1: 20 s as dmd 0; both seeds of the others: 7e9 / 3.5e9 * 20 s, of which FSF-DMD's start has 0.7.
+    # Teacher 1: 30 s as teacher 0; dmd 1: 20 s as dmd 0;
+    # both seeds of the others: 7e9 / 3.5e9 * 20 s, of which FSF-DMD's start has 0.7.
     left = sorted(s for s in overview.seconds_left(states) if s is not None)
     assert left == pytest.approx(sorted([30, 20, 12, 12, 28, 28] + [40] * 2 * (len(arms) - 1)))
+    duration = overview.duration(sum(left) / 2)
     assert (
         overview.summary(states)
-        == f"2 of {len(states)} cells done, about {overview.duration(sum(left) / 2)} left on 2 cores"
+        == f"2 of {len(states)} cells done, about {duration} left on 2 cores"
     )
     trained = [(c, overview.state_of(c, lambda _: False)) for c, _ in states]
     assert overview.summary(trained).startswith(

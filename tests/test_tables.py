@@ -213,7 +213,8 @@ def test_diagnostics_are_a_second_table():
     }
     for name in ("teacher", "follows", "matches", "class means"):
         assert {h: second[name][h] for h in shown} == shown
-    # only a method that follows the teacher's trajectories is shown beside the teacher's sample of its noise
+    # only a method that follows the teacher's trajectories is shown beside the
+    # teacher's sample of its noise
     assert {
         name: second[name]["same noise"]
         for name in ("teacher", "follows", "matches", "class means")
@@ -348,6 +349,6 @@ def test_a_comparison_with_an_arm_of_no_row_is_named(monkeypatch: pytest.MonkeyP
     table = config.table("table3").model_copy(update={"compare": [("sid", "sid@naiv")]})
     with pytest.raises(
         UserError,
-        match=r"table3\.yaml: key 'compare': 'sid@naiv' is no arm of this table, did you mean 'sid@naive'",
+        match=r"table3\.yaml: key 'compare': 'sid@naiv' is no arm .*'sid@naive'",
     ):
         contents.arms(table)

@@ -1,4 +1,7 @@
-"""The exact velocity of a mixture against densities and Monte Carlo; guidance; ODE pairs (specs/conventions.md, specs/dmd.md test 9)."""
+"""The exact velocity of a mixture against densities and Monte Carlo; guidance; ODE pairs.
+
+specs/conventions.md, specs/dmd.md test 9.
+"""
 
 import pytest
 import torch
@@ -29,7 +32,10 @@ def states(n: int = 256) -> tuple[Tensor, Tensor]:
 
 
 def velocity_of_density(x: Tensor, t: Tensor, sigma: float = 0.3) -> Tensor:
-    """v = -(x + t score) / (1-t) with the score by autograd of log p_t; p_t has components N((1-t) mu, (1-t)^2 sigma^2 + t^2)."""
+    """v = -(x + t score) / (1-t), the score by autograd of log p_t.
+
+    p_t has components N((1-t) mu, (1-t)^2 sigma^2 + t^2).
+    """
     x = x.clone().requires_grad_()
     a, std = 1 - t, ((1 - t) ** 2 * sigma**2 + t**2).sqrt()
     component = (
@@ -53,7 +59,8 @@ def test_velocity_is_that_of_the_density():  # conventions.md: s = -e_hat / t
     )  # planted: other weights
 
 
-def test_velocity_is_the_conditional_mean_of_noise_minus_data():  # conventions.md: v ~ E[e - x | x_t], Monte Carlo in 1-D
+# conventions.md: v ~ E[e - x | x_t], Monte Carlo in 1-D
+def test_velocity_is_the_conditional_mean_of_noise_minus_data():
     n, means, weights = (
         400_000,
         torch.tensor([[-1.0], [0.8]], dtype=torch.float64),
@@ -125,7 +132,7 @@ def test_the_ode_carries_noise_to_the_mixture():
     z = torch.randn(5000, 2, dtype=torch.float64)
 
     def error(x: Tensor) -> float:
-        """Total variation of the weights plus the largest relative error of a mode's standard deviation."""
+        """Total variation of the weights plus the largest relative error of a mode's deviation."""
         nearest = torch.cdist(x, MEANS).argmin(1)
         found = torch.bincount(nearest, minlength=4) / len(x)
         stds = torch.stack([(x[nearest == k] - MEANS[k]).square().mean().sqrt() for k in range(4)])
@@ -167,7 +174,8 @@ def test_a_teacher_without_classes_is_not_guided():
     assert meter.calls["teacher"] == 1
 
 
-def test_the_teacher_is_frozen_and_differentiable_in_x():  # design.md 'The interface': SiD needs its input gradient
+# design.md 'The interface': SiD needs its input gradient
+def test_the_teacher_is_frozen_and_differentiable_in_x():
     trained = Teacher(torch.nn.Linear(2, 2), 0).network
     assert not trained.training and not trained.weight.requires_grad
     (x, t), cond, h = (

@@ -1,4 +1,7 @@
-"""Laws of t and (t, s), and the streams they are drawn from: specs/meanflow.md 3.3 and test 9, specs/conventions.md."""
+"""Laws of t and (t, s), and the streams they are drawn from.
+
+specs/meanflow.md 3.3 and test 9, specs/conventions.md.
+"""
 
 import pytest
 import torch
@@ -57,7 +60,8 @@ def test_logit_normal_quantiles():  # conventions.md 'Noise-level distributions'
         assert abs(t.median() - median) < 4e-3 and abs((t < below).float().mean() - share) < 5e-3
 
 
-def test_uniform_range():  # dmd.md: t ~ U(0.02, 0.98) for the generator, the full range for the critic
+# dmd.md: t ~ U(0.02, 0.98) for the generator, the full range for the critic
+def test_uniform_range():
     t = times.uniform(Rng(0, "t"), N, 0.02, 0.98)
     assert 0.02 <= t.min() < 0.0205 and 0.9795 < t.max() <= 0.98 and abs(t.mean() - 0.5) < 3e-3
     t = times.uniform(Rng(0, "t"), N)
@@ -68,7 +72,9 @@ def share(condition: torch.Tensor) -> float:
     return float(condition.float().mean())
 
 
-def test_gap_law():  # specs/tvm.md test 8; its third digits differ from these, of 4 million draws of the official formula
+# specs/tvm.md test 8; its third digits differ from these,
+# of 4 million draws of the official formula
+def test_gap_law():
     t, s = times.gap_pair(Rng(0, "t, s"), N, -0.8, 1.0, -0.4, 1.0)
     gap = t - s
     assert s.min() >= 0 and t.max() <= 1 and (t > s).all() and t.dtype == s.dtype == torch.float32
@@ -139,7 +145,8 @@ def test_two_ranks_interleave_to_the_batch_of_one():  # design.md: drawn per glo
     halves = [draws(Rng(0, "x", rank=r, world=2), 8) for r in (0, 1)]
     for i, (one, *two) in enumerate(zip(whole, *halves)):
         together = torch.stack(two, 1).flatten(0, 1)
-        # What is drawn is equal; a law's exponential may round otherwise in a vector of another length (by processor).
+        # What is drawn is equal; a law's exponential may round otherwise in a vector of
+        # another length (by processor).
         torch.testing.assert_close(together, one, rtol=0 if i < 3 else 1e-6, atol=0)
     assert not torch.equal(
         torch.cat([halves[0][0], halves[1][0]]), whole[0]

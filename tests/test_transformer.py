@@ -1,4 +1,4 @@
-"""The transformer of image scale: shapes, start, its derivative along (x, t, s), and that methods can be handed it."""
+"""The transformer of image scale: shapes, start, derivative along (x, t, s), use by methods."""
 
 import copy
 from functools import partial
@@ -52,7 +52,10 @@ def layer_norm(h: Tensor, shape: tuple[int, ...], weight: None, bias: None, eps:
 
 
 def theirs(f, primals, tangents) -> tuple[Tensor, Tensor]:
-    """torch's derivative; its tangent of native layer norm has a wrong gradient (finite differences say so), so it is given another."""
+    """torch's derivative with another layer norm.
+
+    Its native one has a tangent whose gradient is wrong (finite differences say so).
+    """
     with (
         sdpa_kernel(SDPBackend.MATH),
         pytest.MonkeyPatch.context() as patch,
@@ -148,7 +151,7 @@ def test_the_inputs_count():
 
 def test_time_enters_smoothly():
     def roughness(net: nn.Module, h: float = 1e-3) -> float:
-        """Largest second difference in t over the largest first, per unit of time: a bound on the frequencies."""
+        """Largest second difference in t over the largest first: a bound on the frequencies."""
         t = torch.arange(200, dtype=torch.float64) * h
         out = net.time(t).detach()
         first, second = out.diff(dim=0) / h, out.diff(n=2, dim=0) / h**2

@@ -1,4 +1,4 @@
-"""TVM against its closed form and its paper: specs/tvm.md sections 1, 3 and 10 (test numbers in the comments)."""
+"""TVM against its closed form and its paper: specs/tvm.md sections 1, 3, 10, by test number."""
 
 import sys
 from pathlib import Path
@@ -204,7 +204,7 @@ def test_derivative_in_s_is_minus_that_in_the_gap():  # test 3
 
 
 def objective(m, reference: dict[str, Tensor], bar: dict[str, Tensor], data: Batch) -> Tensor:
-    """The paper's loss on the draws of `step()`, written out with torch.func.jvp: w = 1, u = F, data form."""
+    """The paper's loss on the draws of `step()`, with torch.func.jvp: w = 1, u = F, data form."""
     again, c, labels = step(), m.config, data.cond.labels
     t, s = times.gap_pair(again.rng("t, s"), N, c.time_mean, c.time_std, c.s_mean, c.s_std)
     e, s2 = again.rng("e").normal(N, 2), times.logit_normal(again.rng("s'"), N, c.s_mean, c.s_std)
@@ -314,7 +314,8 @@ def test_rows_with_equal_times_leave_flow_matching(
     torch.testing.assert_close(loss, matching)
 
 
-def test_the_weight_is_beta_on_the_residual():  # test 6: on A and on B; and what cancels with u = w F
+# test 6: on A and on B; and what cancels with u = w F
+def test_the_weight_is_beta_on_the_residual():
     f, df, f_bar, null, v = torch.randn(5, 8, 3, dtype=torch.float64)
     w, t = 1 + torch.rand(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
     s, column = 0.5 * t, w[:, None]
@@ -344,7 +345,8 @@ def of_class(x: Tensor, t: Tensor, sign: Tensor) -> Tensor:
     ) - sign * MU
 
 
-def test_fixed_point_of_guidance():  # test 7: two classes at -MU and MU; least squares on the exact fields finds their weights
+# test 7: two classes at -MU and MU; least squares on the exact fields finds their weights
+def test_fixed_point_of_guidance():
     n, w = 200_000, 2.5
     m, task = made("scratch", label_dropout=0.1)
     task.classes = 2

@@ -1,4 +1,4 @@
-"""The verdict engine: its statistics against scipy, its rule line by line, and its error rates by simulation."""
+"""The verdict engine: statistics against scipy, its rule line by line, error rates."""
 
 from __future__ import annotations
 
@@ -133,7 +133,8 @@ def test_parity_is_supported_by_equivalence_alone():
     assert judge([around(1, 5, 0.3), around(1, 5, 0.3)], "parity")[0] == INCONCLUSIVE
 
 
-def test_an_absolute_number_is_met_within_its_tolerance_and_never_contradicted_from_another_protocol():
+def test_an_absolute_number_is_met_within_its_tolerance():
+    """The number of a paper, which another protocol never contradicts."""
     paper = 2.0
 
     def y(value):
@@ -167,7 +168,7 @@ def test_holm():
 
 
 def test_what_runs_later_takes_no_significance_back():
-    """A claim that has not run counts as p = 1: whatever it turns out to be, no other adjusted p grows."""
+    """A claim that has not run counts as p = 1: whatever it becomes, no other adjusted p grows."""
     rng = np.random.default_rng(6)
     for _ in range(300):
         ps = rng.uniform(size=8) ** 3
@@ -198,7 +199,7 @@ def test_how_often_a_repetition_is_inside_the_first_interval(n: int):
 
 
 def test_holm_keeps_the_error_of_a_family():
-    """Ten true nulls beside each other: some false verdict in at most 5 % of papers, where single tests give 40 %."""
+    """A false verdict of ten true nulls in at most 5 % of papers, where single tests give 40 %."""
     rng, wrong, alone, runs = np.random.default_rng(5), 0, 0, 800
     for _ in range(runs):
         found = [
@@ -212,7 +213,10 @@ def test_holm_keeps_the_error_of_a_family():
 def rates(
     gap: float, n: int, noise: str, runs: int = 2000, cov: float = 0.013
 ) -> dict[tuple[str, str], float]:
-    """How often each verdict comes out where the first arm is truly better by `gap`, on the scale of y, and the margin is 0.02."""
+    """Share of each verdict where the first arm is better by `gap` on the scale of y.
+
+    The margin is 0.02.
+    """
     rng = np.random.default_rng([int(1000 * gap), n, len(noise)])
     z = (
         rng.normal(size=(runs, 2, n))
@@ -248,6 +252,6 @@ def test_the_rule_by_simulation(n: int, noise: str):
 
 
 def test_the_simulation_can_fail():
-    """Without a margin, differences of nothing are supported as often as the level says: above the bar."""
+    """Without a margin, differences of nothing are supported as often as the level says."""
     none = np.random.default_rng(3).normal(0, 0.013, (2000, 2, 5))
     assert sum(judge(y, m=0.0)[0] == SUPPORTED for y in none) / 2000 > 0.01
