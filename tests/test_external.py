@@ -138,9 +138,7 @@ def test_sixteen_bits_of_colour_are_no_bytes(tmp_path):
         )
     assert read_samples(tmp_path / "8", (3, 4, 8), 1, 10, brightest=23).images.max() == 23
     assert Image.open(tmp_path / "16/0.png").mode == "RGB"
-    with pytest.raises(
-        ValueError, match=r"0\.png: 16 bits per channel, expected 8: store bytes yourself"
-    ):
+    with pytest.raises(ValueError, match=r"0\.png: 16 bits per channel, expected 8"):
         read_samples(tmp_path / "16", (3, 4, 4), 1, 10)
 
 
@@ -245,11 +243,8 @@ def test_what_sample_writes_is_accepted(checkout, capsys):
     )  # as tables compare it
     save_file({"samples": torch.full((500, 2), torch.nan)}, "points.safetensors")
     code, _, err = run(capsys, "evaluate", "points.safetensors", "--benchmark", "tiny-ring")
-    line = (
-        "points.safetensors: 'samples' has 1000 values that are NaN or infinite: "
-        "the sampler diverged, nothing to score"
-    )
-    assert (code, err) == (2, f"distillbench: {line}\n")
+    fault = "points.safetensors: 'samples' has 1000 values that are NaN or infinite"
+    assert code == 2 and err.startswith(f"distillbench: {fault}: ") and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- rows of tables
@@ -366,11 +361,9 @@ def test_publishing_again(published, good, capsys):
     assert run(capsys, "evaluate", "x.npz", *again)[0] == 0 and file.read_bytes() == first
     code, out, err = run(capsys, "evaluate", "y.npz", *again)
     sha = json.loads(first)["samples_sha256"]
-    line = (
-        f"{file}: published with another samples_sha256 ({sha}): "
-        "choose another --name, or say --overwrite"
-    )
-    assert (code, out, err) == (2, "", f"distillbench: {line}\n") and file.read_bytes() == first
+    assert (code, out) == (2, "") and file.read_bytes() == first
+    assert err.startswith(f"distillbench: {file}: published with another samples_sha256 ({sha})")
+    assert "--name" in err and "--overwrite" in err and err.count("\n") == 1
     code, _, err = run(
         capsys, "evaluate", "x.npz", *again[:-2], "https://elsewhere.org", "--publish"
     )
@@ -484,11 +477,8 @@ def test_a_spoilt_record_is_named(spoilt: str, published, capsys):
     file.parent.mkdir(parents=True)
     file.write_text(spoilt, errors="surrogateescape")
     code, _, err = run(capsys, "table", "table2", "--check")
-    line = (
-        f"{file}: no record of external samples: "
-        "remove it, or publish it again with `distillbench evaluate`"
-    )
-    assert (code, err) == (2, f"distillbench: {line}\n")
+    assert code == 2 and err.startswith(f"distillbench: {file}: no record of external samples: ")
+    assert err.count("\n") == 1
 
 
 def test_the_command_itself(checkout):

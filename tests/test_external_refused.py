@@ -623,10 +623,8 @@ def test_a_file_that_may_not_be_read(checkout, good, capsys, monkeypatch):
 
     monkeypatch.setattr("builtins.open", opened)
     code, _, err = run(capsys, "evaluate", "bad.npz", *FLAT)
-    assert (code, err) == (
-        2,
-        "distillbench: bad.npz: cannot be read (Permission denied): mend that, then rerun\n",
-    )
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("distillbench: bad.npz: cannot be read (Permission denied): ")
 
 
 @pytest.mark.parametrize(

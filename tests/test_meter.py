@@ -175,9 +175,7 @@ def test_a_from_scratch_method_has_the_budget_of_teacher_and_distillation(checko
 def test_a_from_scratch_arm_has_no_teacher(checkout, monkeypatch):
     made = cell("meanflow")
     monkeypatch.setattr(Arm, "attribute", lambda self, name: "from_scratch")
-    with pytest.raises(
-        ValueError, match="group: from_scratch has the teacher's budget on top and so no teacher"
-    ):
+    with pytest.raises(ValueError, match=r"^group: from_scratch"):
         price(made, quiet)
 
 
