@@ -33,19 +33,17 @@ def double(*shape: int, seed: int = 0) -> Tensor:
 # Losses
 
 
+# add.md test 3: 2 for each head at D = 0
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("shape", [(6,), (6, 4)])  # [B] and [B, tokens]
-def test_losses_of_a_head_that_knows_nothing(
-    name, shape
-):  # add.md test 3: 2 for each head at D = 0
+def test_losses_of_a_head_that_knows_nothing(name, shape):
     generator, discriminator, g0, d0 = PAIRS[name]
     zero = torch.zeros(shape, dtype=torch.float64)
     assert generator(zero).item() == pytest.approx(g0, abs=1e-15) and discriminator(
         zero, zero
     ).item() == pytest.approx(d0)
-    assert (
-        abs(discriminator(zero, zero).item() - d0 / 2) > 0.5
-    )  # planted: half of it, as where the two terms are averaged
+    # Planted: half of it, as where the two terms are averaged
+    assert abs(discriminator(zero, zero).item() - d0 / 2) > 0.5
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -60,9 +58,8 @@ def test_descent_goes_where_each_player_wants(name):
     (g_fake,) = torch.autograd.grad(generator(fake), fake)
     d_real, d_fake = torch.autograd.grad(discriminator(real, fake), (real, fake))
     assert g_fake.max() < 0 and d_real.max() < 0 and d_fake.min() > 0
-    d_real, d_fake = torch.autograd.grad(
-        discriminator(fake, real), (real, fake)
-    )  # planted: the arguments exchanged
+    # Planted: the arguments exchanged
+    d_real, d_fake = torch.autograd.grad(discriminator(fake, real), (real, fake))
     assert d_real.min() > 0 and d_fake.max() < 0
 
 
@@ -88,9 +85,8 @@ def test_gradients_against_closed_forms():
         (d_real, d_fake), (-(real < 1).double() / 50, (fake > -1).double() / 50)
     )
     assert (real > 1).any() and (fake < -1).any()  # both sides of the margins are there
-    saturating = gradient(-F.softplus(fake).mean(), fake)[
-        0
-    ]  # planted: -log(1 - sigmoid D) taken with the other sign
+    # Planted: -log(1 - sigmoid D) taken with the other sign
+    saturating = gradient(-F.softplus(fake).mean(), fake)[0]
     assert not torch.allclose(
         saturating, gradient(adversarial.softplus_generator(fake), fake)[0], rtol=0.1
     )
@@ -131,20 +127,19 @@ def test_at_the_best_discriminator_the_student_descends_half_a_kl(width):
 
 def test_r1_against_closed_forms():
     weight, x = double(5, seed=1), double(7, 5, seed=2).requires_grad_()
-    torch.testing.assert_close(
-        r1(x @ weight, x), weight.square().sum()
-    )  # a linear head: |w|^2, wherever
+    # a linear head: |w|^2, wherever
+    torch.testing.assert_close(r1(x @ weight, x), weight.square().sum())
     torch.testing.assert_close(
         r1(0.5 * (x.square() @ weight.square()), x), (x * weight.square()).square().sum(1).mean()
     )
     tokens = double(7, 3, 5, seed=3).requires_grad_()
-    torch.testing.assert_close(
-        r1(tokens @ weight, tokens), 3 * weight.square().sum()
-    )  # over all tokens of a row
+    # over all tokens of a row
+    torch.testing.assert_close(r1(tokens @ weight, tokens), 3 * weight.square().sum())
+    # the norm; of a mean over rows
     for planted in (
         r1(2 * x @ weight, x).sqrt(),
         r1((x @ weight) / len(x), x),
-    ):  # the norm; of a mean over rows
+    ):
         assert abs(planted - weight.square().sum()) > 0.1
 
 
@@ -159,13 +154,13 @@ def test_r1_is_with_respect_to_the_heads_own_input():  # add.md test 6
     pixels_to_features = nn.Linear(4, 3, dtype=torch.float64)
     features, weight = pixels_to_features(x), double(3, seed=5)
     value = r1(features @ weight, features)
-    torch.testing.assert_close(
-        value, weight.square().sum()
-    )  # no trace of the path below the features
+    # no trace of the path below the features
+    torch.testing.assert_close(value, weight.square().sum())
     assert abs(r1(features @ weight, x) - value) > 1e-2  # planted: in pixels
+    # ignores its input
     torch.testing.assert_close(
         r1((features @ weight) * 0 + 3.0, features), torch.zeros((), dtype=torch.float64)
-    )  # ignores its input
+    )
 
 
 # Heads
@@ -176,12 +171,10 @@ def test_a_vector_head_is_a_hidden_layer_and_two_read_outs():
     h = F.silu(x @ head.hidden.weight.T + head.hidden.bias)
     common = h @ head.common.weight[0] + head.common.bias
     torch.testing.assert_close(head(x, labels), common + (h * head.label.weight[labels]).mean(1))
-    assert not torch.allclose(
-        head(x, labels), head(x, (labels + 1) % 3), atol=1e-3
-    )  # planted: other labels
-    torch.testing.assert_close(
-        head(x[:1], labels[:1]), head(x, labels)[:1]
-    )  # rows do not see each other
+    # Planted: other labels
+    assert not torch.allclose(head(x, labels), head(x, (labels + 1) % 3), atol=1e-3)
+    # rows do not see each other
+    torch.testing.assert_close(head(x[:1], labels[:1]), head(x, labels)[:1])
     plain = VectorHead(5, 8, 0).double()
     assert plain.label is None and plain(x, None).shape == (6,)
     torch.testing.assert_close(plain(x, None), plain(x, labels))
@@ -285,6 +278,5 @@ def test_tokens_turned_in_a_circle_are_judged_alike():
     head, x, labels = token_head(), double(8, 4, 6), torch.arange(8) % 3
     torch.testing.assert_close(head(x.roll(1, 1), labels), head(x, labels).roll(1, 1))
     swapped = x[:, [1, 0, 2, 3]]
-    assert (
-        head(swapped, labels) - head(x, labels)[:, [1, 0, 2, 3]]
-    ).abs().max() > 1e-3  # planted: neighbours do matter
+    # Planted: neighbours do matter
+    assert (head(swapped, labels) - head(x, labels)[:, [1, 0, 2, 3]]).abs().max() > 1e-3

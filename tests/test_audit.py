@@ -193,9 +193,8 @@ def test_a_claim_changed_or_registered_after_its_runs_is_edited():
         "registered after"
     )
     mixed = [*arms()[:-1], record("a@b", 14, commit="d" * 40, fid=2.0)]
-    assert (
-        only(findings.findings([question()], mixed, {}, FROZEN)).verdict == EDITED
-    )  # one run of a commit without it
+    # one run of a commit without it
+    assert only(findings.findings([question()], mixed, {}, FROZEN)).verdict == EDITED
     assert (
         only(
             findings.findings([question()], mixed, {}, FROZEN | {"d" * 40: FROZEN[COMMIT]})
@@ -214,9 +213,10 @@ def test_families_are_a_papers_primary_claims():
         FROZEN,
     )
     assert both[0].p_adjusted == pytest.approx(2 * alone.p_adjusted)
+    # registered, not run yet
     idle = findings.findings(
         [question(margin=0.01), question(id="A-2", arms=["a", "a@c"])], weak, {}, FROZEN
-    )  # registered, not run yet
+    )
     assert idle[1].verdict == NOT_RUN and idle[0].p_adjusted == pytest.approx(2 * alone.p_adjusted)
     never = findings.findings(
         [question(margin=0.01), question(id="A-2", why_not="no data")], weak, {}, FROZEN
@@ -279,9 +279,8 @@ def test_who_is_to_blame():
         record("a@b", 10, "diverged"),
         *(r for r in worse if (r.arm, r.result["seed"]) != ("a@b", 10)),
     ]
-    blocked = only(
-        findings.findings([question()], worse, {}, FROZEN)
-    )  # the arm that came out better failed once
+    # the arm that came out better failed once
+    blocked = only(findings.findings([question()], worse, {}, FROZEN))
     assert (blocked.verdict, blocked.reason) == (
         INCONCLUSIVE,
         "1 seeds of the arms that the effect favours failed",

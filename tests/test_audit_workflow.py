@@ -18,9 +18,8 @@ import yaml
 
 from tests.conftest import ROOT, Checkout
 
-pytestmark = pytest.mark.xdist_group(
-    "audit"
-)  # one worker, and so one run of the audit, for all of them
+# one worker, and so one run of the audit, for all of them
+pytestmark = pytest.mark.xdist_group("audit")
 
 FIVE = {"FF-L1", "TVM-T13", "TVM-T16a", "TVM-T16b", "MF-8"}
 RING = """

@@ -170,9 +170,10 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A checkout with a method `demo` of `distillbench new`, and the teachers of the check."""
     made = Checkout(tmp_path_factory.mktemp("check"))
+    # claims name it
     made.write(
         "workflows/benchmarks/digits.yaml", (ROOT / "workflows/benchmarks/digits.yaml").read_text()
-    )  # claims name it
+    )
     done = made.run("distillbench", "new", "demo")
     assert done.returncode == 0, done.stderr
     return made
@@ -209,9 +210,8 @@ def test_the_template_keeps_the_contract_and_gets_its_rows(made: Checkout):
     done = made.run("distillbench", "check", "demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo: keeps the contract" in done.stdout and "FAILED" not in done.stdout
-    assert (
-        "tiny-ring/demo: seeds 0, 1" in made.run("distillbench", "plan", "tiny-ring").stdout
-    )  # beside all others; alone it is quicker
+    # beside all others; alone it is quicker
+    assert "tiny-ring/demo: seeds 0, 1" in made.run("distillbench", "plan", "tiny-ring").stdout
     made.write(
         "workflows/tables/tiny-ring.yaml",
         "{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [demo]}\n",

@@ -473,9 +473,8 @@ def test_a_cell_trains_and_samples_on_cuda(checkout, name, where):
 @pytest.mark.parametrize("where", ["tiny", "tiny-ring"])
 def test_a_cell_trains_and_samples_here(checkout, where, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(
-        "distillbench.cells.train.limit_memory", lambda: None
-    )  # of this whole process, in which others use a GPU
+    # of this whole process, in which others use a GPU
+    monkeypatch.setattr("distillbench.cells.train.limit_memory", lambda: None)
     a_cell(where, "dmd")
     torch.set_flush_denormal(False)
 

@@ -56,9 +56,8 @@ def test_one_pass_per_extractor_all_scores_eight_digits(data, against, monkeypat
     assert passes == [(EXTRACTOR, 900), (CROSS_EXTRACTOR, 900)]
     assert tuple(scores) == SCORES
     assert all(type(value) is float and value == float(f"{value:.8g}") for value in scores.values())
-    assert any(
-        value != float(f"{value:.7g}") for value in scores.values()
-    )  # all eight digits are kept
+    # all eight digits are kept
+    assert any(value != float(f"{value:.7g}") for value in scores.values())
     assert scores["memorisation"] == scores["class_accuracy"] == 1 and scores["noise_distance"] == 0
     assert abs(scores["fid_teacher"]) < 0.1 < scores["fid"]  # the teacher was the training half
 
@@ -86,9 +85,8 @@ def test_a_part_that_is_missing_leaves_its_scores_none(data, against):
     for names, arguments in missing.items():
         scores = evaluate_images(images, *arguments)
         assert scores == full | dict.fromkeys(names.split())
-    blind = evaluate_images(
-        images, labels, Against.of(data, CROSS_EXTRACTOR, None)
-    )  # it has no class head
+    # it has no class head
+    blind = evaluate_images(images, labels, Against.of(data, CROSS_EXTRACTOR, None))
     assert {m for m in SCORES if blind[m] is None} == {
         "fid_cross",
         "fid_teacher",

@@ -57,9 +57,8 @@ def test_folder_npz_and_safetensors_of_the_same_images_agree(checkout, digits, g
     flat = scores(capsys, "flat", "--name", "same")
     assert flat["samples_sha256"] == found[0]["samples_sha256"] and flat["labels_sha256"] is None
     known = {name: value for name, value in flat["row"].items() if value is not None}
-    assert (
-        known.items() <= found[0]["row"].items()
-    )  # scores that need labels are missing, the others are the same
+    # scores that need labels are missing, the others are the same
+    assert known.items() <= found[0]["row"].items()
     assert flat["row"]["class_accuracy"] is None and found[0]["row"]["class_accuracy"] > 0.99
     # and they are those of the fixed row whose images these are
     against = Against.of(digits, "digits-gelu-64", None)
@@ -195,9 +194,8 @@ def test_order_by_class_is_what_is_refused(good, tmp_path):
 
 def test_what_sample_writes_is_accepted(checkout, capsys):
     assert run(capsys, "train", "tiny", "teacher", "--seeds", "0")[0] == 0
-    assert (
-        run(capsys, "evaluate", "tiny", "teacher", "--seeds", "0")[0] == 0
-    )  # two positionals: the arm, as ever
+    # two positionals: the arm, as ever
+    assert run(capsys, "evaluate", "tiny", "teacher", "--seeds", "0")[0] == 0
     assert len(list(Path("results/runs/tiny/teacher").glob("seed0-*/metrics.json"))) == 1
     assert (
         run(
@@ -238,9 +236,10 @@ def test_what_sample_writes_is_accepted(checkout, capsys):
     points = json.loads(Path("points.json").read_text())
     (file,) = Path("results/runs/tiny-ring/teacher").glob("seed0-*/result.json")
     assert points["row"]["modes_total"] == 3
+    # as tables compare it
     assert (
         points["evaluation"]["data"] == json.loads(file.read_text())["provenance"]["hashes"]["data"]
-    )  # as tables compare it
+    )
     save_file({"samples": torch.full((500, 2), torch.nan)}, "points.safetensors")
     code, _, err = run(capsys, "evaluate", "points.safetensors", "--benchmark", "tiny-ring")
     fault = "points.safetensors: 'samples' has 1000 values that are NaN or infinite"
@@ -431,9 +430,8 @@ def test_a_record_of_another_evaluation_or_of_other_data_has_a_row_without_numbe
             for name, value in row.items()
             if name.endswith(("_mean", "_sd")) and value is not None
         ]
-    assert (
-        build_rows(given, [made | {"benchmark": "elsewhere"}]) == plain
-    )  # another benchmark's record changes nothing
+    # another benchmark's record changes nothing
+    assert build_rows(given, [made | {"benchmark": "elsewhere"}]) == plain
     assert set(plain[0]) <= set(current)
 
 

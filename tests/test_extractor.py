@@ -145,10 +145,11 @@ def test_features_depend_on_the_image_alone(extractor, digits):
     assert looks_at_the_image_alone(
         replace(extractor, network=network_of(extractor.name, network.state_dict()).train()), images
     )
+    # both in training mode, which is the mistake
     for spoiler in (
         nn.BatchNorm2d(1),
         nn.Dropout(0.1),
-    ):  # both in training mode, which is the mistake
+    ):
         assert not looks_at_the_image_alone(
             replace(extractor, network=nn.Sequential(spoiler, network)), images
         )
@@ -264,9 +265,8 @@ def test_floors_are_where_they_were_measured(extractor, digits):
 def test_pixels_are_spread_over_the_byte(digits):
     images, _ = digits
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8
-    assert images.unique().tolist() == [
-        round(v * 255 / 16) for v in range(17)
-    ]  # 0, 16, ..., 128, ..., 255
+    # 0, 16, ..., 128, ..., 255
+    assert images.unique().tolist() == [round(v * 255 / 16) for v in range(17)]
 
 
 def test_alternate_takes_every_other_image_of_each_class(digits):
@@ -320,9 +320,8 @@ def test_neighbours_are_the_image_moved_by_a_pixel():
     ]
     assert sorted(places) == [(i, j) for i in (3, 4, 5) for j in (1, 2, 3) if (i, j) != (4, 2)]
     at_the_border = torch.cat(train_digits_simclr.neighbours(dot.roll(-2, 3)))
-    assert (
-        at_the_border.eq(1).sum() == 5 and at_the_border.min() == -1
-    )  # what leaves does not come in on the other side
+    # what leaves does not come in on the other side
+    assert at_the_border.eq(1).sum() == 5 and at_the_border.min() == -1
 
 
 def test_contrast_loss_is_nt_xent_by_hand():
@@ -340,9 +339,8 @@ def test_contrast_loss_is_nt_xent_by_hand():
 
     loss = train_digits_simclr.contrast_loss(one, two).item()
     assert loss == pytest.approx(by_hand(one, two), rel=1e-9)
-    assert loss != pytest.approx(
-        by_hand(one, two.roll(1, 0)), rel=1e-2
-    )  # views of other images are no pair
+    # views of other images are no pair
+    assert loss != pytest.approx(by_hand(one, two.roll(1, 0)), rel=1e-2)
 
 
 def trained(module, digits: tuple[Tensor, Tensor], **settings: int) -> nn.Module:

@@ -121,16 +121,14 @@ def test_correction_pulls_the_generator_towards_the_data():  # test 1
     for a in (0.3, 0.5, 0.8):
         m = Gaussian(None, c=0.5, a=a)
         *_, delta = m.noising(a * z, NONE, step())
-        slopes[a] = (
-            (-z * delta).mean().item()
-        )  # U = (1 - a) z, so dL/da = E[dU/da Delta] = -E[z Delta]
+        # U = (1 - a) z, so dL/da = E[dU/da Delta] = -E[z Delta]
+        slopes[a] = (-z * delta).mean().item()
     assert slopes[0.3] == pytest.approx(-0.070, abs=0.003) and slopes[0.8] == pytest.approx(
         0.166, abs=0.003
     )
     assert abs(slopes[0.5]) < 1e-6
-    flipped = Gaussian(None, c=0.8, a=0.5).noising(0.5 * z, NONE, step())[
-        2
-    ]  # planted: v_q and v exchanged are data of sd 0.8
+    # Planted: v_q and v exchanged are data of sd 0.8
+    flipped = Gaussian(None, c=0.8, a=0.5).noising(0.5 * z, NONE, step())[2]
     assert (-z * flipped).mean() < 0 < slopes[0.8]
 
 
@@ -229,9 +227,10 @@ def roll_out(solver, n: int, c: float = 0.5):
     def net(z: Tensor, s: Tensor) -> Tensor:
         delta = 1 - s
         x = torch.tensor([path[round(d.item() * n)] for d in delta], dtype=z.dtype)
+        # U(z, 1, 1) is never used
         return torch.where(
             over(delta, z) > 0, (z - over(x, z) * z) / over(delta, z).clamp_min(1e-9), 7.0
-        )  # U(z, 1, 1) is never used
+        )
 
     return net, path[-1]
 
@@ -312,9 +311,8 @@ def test_derivative_is_partial_in_s(monkeypatch):  # test 7
     central = (at(z, s + h) - at(z, s - h)) / (2 * h)
     torch.testing.assert_close(du, central, rtol=1e-5, atol=1e-7)
     total = (at(z + h, s + h) - at(z - h, s - h)) / (2 * h)
-    assert not torch.allclose(
-        du, total, rtol=1e-2, atol=1e-3
-    )  # a tangent on z would be another derivative
+    # a tangent on z would be another derivative
+    assert not torch.allclose(du, total, rtol=1e-2, atol=1e-3)
 
 
 def test_confident_region():  # test 8, App. A.1
@@ -328,9 +326,8 @@ def test_confident_region():  # test 8, App. A.1
             (1 - t_c) * x0, abs=0.01
         ) and y.std().item() == pytest.approx(t_c, abs=0.01)
         assert (time == t_c).all()
-        assert (
-            abs(x.mean().item() - (1 - t_c) * x0) > 0.01 or abs(x.std().item() - t_c) > 0.005
-        )  # the state as it was is not that
+        # the state as it was is not that
+        assert abs(x.mean().item() - (1 - t_c) * x0) > 0.01 or abs(x.std().item() - t_c) > 0.005
     x, t = torch.randn(4, 1), torch.tensor([0.5, 0.7, 0.9, 1.0])
     y, time = method.confident(x, t, 0.7, torch.randn(4, 1))
     assert (
@@ -399,19 +396,16 @@ def test_network_is_trained_at_the_end_of_the_interval(monkeypatch):  # test 9
     )
     m.train_step(batch(), step())
     with_gradient = torch.cat([s for s, grad in seen if grad])
-    assert (
-        with_gradient.max() <= 7 / 8 and (with_gradient[24:] == 0).all()
-    )  # never F(z, 0); correction rows at delta = 1
-    assert (
-        torch.cat([s for s, grad in seen if not grad]).max() == 1.0
-    )  # starts at delta = 0 are evaluated without one
+    # never F(z, 0); correction rows at delta = 1
+    assert with_gradient.max() <= 7 / 8 and (with_gradient[24:] == 0).all()
+    # starts at delta = 0 are evaluated without one
+    assert torch.cat([s for s, grad in seen if not grad]).max() == 1.0
     delta = torch.full((24,), 0.95)
     monkeypatch.setattr(method, "draw_delta", lambda *_: delta)
     seen.clear()
     m.train_step(batch(), step())
-    assert (
-        torch.cat([s for s, grad in seen if grad])[:24] == 0
-    ).all()  # prediction trains F(z, 1), which is what is sampled
+    # prediction trains F(z, 1), which is what is sampled
+    assert (torch.cat([s for s, grad in seen if grad])[:24] == 0).all()
 
     # Planted: trained at the start of the interval.
     def planted(delta, steps):
@@ -434,9 +428,8 @@ def test_law_of_r():  # test 10
         )
 
     assert fits(SETTINGS["r_mean"], SETTINGS["r_std"])
-    assert not fits(-SETTINGS["r_mean"], SETTINGS["r_std"]) and not fits(
-        SETTINGS["r_mean"], 1.0
-    )  # t and 1 - t exchanged
+    # t and 1 - t exchanged
+    assert not fits(-SETTINGS["r_mean"], SETTINGS["r_std"]) and not fits(SETTINGS["r_mean"], 1.0)
 
 
 @pytest.mark.parametrize("r", [0.2, 0.5, 0.9])
@@ -448,9 +441,8 @@ def test_correction_with_its_dropped_factor_is_the_gradient_of_the_kl(r):  # tes
     x_r = noised(a * z, n, t.expand(4))
     delta = velocity(x_r, t.expand(4), a) - velocity(x_r, t.expand(4), c)
     ours = (-z * delta).mean() * (1 - r) ** 2 / r
-    closed = (
-        (1 - r) ** 2 * a * (1 / scale(t, c) ** 2 - 1 / scale(t, a) ** 2)
-    )  # d/da KL(N(0, S_a^2) | N(0, S_c^2))
+    # d/da KL(N(0, S_a^2) | N(0, S_c^2))
+    closed = (1 - r) ** 2 * a * (1 / scale(t, c) ** 2 - 1 / scale(t, a) ** 2)
     torch.testing.assert_close(ours, closed[0], rtol=1e-10, atol=0)
     assert abs((-z * delta).mean() / closed[0] - 1) > 0.4  # without the factor it is another number
 
@@ -469,9 +461,10 @@ def test_power_weight(d):  # test 12
     )
 
 
+# test 13, App. A.3: alpha = 0.3 and 75:25 mean about 10 %
 def test_correction_is_a_tenth_of_the_prediction(
     monkeypatch,
-):  # test 13, App. A.3: alpha = 0.3 and 75:25 mean about 10 %
+):
     m, _ = made(batch=256)
     moved(m)
     calls = captured(monkeypatch, method, "gradient_form")
@@ -480,9 +473,8 @@ def test_correction_is_a_tenth_of_the_prediction(
     norms = calls[0][0][1].flatten(1).norm(dim=1)
     ratio = norms[192:].sum() / norms[:192].sum()
     assert ratio.item() == pytest.approx(0.1, rel=1e-4)
-    before = (
-        raw[0][0][0].flatten(1).norm(dim=1)
-    )  # lambda from norms before the weight would give another ratio
+    # lambda from norms before the weight would give another ratio
+    before = raw[0][0][0].flatten(1).norm(dim=1)
     assert abs(before.mean() / norms[:192].mean() - 1) > 0.1
 
 
@@ -521,9 +513,8 @@ def test_lambda_is_that_of_the_whole_batch_on_any_number_of_ranks(monkeypatch):
     """A ratio of means over all ranks, and not the mean of the ranks' ratios."""
     m, _ = made()
     moved(m)
-    monkeypatch.setattr(
-        Step, "mean_across_ranks", lambda self, value: 2 * value + 1
-    )  # another rank with other norms
+    # another rank with other norms
+    monkeypatch.setattr(Step, "mean_across_ranks", lambda self, value: 2 * value + 1)
     raw, scaled = (
         captured(monkeypatch, method, "weighted"),
         captured(monkeypatch, method, "balance"),
@@ -624,9 +615,8 @@ def test_auxiliary_network_learns_the_students_noised_velocity_for_each_guidance
     }
     for a in exact:  # with gamma as an input every generator has its own coefficient
         assert abs(slope(exact[a], (a,))) < 1e-12
-    assert (
-        abs(slope(exact[0.3], (0.3, 0.9))) > 0.1 and abs(slope(exact[0.9], (0.3, 0.9))) > 0.1
-    )  # one for both cannot be right
+    # one for both cannot be right
+    assert abs(slope(exact[0.3], (0.3, 0.9))) > 0.1 and abs(slope(exact[0.9], (0.3, 0.9))) > 0.1
 
 
 def test_teacher_is_guided_inside_the_interval_only():  # Table 1c
@@ -652,10 +642,11 @@ def test_teacher_is_guided_inside_the_interval_only():  # Table 1c
     assert all((w > 1).all() for _, w in asked[:2])  # Eq. 9 is guided everywhere
     given = [w for _, w in asked]
     seen = []
+    # gamma of each row reaches the student and g_psi, which tells the generators apart
     for net in (
         m.net,
         m.g,
-    ):  # gamma of each row reaches the student and g_psi, which tells the generators apart
+    ):
         net.register_forward_pre_hook(
             lambda net, args, kw: seen.append(kw["guidance"]), with_kwargs=True
         )
@@ -754,7 +745,8 @@ def test_every_variant_changes_an_update():
         for pair in combinations(after, 2)
         if torch.allclose(after[pair[0]], after[pair[1]], atol=1e-5)
     }
+    # the default here and on digits; on mixtures it is k = 0
     assert same == {
         (None, "k-1"),
         ("prediction-only", "prediction-k-1"),
-    }  # the default here and on digits; on mixtures it is k = 0
+    }

@@ -73,9 +73,8 @@ def exact_average(x: Tensor, t: Tensor, s: Tensor, a: Tensor | float) -> Tensor:
 
 
 TIMES = ((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000).repeat_interleave(4)
-Z = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(2000)[
-    :, None
-]  # with E: unit variances, no correlation
+# with E: unit variances, no correlation
+Z = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(2000)[:, None]
 E = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).repeat(2000)[:, None]
 
 
@@ -147,12 +146,11 @@ TABLE = [
 ]
 
 
+# the table of (g), tests 1, 2, 5
 @pytest.mark.parametrize(
     "name, real, fake, on_sample, law, expected", TABLE, ids=[row[0] for row in TABLE]
 )
-def test_bias_of_the_surrogate(
-    name, real, fake, on_sample, law, expected
-):  # the table of (g), tests 1, 2, 5
+def test_bias_of_the_surrogate(name, real, fake, on_sample, law, expected):
     found = stationary(real, fake, on_sample, **law)
     assert abs(found - expected) <= 0.01 + 0.01 * expected
     if name == "R1, on samples":
@@ -161,9 +159,8 @@ def test_bias_of_the_surrogate(
             return exact_average(x_t, t, t, a)
 
         assert abs(stationary(real, on_diagonal, on_sample) - expected) > 0.4  # test 9
-        assert (
-            slope(0.2, fake, real, on_sample) > 0 > slope(0.2, real, fake, on_sample)
-        )  # planted, test 7: Delta with the other sign
+        # Planted, test 7: Delta with the other sign
+        assert slope(0.2, fake, real, on_sample) > 0 > slope(0.2, real, fake, on_sample)
 
 
 # test 3: at the teacher's own flow map nothing is left
@@ -174,9 +171,8 @@ def test_the_flow_maps_endpoint_is_the_limit_of_unrolling():
         float((method.unrolled(exact_velocity, x, t, n) - limit).abs().max())
         for n in (1, 8, 64, 512)
     ]
-    assert (
-        errors[0] > 0.1 and errors[-1] < 5e-3 and errors == sorted(errors, reverse=True)
-    )  # test 4: R1 leaves a bias
+    # test 4: R1 leaves a bias
+    assert errors[0] > 0.1 and errors[-1] < 5e-3 and errors == sorted(errors, reverse=True)
     x_0 = x
     for i in range(8):  # (x_t - Phi) / t with Euler's own steps
         x_0 = x_0 - over(t / 8, x) * exact_velocity(x_0, t * (1 - i / 8))
@@ -222,16 +218,16 @@ def test_the_method_itself_has_that_bias(monkeypatch):
     assert matched(m, 0.54) < 0 < matched(m, 0.62)  # 0.58 on velocities
     m, _ = made(unroll=64)
     assert matched(m, 0.95) < 0 < matched(m, 1.02)
-    m, _ = made(
-        "diagonal-fake"
-    )  # test 9: the diagonal of an exact student is the exact fake velocity
+    # test 9: the diagonal of an exact student is the exact fake velocity
+    m, _ = made("diagonal-fake")
     assert matched(m, 0.95) < 0 < matched(m, 1.05)
     m, _ = made("sds")
     assert matched(m, 0.1) > 0  # contracts to a point
     original = FSFDMD.fake
+    # Planted
     monkeypatch.setattr(
         FSFDMD, "fake", lambda self, x_t, t, v, cond: -original(self, x_t, t, v, cond)
-    )  # planted
+    )
     m, _ = made()
     assert not matched(m, 0.54) < 0 < matched(m, 0.62)
 
@@ -256,9 +252,8 @@ def test_gradient_of_the_velocity_form_and_its_twin():
     )
     cosine = nn.functional.cosine_similarity(g, g_twin, dim=1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
-    assert not torch.allclose(
-        torch.autograd.grad(method.surrogate_loss(u, -delta), u)[0], g
-    )  # planted: the other sign
+    # Planted: the other sign
+    assert not torch.allclose(torch.autograd.grad(method.surrogate_loss(u, -delta), u)[0], g)
 
 
 def test_only_the_generating_evaluation_has_a_gradient(monkeypatch):  # test 6
@@ -287,9 +282,8 @@ def test_only_the_generating_evaluation_has_a_gradient(monkeypatch):  # test 6
         hook.remove()
         ((args, loss),) = losses or pseudo
         assert loss.requires_grad and args[0].requires_grad and not args[1].requires_grad
-        assert [rows for rows, graph in graphs if graph] == [
-            2 * N
-        ]  # the one pass of both losses; no other keeps a graph
+        # the one pass of both losses; no other keeps a graph
+        assert [rows for rows, graph in graphs if graph] == [2 * N]
         monkeypatch.undo()
 
 
@@ -330,11 +324,12 @@ def test_the_matching_term_alone(monkeypatch):
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(gradients, other))
 
     assert close(gradient(0 * t, 4))
+    # Planted
     assert (
         not close(gradient(t, 4))
         and not close(gradient(0 * t, 1))
         and not close(gradient(0 * t, 4, -1.0))
-    )  # planted
+    )
 
 
 def test_backward_simulation():  # test 10, (b.4)
@@ -409,9 +404,8 @@ def test_each_variant_changes_the_update():
 
     results = {name: moved(name) for name in VARIANTS}
     equal = {(a, b) for a, b in combinations(results, 2) if torch.equal(results[a], results[b])}
-    assert equal == {
-        ("flow-map-only", "equal-updates")
-    }  # they differ in how many updates the budget buys
+    # they differ in how many updates the budget buys
+    assert equal == {("flow-map-only", "equal-updates")}
 
 
 def test_without_weight_the_term_moves_nothing():

@@ -201,10 +201,11 @@ def test_clean_fid_is_the_package_itself(extractors, clean_fid_model, tmp_path, 
     assert logits is None and ours.shape == (3, 2048)
     assert moved(ours, theirs) < 1e-5
     network = extractors[CLEAN_FID].network
+    # Planted: another resizer, then clean-fid's with rounding
     for wrong in (
         "legacy_pytorch",
         "clean",
-    ):  # planted: another resizer, then clean-fid's with rounding
+    ):
         resize = build_resizer(wrong)
         monkeypatch.setattr(network, "resize", lambda x, resize=resize: resize(x).round())
         assert moved(network(pixels)[0], theirs) > 1e-4, wrong
@@ -282,9 +283,8 @@ def test_names_are_known_and_near_misses_answered():
 def test_a_missing_file_is_one_line_that_says_what_to_put_where(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv(
-        "DISTILLBENCH_WEIGHTS", str(tmp_path / "nowhere")
-    )  # a wrong folder is not made up for by another
+    # a wrong folder is not made up for by another
+    monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "nowhere"))
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / INCEPTION).symlink_to(folder / INCEPTION)
     for ask in (load_extractor, evaluation_key, weight_file):
@@ -422,9 +422,8 @@ def test_end_to_end_scores_equal_those_of_torch_fidelity(extractors, folder, tmp
     )
     assert inception_score(logits) == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     other = extractors[CLEAN_FID]
-    mixed = frechet_distance(
-        other.features(generated)[0], reference.features
-    )  # planted: what the guard forbids
+    # Planted: what the guard forbids
+    mixed = frechet_distance(other.features(generated)[0], reference.features)
     assert mixed != pytest.approx(theirs["frechet_inception_distance"], rel=0.1)
 
 

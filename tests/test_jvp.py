@@ -54,23 +54,23 @@ def central(f, x: Tensor, t: Tensor, s: Tensor, v: Tensor, h: float) -> Tensor:
         return (f(x + h * v, t + h, s) - f(x - h * v, t - h, s)) / (2 * h)
 
 
+# cost file test 2, meanflow.md test 3
 @pytest.mark.parametrize(
     ("dtype", "h", "tolerance"), [(torch.float32, 5e-3, 1e-3), (torch.float64, 1e-4, 1e-6)]
 )
-def test_tangent_is_the_derivative_along_the_path(
-    dtype, h, tolerance
-):  # cost file test 2, meanflow.md test 3
+def test_tangent_is_the_derivative_along_the_path(dtype, h, tolerance):
     f, point = labelled(network().to(dtype)), inputs(dtype)
     primals, tangents = along(*point)
     expected = central(f, *point, h)
     assert relative(value_and_tangent(f, primals, tangents, False)[1], expected) < tolerance
     v, one, zero = tangents
+    # Table 1b's wrong tangents, FreeFlow's sign
     for planted in (
         (v, zero, one),
         (v, one, one),
         (v, zero, zero),
         (-v, one, zero),
-    ):  # Table 1b's wrong tangents, FreeFlow's sign
+    ):
         assert relative(value_and_tangent(f, primals, planted, False)[1], expected) > 0.05
 
 
@@ -215,13 +215,12 @@ def test_every_rule_agrees_with_torch(name, graph):
     torch.testing.assert_close(tangent, expected[1][:m])
 
 
+# cost file test 7: never a silently dropped tangent
 @pytest.mark.parametrize(
     ("name", "f"),
     [("exp", torch.exp), ("softmax", lambda x: F.softmax(x, 1)), ("detach", torch.detach)],
 )
-def test_an_operation_without_a_rule_is_named(
-    name, f
-):  # cost file test 7: never a silently dropped tangent
+def test_an_operation_without_a_rule_is_named(name, f):
     x = torch.randn(3, 4)
     with pytest.raises(NotImplementedError, match=f"'{name}'"):
         value_and_tangent(f, (x,), (x,), False)
@@ -262,10 +261,9 @@ def explicit_rms_norm(x: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
+# TVM: value, tangent and, with graph, second order
 @pytest.mark.parametrize("graph", [False, True])
-def test_a_network_with_rms_norms(
-    monkeypatch, graph
-):  # TVM: value, tangent and, with graph, second order
+def test_a_network_with_rms_norms(monkeypatch, graph):
     net = VelocityMLP(SHAPE, CLASSES, 32, 2, second_time=True, norms="rms").double()
     for p in net.parameters():
         nn.init.normal_(p, std=0.15)
@@ -344,9 +342,8 @@ def test_meanflow_gradient_is_that_of_the_official_graph():  # cost file test 1
         )
         < 1e-5
     )
-    planted = meanflow_gradient(
-        net, *official(net, primals, tangents), t, s, v, detach=False
-    )  # gradient through the target
+    # gradient through the target
+    planted = meanflow_gradient(net, *official(net, primals, tangents), t, s, v, detach=False)
     assert (
         relative(
             torch.cat([g.flatten() for g in planted]), torch.cat([g.flatten() for g in reference])
@@ -390,9 +387,8 @@ def test_cost_of_an_update():
         / forward
     )
     assert 2.85 < matching <= 3.0  # the first layers need no gradient of their input
-    assert (
-        dual(b) - matching == pytest.approx(1.0, abs=0.05) and dual(b) <= 4.3
-    )  # matrix products of the tangent alone
+    # matrix products of the tangent alone
+    assert dual(b) - matching == pytest.approx(1.0, abs=0.05) and dual(b) <= 4.3
     assert dual(b // 4) - matching == pytest.approx(0.25, abs=0.02)
     reference = (
         flops(lambda: meanflow_gradient(net, *official(net, primals, tangents, labels), t, s, v))

@@ -252,17 +252,17 @@ def test_a_curve_is_thinned_and_steps_logged_twice_count_once():
         {"step": i, "loss": float(i), **({"late": 2.0} if i >= 200 else {})}
         for i in range(0, 400, 2)
     ]
+    # steps 98.. come again
     again = [
         *lines[:100],
         {"checkpoint": 100},
         {"start": 100, "steps": 400, "time": 9.0},
         *lines[50:],
-    ]  # steps 98.. come again
+    ]
     found = curves.thinned(again)
     assert found == curves.thinned(lines) and len(found["at"]) == POINTS == 50
-    assert found["scalars"]["loss"][0] == 3.0 and found["at"][0] == pytest.approx(
-        3 / 400
-    )  # mean of steps 0, 2, 4, 6
+    # mean of steps 0, 2, 4, 6
+    assert found["scalars"]["loss"][0] == 3.0 and found["at"][0] == pytest.approx(3 / 400)
     assert (
         found["scalars"]["late"][:25] == [None] * 25 and found["scalars"]["late"][25:] == [2.0] * 25
     )
@@ -277,9 +277,10 @@ def test_the_lowest_seed_is_published_and_drawn_to_the_same_bytes(tmp_path: Path
             {"start": 0, "steps": 10},
             *({"step": i, "loss": 1.0 + seed + i} for i in range(10)),
         ]
+        # unfinished
         (cell / "train.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1'
-        )  # unfinished
+        )
         curves.publish_curve(
             tmp_path / "records", cell, {"benchmark": "b", "seed": seed, "key": f"k{seed}"}, "a@v"
         )

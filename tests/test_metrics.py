@@ -108,9 +108,8 @@ def test_fid_laws():
     assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * fid, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(fid, rel=1e-9)
     assert frechet_distance(a, a.clone()) == pytest.approx(0, abs=1e-5)
-    assert frechet_distance(a, b + 1) != pytest.approx(
-        fid, rel=1e-2
-    )  # a shift of one side only is seen
+    # a shift of one side only is seen
+    assert frechet_distance(a, b + 1) != pytest.approx(fid, rel=1e-2)
 
 
 def test_fid_survives_few_dead_and_constant_features():
@@ -123,13 +122,14 @@ def test_fid_survives_few_dead_and_constant_features():
     assert frechet_distance(constant, ref) == pytest.approx(closed, rel=1e-6)
 
 
+# N, M, D; N < D too
 SHAPES = [
     (500, 500, 64),
     (300, 300, 512),
     (1300, 1100, 32),
     (90, 2100, 16),
     (40, 40, 2),
-]  # N, M, D; N < D too
+]
 
 
 @pytest.mark.parametrize("offset", (0, 1e4))
@@ -214,9 +214,8 @@ def test_kid_agrees_with_a_double_loop():
     a, b = normal(25, 6, 0), normal(17, 6, 1) * 1.3 + 0.2
     assert kid(a, b) == pytest.approx(unbiased_mmd(a, b), rel=1e-6)
     assert kid(a, b) == pytest.approx(kid(b, a), rel=1e-6)
-    assert kid(3 * a, 3 * b) != pytest.approx(
-        kid(a, b), rel=0.5
-    )  # not scale-free: hence features of RMS 1
+    # not scale-free: hence features of RMS 1
+    assert kid(3 * a, 3 * b) != pytest.approx(kid(a, b), rel=0.5)
     # The kernel is not shift-invariant: without the terms of the centres it would be.
     assert (
         kid(a + 1, b + 1)
@@ -402,9 +401,8 @@ def test_swapped_inputs_exchange_precision_and_recall():
     a, b = normal(300, 8, 0) * 0.7, normal(300, 8, 1)
     one, other = prdc_scores(a, b), prdc_scores(b, a)
     assert (one["precision"], one["recall"]) == (other["recall"], other["precision"])
-    assert (
-        one["precision"] > one["recall"] + 0.1
-    )  # narrower than the reference: this order and not the other
+    # narrower than the reference: this order and not the other
+    assert one["precision"] > one["recall"] + 0.1
 
 
 def test_prdc_stands_a_shift_of_the_features():
@@ -436,19 +434,16 @@ def test_prdc_of_many_samples_is_the_mean_over_equal_n():
 
 def test_c2st_of_the_same_of_strangers_and_of_copies():
     ref = normal(1000, 8, 0)
-    assert scores(normal(1000, 8, 1), ref)["c2st"] == pytest.approx(
-        0.5, abs=0.04
-    )  # sd of 2000 votes: 0.011
-    assert scores(normal(300, 8, 1), ref)["c2st"] == pytest.approx(
-        0.5, abs=0.07
-    )  # equal numbers: 300 against 300
+    # sd of 2000 votes: 0.011
+    assert scores(normal(1000, 8, 1), ref)["c2st"] == pytest.approx(0.5, abs=0.04)
+    # equal numbers: 300 against 300
+    assert scores(normal(300, 8, 1), ref)["c2st"] == pytest.approx(0.5, abs=0.07)
     assert scores(ref + 100, ref)["c2st"] == 1
     assert scores(ref.clone(), ref)["c2st"] == 0
     half = torch.cat([ref[:500], normal(500, 8, 2)])
     assert 0.1 < scores(half, ref)["c2st"] < 0.4
-    assert (
-        scores(ref[:1].repeat(1000, 1), ref[1:].repeat(2, 1)[:1000])["c2st"] > 0.4
-    )  # a row as near to both counts half
+    # a row as near to both counts half
+    assert scores(ref[:1].repeat(1000, 1), ref[1:].repeat(2, 1)[:1000])["c2st"] > 0.4
     # Planted error: with 300 against 1000 the larger set would win most votes.
     assert brute_votes(normal(300, 8, 1), ref) > 0.6
 
@@ -674,12 +669,10 @@ def test_one_pass_equals_torch_fidelity_end_to_end(halves, extractor, tmp_path):
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     for name in ("precision", "recall"):
-        assert round(ours[name] * 896) == pytest.approx(
-            theirs[name] * 896, abs=1e-3
-        )  # the same count
-    assert round(ours["precision"] * 896) != round(
-        ours["recall"] * 896
-    )  # so that a swap would be seen
+        # the same count
+        assert round(ours[name] * 896) == pytest.approx(theirs[name] * 896, abs=1e-3)
+    # so that a swap would be seen
+    assert round(ours["precision"] * 896) != round(ours["recall"] * 896)
     with pytest.raises(TypeError, match="kid_subset_sise"):
         fidelity(**settings, kid_subset_sise=896)
     careless = fidelity(**settings | {"feature_extractor": "distillbench-careless"})

@@ -87,18 +87,16 @@ def test_schedule_over_the_players_own_updates():
     def cosine(i):
         return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / 100))
 
-    assert rates[0] == pytest.approx(
-        0.1, rel=1e-6
-    )  # linear warm-up over the first tenth: 1/10, 2/10, ...
+    # linear warm-up over the first tenth: 1/10, 2/10, ...
+    assert rates[0] == pytest.approx(0.1, rel=1e-6)
     assert rates[4] == pytest.approx(0.5 * cosine(4), rel=1e-6)
     assert rates[9] == pytest.approx(cosine(9), rel=1e-6)
     assert rates[50] == pytest.approx(0.51, rel=1e-6)
     assert rates[99] == pytest.approx(0.02, abs=1e-3) and made.learning_rate() == pytest.approx(
         0.02
     )
-    assert rates[9] != pytest.approx(
-        0.9 * cosine(9), rel=1e-3
-    )  # planted: a warm-up that starts at 0
+    # Planted: a warm-up that starts at 0
+    assert rates[9] != pytest.approx(0.9 * cosine(9), rel=1e-3)
 
 
 def test_default_rate_is_constant():
@@ -107,10 +105,9 @@ def test_default_rate_is_constant():
         assert made.learning_rate() == 0.3
 
 
+# AdamW forgets the scale of a gradient, but its first moment does not
 @pytest.mark.parametrize(("clip", "factor"), [(0.5, 0.1), (10.0, 1.0), (None, 1.0)])
-def test_clipping(
-    clip, factor
-):  # AdamW forgets the scale of a gradient, but its first moment does not
+def test_clipping(clip, factor):
     net = Scalar()
     made = player(net, clip=clip, betas=(0.9, 0.99))
     made.update(5 * net.p.sum())
@@ -119,10 +116,11 @@ def test_clipping(
     )
 
 
+# a share of the player's own updates: half of the weight is on the last such share
 @pytest.mark.parametrize("half_life", [0.01, 0.03, 0.1, 0.2])
 def test_half_life_at_the_end(
     half_life,
-):  # a share of the player's own updates: half of the weight is on the last such share
+):
     net, total = Scalar(), 1000
     made = player(net, total=total, half_lives={"evaluation": half_life, "double": 2 * half_life})
     for i in range(total):
@@ -130,9 +128,8 @@ def test_half_life_at_the_end(
             net.p.data.fill_(1.0)
         made.update(0 * net.p.sum())
     assert float(made.averaged("evaluation").p) == pytest.approx(0.5, abs=2e-3)
-    assert float(made.averaged("double").p) == pytest.approx(
-        1 - 0.5**0.5, abs=2e-3
-    )  # planted: twice the half-life is not 0.5
+    # Planted: twice the half-life is not 0.5
+    assert float(made.averaged("double").p) == pytest.approx(1 - 0.5**0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize("half_life", [0.01, 0.03])
@@ -193,9 +190,8 @@ def test_a_state_dict_continues_bit_for_bit():
         and all(torch.equal(one[k], two[k]) for k in one)
         and int(two["updates"]) == 20
     )
-    without = {
-        k: v for k, v in state.items() if not k.startswith("optimizer.")
-    }  # planted: moments forgotten
+    # Planted: moments forgotten
+    without = {k: v for k, v in state.items() if not k.startswith("optimizer.")}
     forgetful.load_state_dict(without)
     move(forgetful, 9, 20)
     assert not torch.equal(forgetful.networks[0][0].weight, whole.networks[0][0].weight)
@@ -243,9 +239,10 @@ def train(rank: int, world: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+# meanflow.md test 14; design.md: 1 rank and 2 ranks see the same batch
 def test_two_ranks_are_one_rank(
     tmp_path: Path,
-):  # meanflow.md test 14; design.md: 1 rank and 2 ranks see the same batch
+):
     torch.multiprocessing.spawn(train, (2, str(tmp_path)), nprocs=2)
     train(0, 1, str(tmp_path))
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
@@ -256,6 +253,5 @@ def test_two_ranks_are_one_rank(
         torch.testing.assert_close(first["state"][k], value, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.stack(first["means"]), torch.stack(one["means"]))
     assert torch.equal(torch.stack(first["means"]), torch.stack(second["means"]))
-    assert not torch.allclose(
-        first["local"]["0.weight"], second["local"]["0.weight"], atol=1e-4
-    )  # planted: no averaging
+    # Planted: no averaging
+    assert not torch.allclose(first["local"]["0.weight"], second["local"]["0.weight"], atol=1e-4)

@@ -89,11 +89,12 @@ def moments_fit(sampler, denoise, steps: int, mean: float, std: float) -> bool:
 @pytest.mark.parametrize("steps", STEPS)
 def test_an_exact_student_returns_the_data(steps):  # test 7
     assert moments_fit(renoising, transport, steps, M, S)
+    # at t = 1/2 roles are equal
     wrong = {
         1: (last_made,),
         2: (stale, one_late, last_made),
         4: (stale, one_late, reversed_roles, last_made),
-    }  # at t = 1/2 roles are equal
+    }
     for planted in wrong[steps]:
         assert not moments_fit(planted, transport, steps, M, S), planted.__name__
 
@@ -110,12 +111,10 @@ def test_a_posterior_mean_has_the_variance_of_its_recursion(steps):
         gain = ((1 - t) * S**2 / spread(t) ** 2).item()
         variance = gain**2 * ((1 - t.item()) ** 2 * variance + t.item() ** 2)
     assert moments_fit(renoising, posterior, steps, M, variance**0.5)
-    assert steps < 4 or not moments_fit(
-        stale, posterior, steps, M, variance**0.5
-    )  # the first output is M: nothing to correlate with
-    assert not moments_fit(
-        renoising, posterior, steps, M, S
-    )  # the mean of all data is not a sample
+    # the first output is M: nothing to correlate with
+    assert steps < 4 or not moments_fit(stale, posterior, steps, M, variance**0.5)
+    # the mean of all data is not a sample
+    assert not moments_fit(renoising, posterior, steps, M, S)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -183,9 +182,8 @@ def test_a_simulated_input_is_what_the_sampler_meets(k, start):  # test 6
         lambda x, t: (calls.append(t), transport(x, t))[1], z, 4, k, fresh, start
     )
     assert torch.equal(x, inputs[k][0]) and torch.equal(t, inputs[k][1]) and len(calls) == k
-    assert not any(
-        torch.equal(x, inputs[j][0]) for j in range(4) if j != k
-    )  # planted: a neighbour's input
+    # Planted: a neighbour's input
+    assert not any(torch.equal(x, inputs[j][0]) for j in range(4) if j != k)
     assert t.unique().item() == start * (1 - k / 4)
     if start < 1:  # its first input is start z, which is no draw of x_t: noise alone, of that size
         assert not torch.equal(inputs[0][0], z) and torch.equal(inputs[0][0], start * z)
@@ -215,9 +213,10 @@ def test_one_step_has_no_path():  # test 6: with N = 1 simulated and noised real
         lambda x, t: pytest.fail("evaluated"), z, 1, 0, lambda: pytest.fail("drawn")
     )
     assert torch.equal(x, noised(real, z, t))
+    # Planted: N = 2
     assert not torch.equal(
         simulated_input(lambda x, t: x, z, 2, 1, lambda: z)[0], noised(real, z, at(0.5, z))
-    )  # planted: N = 2
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -60,9 +60,8 @@ def before(line: str, *code: str) -> tuple[str, str]:
 
 
 LINE = r"\(method\.py:\d+\)"
-OURS = "|".join(
-    p.stem for p in (ROOT / "distillbench").rglob("*.py")
-)  # where the time may be up between two of a method's steps
+# where the time may be up between two of a method's steps
+OURS = "|".join(p.stem for p in (ROOT / "distillbench").rglob("*.py"))
 LAST_ONE = "        return self.generate(self.student.averaged(), noise, cond.labels)\n"
 INIT = "        self.task = task\n"
 # name: (edit, status, pattern of the reason). All in one process, since none harms it.
@@ -623,9 +622,8 @@ def test_somebody_who_ends_the_process_leaves_no_record(here: Checkout, whom: st
     lines = journal.read(folder)
     checkpoints = [line["checkpoint"] for line in lines if "checkpoint" in line]
     if number in (signal.SIGTERM, signal.SIGUSR2):
-        assert lines[-1] == {
-            "checkpoint": lines[-2]["step"] + 1
-        }  # not one of the twenty: nothing is repeated
+        # not one of the twenty: nothing is repeated
+        assert lines[-1] == {"checkpoint": lines[-2]["step"] + 1}
     done = here.run("distillbench", "train", "tiny-ring", f"{whom}{number}", "--seeds", "0")
     assert done.returncode == 0 and record_of(cell(arm=f"{whom}{number}"))["status"] == "done"
     starts = [line["start"] for line in journal.read(folder) if "start" in line]
@@ -732,12 +730,13 @@ layer(torch.randn(8, 64)).sum().backward()
 def test_a_greedy_process_gets_an_error_and_its_neighbours_live(here: Checkout):
     code = LIMITED.format(limit=True)
     assert here.run(sys.executable, "-c", code).stdout == "True\n"
+    # Planted: no limit
     assert (
         here.run(
             sys.executable, "-c", code.replace("if True", "if False").replace(".fill_(0)", "")
         ).stdout
         == ""
-    )  # planted: no limit
+    )
 
 
 def test_memory_that_is_left_is_that_of_the_machine_and_of_the_control_groups(

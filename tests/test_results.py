@@ -58,10 +58,11 @@ def test_digits():
     teacher = max((r for r in found if r["group"] == "teacher"), key=lambda r: r["nfe"])[
         "recall_mean"
     ]
+    # Planted: who may have 0.7 of the teacher's, and none 0.5
     for share, low in (
         (0.7, METHODS - {*ADVERSARIAL}),
         (0.5, METHODS),
-    ):  # planted: who may have 0.7 of the teacher's, and none 0.5
+    ):
         worse = [
             r | {"recall_mean": share * teacher} if r["group"] == "distillation" else r
             for r in found
@@ -98,9 +99,8 @@ def broken_ablations(found: list[dict]) -> list[str]:
 def test_ablations():
     found = rows("table3")
     assert all(r["seeds"] == 3 for r in found if r["group"] == "distillation")
-    assert broken_ablations(found) == [
-        "dmd2@four-step"
-    ]  # its critic does not know the step that it judges: methods/dmd2/README.md
+    # its critic does not know the step that it judges: methods/dmd2/README.md
+    assert broken_ablations(found) == ["dmd2@four-step"]
     planted = ("dmd2", None), ("add", "distill-only"), ("sid", "naive")
     wrong = [
         r | {"fid_mean": 0.0, "recall_mean": 1.0} if (r["method"], r["variant"]) in planted else r

@@ -145,9 +145,8 @@ def test_oracle_table_of_alpha():  # test 4, SID-2
     swapped = [
         slope(lambda d, *rest, alpha=alpha: projected(alpha)(-d, *rest), 0.2) for alpha in ALPHAS
     ]
-    assert all(
-        abs(s / found - 1) > 0.1 for s, found in zip(swapped, table(0.2))
-    )  # planted: D_fake - D_real
+    # Planted: D_fake - D_real
+    assert all(abs(s / found - 1) > 0.1 for s, found in zip(swapped, table(0.2)))
 
 
 def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
@@ -155,6 +154,7 @@ def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
         assert slope(naive, a) >= 0  # descent shrinks every generator
         for alpha in (-0.25, 0.0, 0.5, 0.75, 1.0, 1.2):
             assert slope(projected(alpha), a) * (a - 1) > 0
+    # Stationary at the teacher, whatever alpha
     for alpha in (
         -0.25,
         0.0,
@@ -163,7 +163,7 @@ def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
         1.0,
         1.2,
         1.5,
-    ):  # stationary at the teacher, whatever alpha
+    ):
         assert abs(slope(projected(alpha), 1.0)) < 1e-12
     ends = []
     for loss in (naive, projected(1.0), projected(0.5)):
@@ -181,9 +181,8 @@ def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
 def test_gradient_is_linear_in_alpha():  # test 5: (1 - alpha) A + B / 2
     for a in (0.2, 0.9, 4.0):
         big_a = slope(naive, a)
-        big_b = slope(
-            lambda delta, x, d_real: 2 * (delta * (d_real - delta - x)).mean(), a
-        )  # D_fake = D_real - delta
+        # D_fake = D_real - delta
+        big_b = slope(lambda delta, x, d_real: 2 * (delta * (d_real - delta - x)).mean(), a)
         for alpha in (*ALPHAS, 0.75):
             assert slope(projected(alpha), a) == pytest.approx(
                 (1 - alpha) * big_a + big_b / 2, rel=1e-9
@@ -231,9 +230,8 @@ def test_identity_on_a_mixture():
                 ends.append(method.naive_loss(both(*moved)[0], w).item())
             exact = (ends[0] - ends[1]) / 2e-4
             assert 2 * gradient[i].item() == pytest.approx(exact, rel=1e-3)
-            assert (
-                abs(alone[i].item() / exact - 1) > 0.05
-            )  # planted: the critic taken for a constant
+            # Planted: the critic taken for a constant
+            assert abs(alone[i].item() / exact - 1) > 0.05
 
 
 def test_the_critics_error_is_orthogonal_to_every_function_of_the_noisy_sample():  # test 7
@@ -304,11 +302,12 @@ def test_loss_in_velocities_is_the_loss_in_denoisers(alpha):  # (i)
         return torch.autograd.grad(loss, y, retain_graph=True)[0]
 
     torch.testing.assert_close(gradient(ours(t)), gradient(expected), rtol=1e-8, atol=1e-12)
+    # delta's sign; x_t in W; alpha
     planted = (
         ours(t, swap=True),
         ours(t, clean=False),
         official(y, n, sigma, alpha + 0.2)[0],
-    )  # delta's sign; x_t in W; alpha
+    )
     for wrong in planted:
         assert not torch.allclose(gradient(wrong), gradient(expected), rtol=1e-2, atol=1e-6)
 
@@ -322,9 +321,8 @@ def test_normaliser():  # test 8: detached, one for each sample, of the clean sa
     w = method.normaliser(x, real)
     assert w.shape == (8, 1, 1) and not w.requires_grad
     torch.testing.assert_close(w[:, 0, 0], t * (v - (e - x)).abs().mean((1, 2)).detach())
-    assert not torch.allclose(
-        w, method.normaliser(x_t, real), rtol=1e-2
-    )  # planted: the noisy sample
+    # Planted: the noisy sample
+    assert not torch.allclose(w, method.normaliser(x_t, real), rtol=1e-2)
     assert (method.normaliser(torch.zeros(4, 3), 1e-7 * torch.randn(4, 3)) == 1e-5).all()
     assert method.normaliser(
         torch.zeros(4, 3), torch.full((4, 3), 1e-4)
@@ -370,10 +368,9 @@ def seen_by(monkeypatch, m) -> dict:
     return found
 
 
+# (b.3): through both networks' inputs, nothing stopped but W
 @pytest.mark.parametrize("alpha", [1.0, 1.2])
-def test_gradient_of_the_generator(
-    monkeypatch, alpha
-):  # (b.3): through both networks' inputs, nothing stopped but W
+def test_gradient_of_the_generator(monkeypatch, alpha):
     m, task = made(alpha=alpha)
     found = seen_by(monkeypatch, m)
     labels, t, e = batch().cond.labels[N:], 0.02 + 0.78 * step().rng("t").uniform(N), found["e"]
@@ -417,22 +414,19 @@ def test_detached_is_the_gradient_of_dmd(monkeypatch):  # test 2, SID-6
         d["gradient"], -d["delta"] / d["w"] / d["delta"].numel(), rtol=1e-5, atol=1e-9
     )
     x_t, labels = noised(d["x"], d["e"], d["t"]).detach(), batch().cond.labels[N:]
-    again = made(loss="detached")[
-        0
-    ]  # the critic has moved once before the generator's turn: so must this one
+    # the critic has moved once before the generator's turn: so must this one
+    again = made(loss="detached")[0]
     again.train_step(batch(), step())
     v_fake = again.fake(x_t, d["t"], labels)
     dmd = (
         matching_gradient(d["v_real"], v_fake, d["x"], d["e"], d["t"], "residual") / d["x"].numel()
     )
     torch.testing.assert_close(d["gradient"], dmd, rtol=1e-4, atol=1e-8)
-    assert not torch.allclose(
-        both["projected"]["gradient"], d["gradient"], rtol=0.1, atol=1e-5
-    )  # planted: through the networks
+    # Planted: through the networks
+    assert not torch.allclose(both["projected"]["gradient"], d["gradient"], rtol=0.1, atol=1e-5)
     assert not torch.allclose(-d["gradient"], dmd, rtol=0.1, atol=1e-5)
-    torch.testing.assert_close(
-        both["projected"]["loss"], d["loss"]
-    )  # values do not tell them apart
+    # values do not tell them apart
+    torch.testing.assert_close(both["projected"]["loss"], d["loss"])
 
 
 def test_alpha_does_not_matter_where_nothing_flows_through_the_networks(monkeypatch):
@@ -446,14 +440,16 @@ def test_alpha_does_not_matter_where_nothing_flows_through_the_networks(monkeypa
     assert not torch.allclose(ends[2], ends[3], atol=1e-4)
 
 
+# test 1: the student starts there
 def test_a_critic_that_equals_the_teacher_is_stationary(
     monkeypatch,
-):  # test 1: the student starts there
+):
     for loss in ("projected", "naive", "detached"):
+        # Planted: the teacher is guided, the critic never
         for w, moves in (
             (1.0, False),
             (3.0, True),
-        ):  # planted: the teacher is guided, the critic never
+        ):
             m, _ = made(critic_differs=False, loss=loss)
             still(m.critic)
             before, values = weights(m.net), []
@@ -521,10 +517,11 @@ def test_the_generator_sees_scaled_noise_and_no_data():  # (a), (i)
         ):
             assert not torch.allclose(x, planted, atol=1e-2)
         torch.testing.assert_close(m.sample(z, Condition(labels), 1, None), x)
+    # sigma_init = 2.5, scaled
     for level, std in (
         (FILE.config["input_time"], 0.75),
         (FILE.benchmarks["gaussians"]["input_time"], 1.0),
-    ):  # sigma_init = 2.5, scaled
+    ):
         assert level == pytest.approx(2.5 * std / 0.5 / (1 + 2.5 * std / 0.5), abs=1e-3)
 
 
@@ -538,12 +535,13 @@ def test_fresh_noise_and_labels_for_each_update():  # (c)
     data = batch()
     m.train_step(data, step())
     (z, fake, z2, fake2) = (a for a, _ in asked)
+    # detached: the critic's second evaluation keeps no graph
     assert [grad for _, grad in asked] == [
         False,
         True,
         True,
         False,
-    ]  # detached: the critic's second evaluation keeps no graph
+    ]
     for first, second in ((z, z2), (fake, fake2)):
         assert torch.equal(first[2], data.cond.labels[:N]) and torch.equal(
             second[2], data.cond.labels[N:]
@@ -610,12 +608,13 @@ def test_times_of_a_step():
             assert critic.min() < 0.005 and critic.max() > 0.995
         else:
             median = 1.5 * math.exp(-1.2)
+            # Planted: one law
             assert (
                 abs(critic.median() - median / (1 + median))
                 < 0.02
                 < 0.1
                 < student.median() - critic.median()
-            )  # planted: one law
+            )
             assert 0.97 < student.max() < 0.9735 and critic.max() > 0.975
 
 
@@ -637,9 +636,8 @@ def test_critic_loss_is_edms_in_velocities(monkeypatch):  # (b.2); conventions.m
     x.requires_grad_(True)
     v.requires_grad_(True)
     loss = method.critic_loss(v, x, e, torch.ones_like(t))
-    assert (
-        torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)[0] is None
-    )  # the samples are constants
+    # the samples are constants
+    assert torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)[0] is None
     torch.testing.assert_close(
         torch.autograd.grad(loss, v)[0], 2 * (v - (e - x)).detach() / x.numel()
     )
@@ -665,9 +663,8 @@ def test_the_critics_minimiser_is_the_velocity_of_the_samples(law):
         return max(float(d.mean().abs() / d.std() * n**0.5) for d in directions)
 
     assert z_score(exact, (x, e)) < 4
-    assert (
-        z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
-    )  # planted: x - e; another velocity
+    # Planted: x - e; another velocity
+    assert z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
 
 
 # Arms, cost, and the whole.

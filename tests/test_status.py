@@ -53,9 +53,8 @@ def test_status_shows_a_matrix(checkout: Checkout):
     found = re.search(r"tiny-ring/meanflow +(\d+)% \d+ (s|min) left +waiting", running)
     assert found and 0 < int(found[1]) < 100, running
     assert re.search(r"tiny-ring/dmd +FAILED +waiting", running) and "1 failed" in running
-    assert re.search(r"tiny-ring/meanflow +interrupted at \d+% +waiting", stopped), (
-        stopped
-    )  # its lock file is still there
+    # its lock file is still there
+    assert re.search(r"tiny-ring/meanflow +interrupted at \d+% +waiting", stopped), stopped
     assert (cell(arm="meanflow").folder / "lock").is_file() and not is_locked(
         cell(arm="meanflow").folder / "lock"
     )

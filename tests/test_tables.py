@@ -221,9 +221,8 @@ def test_diagnostics_are_a_second_table():
     } == {"teacher": "–", "follows": "0.375", "matches": "–", "class means": "–"}
     assert "dead" in main and "dead" not in second
     twins = {r["method"]: r for r in build_rows(given)}
-    assert all(
-        twins["matches"][f"{m}_mean"] == value for m, value in MORE.items()
-    )  # the twins keep every number
+    # the twins keep every number
+    assert all(twins["matches"][f"{m}_mean"] == value for m, value in MORE.items())
 
 
 def test_records_from_before_a_score_still_render():

@@ -56,10 +56,11 @@ def theirs(f, primals, tangents) -> tuple[Tensor, Tensor]:
 
     Its native one has a tangent whose gradient is wrong (finite differences say so).
     """
+    # the only attention with a forward mode
     with (
         sdpa_kernel(SDPBackend.MATH),
         pytest.MonkeyPatch.context() as patch,
-    ):  # the only attention with a forward mode
+    ):
         patch.setattr(F, "layer_norm", layer_norm)
         return jvp(f, primals, tangents)
 
@@ -88,14 +89,12 @@ def test_patches_are_tiles_and_come_back():
     net, x = DiT(SHAPE, CLASSES, **TINY), torch.arange(2 * 2 * 4 * 6).float().reshape(2, *SHAPE)
     tokens = net.patches(x)
     assert torch.equal(net.image(tokens), x) and tokens.shape == (2, 6, 8)
-    assert torch.equal(
-        tokens[1, 4], x[1, :, 2:4, 2:4].flatten()
-    )  # the fifth patch: second row, second column
+    # the fifth patch: second row, second column
+    assert torch.equal(tokens[1, 4], x[1, :, 2:4, 2:4].flatten())
     place = positions(2, 3, 16)
     assert place.shape == (6, 16) and place.unique(dim=0).shape[0] == 6
-    assert torch.equal(place[4, :8], place[3, :8]) and torch.equal(
-        place[4, 8:], place[1, 8:]
-    )  # the row first, then the column
+    # the row first, then the column
+    assert torch.equal(place[4, :8], place[3, :8]) and torch.equal(place[4, 8:], place[1, 8:])
 
 
 def test_it_starts_at_zero_and_its_blocks_as_the_identity():
@@ -271,9 +270,8 @@ def test_b2_is_the_papers_size():
     with torch.device("meta"):
         net = DiT((4, 32, 32), 1000, **SIZES["B/2"])
     count = sum(p.numel() for p in net.parameters())
-    assert (
-        125e6 < count < 135e6
-    )  # arXiv 2212.09748, Table 1: 130M, with another time embedding and without the variances
+    # arXiv 2212.09748, Table 1: 130M, with another time embedding and without the variances
+    assert 125e6 < count < 135e6
 
 
 def test_a_task_hands_it_out():
@@ -295,9 +293,8 @@ def test_a_task_hands_it_out():
     net = task.network("teacher", second_time=True, guidance=True)
     (x, t, s), (v, one, zero) = ([part.float() for part in parts] for parts in point())
     assert isinstance(net, DiT)
-    torch.testing.assert_close(
-        net(x, t, LABELS, s=s, guidance=t), teacher(x, t, LABELS)
-    )  # added inputs start without effect
+    # added inputs start without effect
+    torch.testing.assert_close(net(x, t, LABELS, s=s, guidance=t), teacher(x, t, LABELS))
     with meter.counting():
         u, du = task.jvp(net, (x, t, s), (v, one, zero), Condition(LABELS, t))
     assert (

@@ -119,9 +119,8 @@ def test_closed_form_identities():  # test 1
     assert near(dx_ds, v)  # dX/ds = v(X, s)
     assert near(method.terminal_loss(dx_ds, v, t, s, 1.0), torch.zeros_like(t))
     assert not near(method.terminal_velocity(u, -du, t, s), v, 0.1)  # planted: + (t-s) du/ds
-    planted = jvp(lambda t: average(x, t, s), (t,), (torch.ones_like(t),))[
-        1
-    ]  # planted: MeanFlow's derivative, along t
+    # Planted: MeanFlow's derivative, along t
+    planted = jvp(lambda t: average(x, t, s), (t,), (torch.ones_like(t),))[1]
     assert not near(method.terminal_velocity(u, planted, t, s), v, 0.1)
 
 
@@ -152,11 +151,12 @@ def test_the_gradient_pushes_a_perturbed_map_back(wrong):  # test 2: u + eps x, 
             return average(x, t, s) + eps * x
 
         u, du = in_s(perturbed, x, t, s)
+        # Planted: sign of (s-t)
         dx_ds = (
             method.terminal_velocity(u, du, s, t)
             if wrong
             else method.terminal_velocity(u, du, t, s)
-        )  # planted: sign of (s-t)
+        )
         a = method.terminal_loss(dx_ds, velocity(paths.jump(x, u, t, s), s), t, s, 1.0)
         b = method.weighted_error(perturbed(x, s, s), velocity(x, s), 1.0)
         (g,) = torch.autograd.grad((a + b).mean(), eps)
@@ -172,9 +172,8 @@ def test_jumps_with_the_exact_average_velocity_agree_for_any_number_of_steps(): 
     )
     for steps in (2, 4, 7):
         assert near(jumps(average, z, steps), one)
-        assert not near(
-            jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2
-        )  # planted: another s
+        # Planted: another s
+        assert not near(jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2)
 
 
 # Derivative and gradient
@@ -198,9 +197,8 @@ def test_derivative_in_s_is_minus_that_in_the_gap():  # test 3
     in_gap = jvp(embedded, (t - s,), (-torch.ones_like(s),))[1]
     torch.testing.assert_close(du, in_gap, rtol=1e-4, atol=1e-5)
     in_t = jvp(lambda t: m.net(x, t, data.cond.labels, s=s), (t,), (torch.ones_like(t),))[1]
-    assert (
-        relative(-in_gap, du) > 1 and relative(in_t, du) > 0.1
-    )  # planted: tangent +1, MeanFlow's derivative
+    # Planted: tangent +1, MeanFlow's derivative
+    assert relative(-in_gap, du) > 1 and relative(in_t, du) > 0.1
 
 
 def objective(m, reference: dict[str, Tensor], bar: dict[str, Tensor], data: Batch) -> Tensor:
@@ -235,9 +233,8 @@ def test_gradient_is_that_of_the_papers_objective(monkeypatch):  # section 3; te
     m.config = m.config.model_copy(update={"detach_jvp": True})
     detached = flat(torch.autograd.grad(loss_of(m, data, monkeypatch), m.student.parameters))
     m.config = m.config.model_copy(update={"detach_jvp": False})
-    monkeypatch.setattr(
-        F, "layer_norm", explicit_layer_norm
-    )  # torch's own is wrong in second order (test_jvp.py)
+    # torch's own is wrong in second order (test_jvp.py)
+    monkeypatch.setattr(F, "layer_norm", explicit_layer_norm)
     parameters = dict(m.net.named_parameters())
 
     def gradient(bar: dict[str, Tensor]) -> Tensor:
@@ -247,16 +244,14 @@ def test_gradient_is_that_of_the_papers_objective(monkeypatch):  # section 3; te
 
     expected = gradient(dict(m.student.averaged("target").named_parameters()))
     assert relative(ours, expected) < 1e-3
-    assert (
-        relative(gradient({k: v.detach() for k, v in parameters.items()}), expected) > 1e-2
-    )  # planted: no u_bar
+    # Planted: no u_bar
+    assert relative(gradient({k: v.detach() for k, v in parameters.items()}), expected) > 1e-2
     assert relative(detached, expected) > 1e-2  # planted: the derivative cut off the graph
 
 
+# test 4: X, u_bar, guidance's null
 @pytest.mark.parametrize("name", [None, "with-anchor", "scratch", "target-ema-0", "scratch-rms"])
-def test_nothing_flows_into_targets_and_their_arguments(
-    monkeypatch, name
-):  # test 4: X, u_bar, guidance's null
+def test_nothing_flows_into_targets_and_their_arguments(monkeypatch, name):
     m, _ = made(name)
     data, seen, original = batch(2.0), [], m.velocity
 
@@ -280,25 +275,26 @@ def test_nothing_flows_into_targets_and_their_arguments(
 
     monkeypatch.setattr(m, "velocity", watched)
     assert reached() == [False] * (2 if m.config.anchor else 1)
+    # Planted: no sg
     monkeypatch.setattr(
         method, "weighted_error", lambda u, target, w: (u - target).square().flatten(1).mean(1)
-    )  # planted: no sg
+    )
     assert all(reached())
 
 
 # The loss
 
 
+# test 5: the mask is of A alone, row by row
 def test_rows_with_equal_times_leave_flow_matching(
     monkeypatch,
-):  # test 5: the mask is of A alone, row by row
+):
     x, target, t = torch.randn(8, 3), torch.randn(8, 3), torch.rand(8)
     s = torch.where(torch.arange(8) < 3, t, 0.5 * t)
     a = method.terminal_loss(x, target, t, s, 1.0)
     full = method.weighted_error(x, target, 1.0)
-    assert (
-        (a[:3] == 0).all() and torch.equal(a[3:], full[3:]) and (full > 0).all()
-    )  # planted: full, without the mask
+    # Planted: full, without the mask
+    assert (a[:3] == 0).all() and torch.equal(a[3:], full[3:]) and (full > 0).all()
     m, _ = made("scratch", label_dropout=0.0)
     monkeypatch.setattr(m, "times", lambda rng, n: (times.uniform(rng, n),) * 2)
     calls, data = captured(monkeypatch, method, "weighted_error"), batch()
@@ -330,9 +326,8 @@ def test_the_weight_is_beta_on_the_residual():
         torch.testing.assert_close(own, ((u - target) * beta).square().mean(1))
         torch.testing.assert_close(own, (u - target).square().mean(1) / w**2)
         assert not torch.allclose(own, (u - target).square().mean(1) / w)  # planted: 1/w
-    assert not torch.allclose(
-        b, (f - v - (1 - column) * null).square().mean(1)
-    )  # planted: 1 - w in place of 1/w - 1
+    # Planted: 1 - w in place of 1/w - 1
+    assert not torch.allclose(b, (f - v - (1 - column) * null).square().mean(1))
 
 
 MU, SIGMA = 1.0, 0.5
@@ -354,9 +349,8 @@ def test_fixed_point_of_guidance():
     sign = 2.0 * labels - 1
     x, e = sign * MU + SIGMA * torch.randn(n), torch.randn(n)
     x_s = (1 - s) * x + s * e
-    share = torch.sigmoid(
-        2 * MU * (1 - s) * x_s / ((1 - s) ** 2 * SIGMA**2 + s**2)
-    )  # of class 1 given x_s
+    # of class 1 given x_s
+    share = torch.sigmoid(2 * MU * (1 - s) * x_s / ((1 - s) ** 2 * SIGMA**2 + s**2))
     v_null = share * of_class(x_s, s, torch.ones(n)) + (1 - share) * of_class(
         x_s, s, -torch.ones(n)
     )
@@ -377,12 +371,10 @@ def test_fixed_point_of_guidance():
         ).solution.flatten()
 
     assert near(fitted(v_c, ~dropped, v_null), torch.tensor([w, 1 - w]), 0.05)
-    assert near(
-        fitted(x_s, dropped, v_null), torch.tensor([0.0, 1.0]), 0.05
-    )  # what x_s alone can say
-    assert not near(
-        fitted(v_c, ~dropped, v_c), torch.tensor([w, 1 - w]), 0.5
-    )  # planted: the conditional field as its own null
+    # what x_s alone can say
+    assert near(fitted(x_s, dropped, v_null), torch.tensor([0.0, 1.0]), 0.05)
+    # Planted: the conditional field as its own null
+    assert not near(fitted(v_c, ~dropped, v_c), torch.tensor([w, 1 - w]), 0.5)
 
 
 # Order, inputs and networks
@@ -405,9 +397,8 @@ def test_the_target_moves_after_the_update_and_starts_as_a_copy(monkeypatch):  #
         m.train_step(batch(), step(i))
         after.append(weights(m.net))
     assert torch.equal(used[1], after[0])  # what the first update left: AveragedModel starts there
-    torch.testing.assert_close(
-        used[2], 0.5 * (after[0] + after[1])
-    )  # a plain mean until it spans the half-life
+    # a plain mean until it spans the half-life
+    torch.testing.assert_close(used[2], 0.5 * (after[0] + after[1]))
     assert not torch.allclose(used[2], after[1], atol=1e-6)  # planted: no average
 
 
@@ -428,11 +419,12 @@ def test_a_drawn_weight_is_an_input_as_its_inverse(name):  # F.1: beta = 1/w, 1 
     values = [g.value if hasattr(g, "value") else g for _, g in seen]
     conditional = [g for (labels, _), g in zip(seen, values) if not (labels == CLASSES).all()]
     null = [g for (labels, _), g in zip(seen, values) if (labels == CLASSES).all()]
+    # Planted: null rows keep w
     assert (
         conditional
         and all(torch.equal(g, own) for g in conditional)
         and not torch.equal(own, 1 / w)
-    )  # planted: null rows keep w
+    )
     assert all((g == 1).all() for g in null) and len(null) == (name == "scratch")
     seen.clear()
     m.sample(torch.randn(6, 2), Condition(torch.arange(6) % CLASSES, 2.0), 1, None)
@@ -441,10 +433,11 @@ def test_a_drawn_weight_is_an_input_as_its_inverse(name):  # F.1: beta = 1/w, 1 
         m.sample(torch.randn(6, 2), Condition(torch.arange(6) % CLASSES, 1.0), 1, None)
 
 
+# test 11; the last layer is zero too, so gates move in the second update
 @pytest.mark.parametrize("norms", ["rms", "layer"])
 def test_rms_norms_start_at_zero_and_gates_jump(
     norms,
-):  # test 11; the last layer is zero too, so gates move in the second update
+):
     m = fresh("scratch", norms=norms)
     gates, labels, x, t = [], torch.arange(N) % CLASSES, torch.randn(N, 2), torch.rand(N)
 
@@ -525,9 +518,8 @@ def test_evaluations_of_an_update(name):
         task.meter.rows.clear()
         with task.meter.counting():
             m.train_step(batch(weight), step())
-        assert (
-            dict(task.meter.calls) == COSTS[name] | more
-        )  # guidance: the teacher's second call, or the null target
+        # guidance: the teacher's second call, or the null target
+        assert dict(task.meter.calls) == COSTS[name] | more
         assert all(
             rows == N * task.meter.calls[role]
             for role, rows in task.meter.rows.items()
@@ -576,6 +568,5 @@ def test_sampling_follows_the_grid_with_as_many_evaluations(scaled):  # section 
     u = m.net(z, torch.ones(6), labels, s=torch.zeros(6))
     one = m.sample(z, Condition(labels, 2.0), 1, None)
     torch.testing.assert_close(one, z - (2 * u if scaled else u))
-    assert not torch.allclose(one, z + u) and not torch.allclose(
-        one, z - (u if scaled else 2 * u)
-    )  # planted
+    # Planted
+    assert not torch.allclose(one, z + u) and not torch.allclose(one, z - (u if scaled else 2 * u))

@@ -141,9 +141,8 @@ def test_an_absolute_number_is_met_within_its_tolerance():
         return [around(np.log(value))]
 
     assert judge(y(2.0), "absolute", value=paper) == (SUPPORTED, "within the tolerance")
-    assert (
-        judge(y(2.09), "absolute", value=paper)[0] == INCONCLUSIVE
-    )  # its upper bound is above 2.1
+    # its upper bound is above 2.1
+    assert judge(y(2.09), "absolute", value=paper)[0] == INCONCLUSIVE
     assert judge(y(3.0), "absolute", value=paper, scale_free=False)[0] == NOT_COMPARABLE
     assert judge(y(3.0), "absolute", value=paper) == (CONTRADICTED, "above the tolerance")
     assert judge(y(3.0), "mechanism", value=paper) == (CONTRADICTED, "reversed")
@@ -178,10 +177,11 @@ def test_what_runs_later_takes_no_significance_back():
             verdicts.holm(ps.tolist()),
         )
         assert all(a <= b + 1e-12 for a, b, w in zip(after, before, waiting) if not w)
+    # Planted: a family of those that have run
     alone, both = (
         verdicts.holm([0.03]),
         verdicts.holm([0.03, 0.04]),
-    )  # planted: a family of those that have run
+    )
     assert both[0] > alone[0]
 
 

@@ -66,9 +66,8 @@ def test_a_table_of_images_end_to_end(checkout: Checkout):
     (record,) = checkout.folder.glob("results/runs/tiny/dmd/seed1-*/result.json")
     shutil.rmtree(record.parent)
     redone = checkout.snakemake("results/tiny.md")
-    every = 2 * (
-        1 + len(folders.discover()) + 1
-    )  # the teacher, and meanflow@x0.7, from which FSF-DMD starts
+    # the teacher, and meanflow@x0.7, from which FSF-DMD starts
+    every = 2 * (1 + len(folders.discover()) + 1)
     assert (
         redone.returncode == 0
         and f"{every} of {every} cells have exactly the metrics published before" in redone.stderr
@@ -130,12 +129,13 @@ def test_a_workflow_killed_with_its_teacher_still_makes_the_table(checkout: Chec
     )
 
 
+# a command is the watcher of the worker that it forks
 VICTIMS = (
     "worker",
     "command",
     "snakemake",
     "group",
-)  # a command is the watcher of the worker that it forks
+)
 RUNS, KILLS = 4, 5  # kills in each run
 KILLED = ("add", "dmd", "freeflow")  # with a discriminator, with pairs, with two networks
 
@@ -213,9 +213,8 @@ def killed_again_and_again(checkout: Checkout, run: int) -> list[str]:
         else:
             kill_one(process, victim)
             time.sleep(chance.uniform(0, 3))
-            os.killpg(
-                process.pid, signal.SIGTERM
-            )  # it would retry by itself; the next kill shall meet another command
+            # it would retry by itself; the next kill shall meet another command
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=600)  # after SIGTERM it lets a job end that it had just started
         log.append(f"{victim} after {time.time() - began:.0f} s")
     return log
