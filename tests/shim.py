@@ -27,8 +27,10 @@ def request(
     streams: tuple[int, int, int],
     new_session: bool = False,
 ) -> tuple[socket.socket, int] | None:
-    """The connection to the zygote and the process id of a command that it started; None where it
-    does not know the command, or has gone."""
+    """Connection to the zygote, and the process id of a command that it started.
+
+    None where it does not know the command, or has gone.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     asked = {
         "command": list(command),
