@@ -1,1 +1,4 @@
-"""The ground every distillation method stands on: paths, times, networks, teachers, players, cells and the training loop."""
+"""What every distillation method stands on.
+
+Paths, times, networks, teachers, players, cells and the training loop.
+"""

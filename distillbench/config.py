@@ -264,7 +264,10 @@ class Table(Strict):
     )
     beside: str | None = Field(
         None,
-        description="name of an audit: its arms stand beside the papers' own ablations, in a section of their own",
+        description=(
+            "name of an audit: its arms stand beside the papers' own ablations, "
+            "in a section of their own"
+        ),
     )
     again_of: str | None = Field(
         None,

@@ -35,7 +35,7 @@ def real_environment() -> dict[str, str]:
 
 @cache
 def zygote_environment() -> dict[str, str]:
-    """What makes a command find this process's zygote, which is started; empty where none can be."""
+    """Variables by which a command finds this process's zygote, started here; {} without one."""
     if sys.platform != "linux":
         return {}
     folder = Path(tempfile.mkdtemp(prefix="zygote-"))
@@ -60,7 +60,8 @@ def zygote_environment() -> dict[str, str]:
 
 
 def _stop(server: subprocess.Popen) -> None:
-    """It ends with its standard input."""
+    """End of the zygote, which comes with the end of its standard input."""
+    assert server.stdin is not None
     server.stdin.close()
     server.wait()
 
@@ -92,10 +93,14 @@ class Command:
             tempfile.TemporaryFile(),  # noqa: SIM115
         )
         self._ended = threading.Event()
-        streams = [stream.fileno() for stream in self._files]
+        out, err = self._files
         with open(os.devnull, "rb") as nothing:
             found = shim.request(
-                command, str(folder), environment, (nothing.fileno(), *streams), new_session
+                command,
+                str(folder),
+                environment,
+                (nothing.fileno(), out.fileno(), err.fileno()),
+                new_session,
             )
             if found is None:
                 process = subprocess.Popen(
@@ -103,8 +108,8 @@ class Command:
                     cwd=folder,
                     env=environment,
                     stdin=nothing,
-                    stdout=self._files[0],
-                    stderr=self._files[1],
+                    stdout=out,
+                    stderr=err,
                     start_new_session=new_session,
                 )
         if found is None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> 
     """(arguments, value) of every call of the module's function `name`."""
     calls, original = [], getattr(module, name)
 
-    def wrapped(*args):
+    def wrapped(*args: Any) -> Any:
         calls.append((args, original(*args)))
         return calls[-1][1]
 

@@ -35,7 +35,7 @@ def digits() -> Images:
 
 @cache
 def memorised() -> Tensor:
-    """N images drawn from the training half, classes in turn: the fixed row `memoriser` of seed 0."""
+    """N images of the training half, classes in turn: the fixed row `memoriser` of seed 0."""
     generators = [g.__name__ for g in GENERATORS]
     index = generators.index("memoriser")
     return GENERATORS[index](

@@ -1,4 +1,4 @@
-"""The near end of tests/zygote.py: `shim.py PROGRAM ARGUMENTS...` is that command, less its imports.
+"""The near end of tests/zygote.py: `shim.py PROGRAM ARGUMENTS...` is PROGRAM without its imports.
 
 Run as a script it is what tests have as `python`, `distillbench` and `snakemake` in their PATH. It
 passes signals on, and its own death by SIGKILL is the command's. What the zygote does not know is
@@ -27,8 +27,10 @@ def request(
     streams: tuple[int, int, int],
     new_session: bool = False,
 ) -> tuple[socket.socket, int] | None:
-    """The connection to the zygote and the process id of a command that it started; None where it
-    does not know the command, or has gone."""
+    """Connection to the zygote, and the process id of a command that it started.
+
+    None where it does not know the command, or has gone.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     asked = {
         "command": list(command),

@@ -1,4 +1,7 @@
-"""`make test-slow`: runs the slow tests and writes tests/slow.md, a tracked log with commit, versions and seconds."""
+"""`make test-slow`: runs the slow tests and writes tests/slow.md.
+
+The log is tracked and states commit, versions and seconds.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def main() -> int:
                 (c.tag for c in case if c.tag in ("failure", "error", "skipped")), "passed"
             )
             lines.append(
-                f"| {case.get('classname')} {case.get('name')} | {ended} | {float(case.get('time', 0)):.0f} |"
+                f"| {case.get('classname')} {case.get('name')} | {ended} "
+                f"| {float(case.get('time', 0)):.0f} |"
             )
     dirty = (
         " with uncommitted changes" if git("status", "--porcelain", "--", "..", ":!slow.md") else ""
@@ -49,7 +53,8 @@ def main() -> int:
     head = [
         "# Slow tests",
         "",
-        f"Commit {git('rev-parse', '--short=12', 'HEAD')}{dirty}; Python {platform.python_version()}, torch {version('torch')}, "
+        f"Commit {git('rev-parse', '--short=12', 'HEAD')}{dirty}; "
+        f"Python {platform.python_version()}, torch {version('torch')}, "
         f"snakemake {version('snakemake')}; written by `make test-slow`.",
         "",
         "| test | outcome | seconds |",

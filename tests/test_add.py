@@ -48,9 +48,10 @@ def made(**changes) -> tuple:
     """ADD with a random teacher and the features of small images."""
     settings = ADD.Config.model_validate(SETTINGS | changes)
     torch.manual_seed(2)
+    # withheld unless asked for
     frozen = (
         features.untrained(SHAPE).requires_grad_(False) if ADD.needs(settings).features else None
-    )  # withheld unless asked for
+    )
     task = random_task(SHAPE, features=frozen)
     return ADD(task, settings), task
 
@@ -99,16 +100,16 @@ def test_the_distillation_gradient_in_velocities(weighting):  # tests 1, 2
     (through,) = torch.autograd.grad(
         ((1 - tt) * (leaf - paths.denoiser(paths.noised(leaf, e, t), v, t)).square()).mean(), leaf
     )
-    other = (
-        2 * (1 - tt) * tt**2 * (v - (e - x)) / x.numel()
-    )  # planted: x_psi with its graph; w = 2 t^2
+    # Planted: x_psi with its graph; w = 2 t^2
+    other = 2 * (1 - tt) * tt**2 * (v - (e - x)) / x.numel()
     assert all(
         (gradient - planted).abs().max() > 1e-3
         for planted in (through, other, -expected / x.numel())
     )
 
 
-def test_sds_in_noise_is_dreamfusions_gradient():  # test 2: w (eps_psi - e) = w(t) (1-t) (v - (e - x))
+# test 2: w (eps_psi - e) = w(t) (1-t) (v - (e - x))
+def test_sds_in_noise_is_dreamfusions_gradient():
     x, e, v, t = (
         double(6, 3),
         double(6, 3, seed=1),
@@ -121,12 +122,12 @@ def test_sds_in_noise_is_dreamfusions_gradient():  # test 2: w (eps_psi - e) = w
         method.distillation_loss(leaf, v, paths.noised(x, e, t), t, "sds"), leaf
     )
     torch.testing.assert_close(gradient * x.numel(), tt**2 * (eps - e))
-    assert not torch.allclose(
-        gradient * x.numel(), tt**2 * (1 - tt) * (eps - e), atol=1e-2
-    )  # planted: alpha twice
+    # Planted: alpha twice
+    assert not torch.allclose(gradient * x.numel(), tt**2 * (1 - tt) * (eps - e), atol=1e-2)
 
 
-# A Gaussian teacher N(0, width^2) and a student x = a z. Everything is linear, so the four points of (z, e) are exact.
+# A Gaussian teacher N(0, width^2) and a student x = a z.
+# Everything is linear, so the four points of (z, e) are exact.
 
 Z = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
 E = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
@@ -155,12 +156,14 @@ def kappa(width: float, weighting: str) -> float:
     return (c * TIMES**2 / ((1 - TIMES) ** 2 * width**2 + TIMES**2)).mean().item()
 
 
+# test 4, README 'What the distillation term does'
 @pytest.mark.parametrize("weighting", ["exponential", "sds"])
 @pytest.mark.parametrize("width", [0.3, 1.0])
-def test_the_teacher_pulls_every_sample_to_its_mean(
-    width, weighting
-):  # test 4, README 'What the distillation term does'
-    """dL/da = 2 kappa a and dL/dshift = 2 kappa (shift - mean), whatever a is: zero at a = 0 alone, not at the teacher's width."""
+def test_the_teacher_pulls_every_sample_to_its_mean(width, weighting):
+    """dL/da = 2 kappa a and dL/dshift = 2 kappa (shift - mean) for every a.
+
+    So a student shrinks to a = 0, and not to the teacher's width.
+    """
     for a in (0.1, width, 2.0):
         leaf, shift = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, 0.7))
         slopes = torch.autograd.grad(
@@ -170,12 +173,10 @@ def test_the_teacher_pulls_every_sample_to_its_mean(
         assert slopes[1].item() == pytest.approx(
             2 * kappa(width, weighting) * (0.7 - 0.2), rel=1e-6
         )
-        assert (
-            slopes[0] > 0
-        )  # planted: a loss with its optimum at the teacher would change sign at a = width
-    assert kappa(1.0, "exponential") == pytest.approx(
-        math.pi / 8 - 1 / 4, rel=1e-6
-    )  # the README's numbers
+        # Planted: a loss with its optimum at the teacher would change sign at a = width
+        assert slopes[0] > 0
+    # the README's numbers
+    assert kappa(1.0, "exponential") == pytest.approx(math.pi / 8 - 1 / 4, rel=1e-6)
     assert kappa(1.0, "sds") == pytest.approx(1 / 24, rel=1e-6)
 
 
@@ -202,7 +203,7 @@ class Quadratic(nn.Module):
 def slopes(
     a: float, w: float, gamma: float, weight: float, width: float, heads: int = 1, d: int = 1
 ) -> tuple[float, float]:
-    """d/da of the student's loss and d/dw of the first head's, for equal quadratic heads on samples of d coordinates."""
+    """d/da of the student's loss and d/dw of the first head's, of equal quadratic heads, in R^d."""
     scale, judges = (
         torch.tensor(a, dtype=torch.float64, requires_grad=True),
         [Quadratic(w) for _ in range(heads)],
@@ -221,25 +222,25 @@ def slopes(
     ].item()
 
 
+# README 'What the distillation term does'
 @pytest.mark.parametrize("heads,d", [(1, 1), (1, 4), (3, 2)])
 @pytest.mark.parametrize("width", [0.5, 1.0])
-def test_the_width_that_both_losses_settle_at(
-    width, heads, d
-):  # README 'What the distillation term does'
-    """Inside the hinge's margins: w = lambda kappa / (K d) and a^2 = width^2 (1 - 8 lambda gamma kappa / (K d))."""
+def test_the_width_that_both_losses_settle_at(width, heads, d):
+    """Inside the hinge's margins w = lambda kappa / (K d), a^2 = width^2 (1 - 8 gamma w)."""
     weight, gamma, k = 0.3, 1.0, kappa(width, "exponential")
     w = weight * k / (heads * d)
     a = width * math.sqrt(1 - 8 * gamma * w)
-    at = lambda a, w, gamma, weight: slopes(a, w, gamma, weight, width, heads, d)
+
+    def at(a, w, gamma, weight):
+        return slopes(a, w, gamma, weight, width, heads, d)
+
     assert max(map(abs, at(a, w, gamma, weight))) < 1e-6
     assert a < 0.98 * width  # no small matter
     pulled, blind = at(width, 0.0, gamma, weight)
-    assert (
-        pulled > 0.01 and abs(blind) < 1e-12
-    )  # at the data's width the heads see no difference; the teacher still pulls inwards
-    assert (
-        max(map(abs, at(width, 0.0, gamma, 0.0))) < 1e-12
-    )  # the adversarial loss alone rests there
+    # at the data's width the heads see no difference; the teacher still pulls inwards
+    assert pulled > 0.01 and abs(blind) < 1e-12
+    # the adversarial loss alone rests there
+    assert max(map(abs, at(width, 0.0, gamma, 0.0))) < 1e-12
     for planted in ((a, w, 2 * gamma, weight), (a, w, gamma, 2 * weight), (a, -w, gamma, weight)):
         assert max(map(abs, at(*planted))) > 0.01
 
@@ -253,9 +254,8 @@ def test_losses_are_summed_over_heads():  # test 3
         [some] * 5
     ).item() == pytest.approx(-1.5)
     assert method.discriminator_loss([zero + 1] * 5, [zero - 1] * 5) == 0
-    assert (
-        method.discriminator_loss([zero - 1] * 5, [zero + 1] * 5) == 20
-    )  # planted: real and generated exchanged
+    # Planted: real and generated exchanged
+    assert method.discriminator_loss([zero - 1] * 5, [zero + 1] * 5) == 20
 
 
 def student_samples(m, data: Batch) -> Tensor:
@@ -273,7 +273,10 @@ def test_each_player_moves_the_logits_its_way():  # test 3
     for which in ("student", "discriminator"):
         m, _ = made(distillation=0.0, r1=0.0, student={"lr": 1e-3}, discriminator={"lr": 1e-3})
         x = student_samples(m, data)
-        logit = lambda images: mean_logit(m, images, data.cond.labels)  # noqa: B023
+
+        def logit(images, m=m):
+            return mean_logit(m, images, data.cond.labels)
+
         fake, real = logit(x), logit(data.x)
         rests = m.discriminator if which == "student" else m.student
         rests.update = lambda loss: None
@@ -304,9 +307,8 @@ def test_r1_is_taken_in_what_each_head_is_given(monkeypatch):  # test 6
     torch.testing.assert_close(calls[0][1], expected)
     assert logged["r1"] == calls[0][1] and not data.x.requires_grad
     assert abs(in_pixels - expected) > 0.1 * expected  # planted
-    silent = [
-        0 * d + 1.0 for d in m.judge(given, data.cond.labels)
-    ]  # heads that ignore their input
+    # heads that ignore their input
+    silent = [0 * d + 1.0 for d in m.judge(given, data.cond.labels)]
     assert method.penalty(silent, given) == 0
 
 
@@ -322,9 +324,8 @@ def test_losses_add_up(monkeypatch, gamma):  # Eqs. 1, 3
     assert losses[1] == pytest.approx(
         logged["discriminator"] + gamma * logged.get("r1", 0.0), rel=1e-5
     )
-    assert ("r1" in logged) == (gamma > 0) and logged[
-        "distillation"
-    ] > 0.01  # planted: lambda 1 would show
+    # Planted: lambda 1 would show
+    assert ("r1" in logged) == (gamma > 0) and logged["distillation"] > 0.01
 
 
 # Student, teacher and their times
@@ -354,12 +355,12 @@ def test_the_teacher_sees_the_noised_sample_and_nothing_else(monkeypatch):  # te
             x.detach(), again.rng("teacher e").normal(n, *SHAPE), again.rng("t").uniform(n)
         ),
     )
+    # Planted: the student's noise
     assert not torch.allclose(
         x_t, paths.noised(x.detach(), again.rng("e").normal(n, *SHAPE), t), atol=0.1
-    )  # planted: the student's noise
-    assert not torch.allclose(x_t, x_s, atol=0.1) and not torch.equal(
-        t, s
-    )  # planted: the teacher on the student's own input
+    )
+    # Planted: the teacher on the student's own input
+    assert not torch.allclose(x_t, x_s, atol=0.1) and not torch.equal(t, s)
     assert (
         t.min() < 0.01 and t.max() > 0.99 and abs(torch.corrcoef(torch.stack([t, s]))[0, 1]) < 0.06
     )
@@ -447,9 +448,10 @@ def test_samplers_visit_trained_levels_only(law, nfe):
                 t = 1 - (i + 1) / k
                 again = (1 - t) * again + t * rng.normal(5, *SHAPE)
         torch.testing.assert_close(x, again)
+    # not the average
     assert not torch.allclose(
         m.sample(z, Condition(labels), 1, None), z - m.net(z, torch.ones(5), labels), atol=1e-4
-    )  # not the average
+    )
 
 
 # One step
@@ -488,19 +490,17 @@ def test_no_evaluation_more_than_the_algorithm_needs(changes, calls):
 
 
 def test_r1_costs_no_evaluation_of_the_features():
-    """Their output carries a graph, since R1 differentiates in it, but no gradient is taken below it."""
+    """R1 differentiates in their output, which carries a graph; no gradient is taken below it."""
     flops = []
     for gamma in (0.0, 0.5):
         m, task = made(pixel=True, r1=gamma)
         with task.meter.measured():
             m.train_step(batch(), step())
         flops.append(task.meter.flops)
-    heads = (
-        N * 2 * m.config.hidden * sum(f.shape[1] for f in m.features(batch().x))
-    )  # of one product with the hidden layers' weights
-    assert (
-        0 < flops[1] - flops[0] < 5 * heads
-    )  # planted: down to pixels, another pass through the features would come on top
+    # of one product with the hidden layers' weights
+    heads = N * 2 * m.config.hidden * sum(f.shape[1] for f in m.features(batch().x))
+    # Planted: down to pixels, another pass through the features would come on top
+    assert 0 < flops[1] - flops[0] < 5 * heads
     with task.meter.measured():
         before = task.meter.flops
         task.features(batch().x)
@@ -588,9 +588,8 @@ def test_both_players_use_the_same_samples_in_calls_of_their_own(monkeypatch, ke
         torch.testing.assert_close(found, wanted)
     assert all(torch.equal(labels, data.cond.labels) for _, labels in judged)
     assert judged[0][0].requires_grad and not judged[2][0].requires_grad  # detached for the heads
-    assert not torch.allclose(
-        student_samples(m, data), x, atol=1e-3
-    )  # planted: samples of the updated student
+    # Planted: samples of the updated student
+    assert not torch.allclose(student_samples(m, data), x, atol=1e-3)
 
 
 def test_guidance_reaches_the_teacher_and_not_the_heads():
@@ -679,9 +678,8 @@ def adv_only(m, _task, logged):
 @checks("distill-only")
 def distill_only(m, task, logged):
     assert set(logged) == {"distillation"} and set(task.players) == {"student"}
-    assert (
-        ADD.needs(m.config).features is None and task.features is None
-    )  # so their training is not charged
+    # so their training is not charged
+    assert ADD.needs(m.config).features is None and task.features is None
 
 
 @checks("random-init")
@@ -692,9 +690,8 @@ def random_init(_m, task, _logged):
         task.teacher.velocity(x, t, Condition(labels)),
     )
     assert not torch.allclose(own, teacher, atol=1e-2)
-    torch.testing.assert_close(
-        made()[0].net(x, t, labels), teacher
-    )  # the default starts as the teacher
+    # the default starts as the teacher
+    torch.testing.assert_close(made()[0].net(x, t, labels), teacher)
 
 
 @checks("sds")

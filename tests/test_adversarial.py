@@ -1,4 +1,7 @@
-"""Heads, losses and penalty of discriminators: specs/add.md (b) and tests 3, 6, 8, specs/dmd2.md for the softplus pair."""
+"""Heads, losses and penalty of discriminators: specs/add.md (b) and tests 3, 6, 8.
+
+The softplus pair is that of specs/dmd2.md.
+"""
 
 import math
 
@@ -30,40 +33,43 @@ def double(*shape: int, seed: int = 0) -> Tensor:
 # Losses
 
 
+# add.md test 3: 2 for each head at D = 0
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("shape", [(6,), (6, 4)])  # [B] and [B, tokens]
-def test_losses_of_a_head_that_knows_nothing(
-    name, shape
-):  # add.md test 3: 2 for each head at D = 0
+def test_losses_of_a_head_that_knows_nothing(name, shape):
     generator, discriminator, g0, d0 = PAIRS[name]
     zero = torch.zeros(shape, dtype=torch.float64)
     assert generator(zero).item() == pytest.approx(g0, abs=1e-15) and discriminator(
         zero, zero
     ).item() == pytest.approx(d0)
-    assert (
-        abs(discriminator(zero, zero).item() - d0 / 2) > 0.5
-    )  # planted: half of it, as where the two terms are averaged
+    # Planted: half of it, as where the two terms are averaged
+    assert abs(discriminator(zero, zero).item() - d0 / 2) > 0.5
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_descent_goes_where_each_player_wants(name):
-    """The generator raises D(fake); the discriminator raises D(real) and lowers D(fake), to the margin of the hinge."""
+    """The generator raises D(fake); the discriminator raises D(real) and lowers D(fake).
+
+    The hinge does so up to its margin.
+    """
     generator, discriminator, *_ = PAIRS[name]
     real, fake = (0.3 * double(8, seed=s) for s in (1, 2))
     real.requires_grad_(), fake.requires_grad_()
     (g_fake,) = torch.autograd.grad(generator(fake), fake)
     d_real, d_fake = torch.autograd.grad(discriminator(real, fake), (real, fake))
     assert g_fake.max() < 0 and d_real.max() < 0 and d_fake.min() > 0
-    d_real, d_fake = torch.autograd.grad(
-        discriminator(fake, real), (real, fake)
-    )  # planted: the arguments exchanged
+    # Planted: the arguments exchanged
+    d_real, d_fake = torch.autograd.grad(discriminator(fake, real), (real, fake))
     assert d_real.min() > 0 and d_fake.max() < 0
 
 
 def test_gradients_against_closed_forms():
     real, fake = 2 * double(50, seed=1), 2 * double(50, seed=2)
     real.requires_grad_(), fake.requires_grad_()
-    gradient = lambda loss, *of: torch.autograd.grad(loss, of)
+
+    def gradient(loss, *of):
+        return torch.autograd.grad(loss, of)
+
     torch.testing.assert_close(
         gradient(adversarial.softplus_generator(fake), fake)[0], -torch.sigmoid(-fake) / 50
     )
@@ -79,9 +85,8 @@ def test_gradients_against_closed_forms():
         (d_real, d_fake), (-(real < 1).double() / 50, (fake > -1).double() / 50)
     )
     assert (real > 1).any() and (fake < -1).any()  # both sides of the margins are there
-    saturating = gradient(-F.softplus(fake).mean(), fake)[
-        0
-    ]  # planted: -log(1 - sigmoid D) taken with the other sign
+    # Planted: -log(1 - sigmoid D) taken with the other sign
+    saturating = gradient(-F.softplus(fake).mean(), fake)[0]
     assert not torch.allclose(
         saturating, gradient(adversarial.softplus_generator(fake), fake)[0], rtol=0.1
     )
@@ -102,7 +107,7 @@ def test_the_hinge_is_least_beyond_its_margins():  # add.md test 3: D(real) >= 1
 
 @pytest.mark.parametrize("width", [0.2, 0.7])
 def test_at_the_best_discriminator_the_student_descends_half_a_kl(width):
-    """Samples a z, data N(0, width^2), D = log p - log q: sigmoid(-D) is 1/2 to first order in a - width."""
+    """Samples a z, data N(0, width^2), D = log p - log q: sigmoid(-D) is 1/2 to first order."""
     z = double(200_000, seed=3)
     for a in (0.99 * width, 1.01 * width):
         scale = torch.tensor(a, dtype=torch.float64, requires_grad=True)
@@ -122,20 +127,19 @@ def test_at_the_best_discriminator_the_student_descends_half_a_kl(width):
 
 def test_r1_against_closed_forms():
     weight, x = double(5, seed=1), double(7, 5, seed=2).requires_grad_()
-    torch.testing.assert_close(
-        r1(x @ weight, x), weight.square().sum()
-    )  # a linear head: |w|^2, wherever
+    # a linear head: |w|^2, wherever
+    torch.testing.assert_close(r1(x @ weight, x), weight.square().sum())
     torch.testing.assert_close(
         r1(0.5 * (x.square() @ weight.square()), x), (x * weight.square()).square().sum(1).mean()
     )
     tokens = double(7, 3, 5, seed=3).requires_grad_()
-    torch.testing.assert_close(
-        r1(tokens @ weight, tokens), 3 * weight.square().sum()
-    )  # over all tokens of a row
+    # over all tokens of a row
+    torch.testing.assert_close(r1(tokens @ weight, tokens), 3 * weight.square().sum())
+    # the norm; of a mean over rows
     for planted in (
         r1(2 * x @ weight, x).sqrt(),
         r1((x @ weight) / len(x), x),
-    ):  # the norm; of a mean over rows
+    ):
         assert abs(planted - weight.square().sum()) > 0.1
 
 
@@ -150,13 +154,13 @@ def test_r1_is_with_respect_to_the_heads_own_input():  # add.md test 6
     pixels_to_features = nn.Linear(4, 3, dtype=torch.float64)
     features, weight = pixels_to_features(x), double(3, seed=5)
     value = r1(features @ weight, features)
-    torch.testing.assert_close(
-        value, weight.square().sum()
-    )  # no trace of the path below the features
+    # no trace of the path below the features
+    torch.testing.assert_close(value, weight.square().sum())
     assert abs(r1(features @ weight, x) - value) > 1e-2  # planted: in pixels
+    # ignores its input
     torch.testing.assert_close(
         r1((features @ weight) * 0 + 3.0, features), torch.zeros((), dtype=torch.float64)
-    )  # ignores its input
+    )
 
 
 # Heads
@@ -167,12 +171,10 @@ def test_a_vector_head_is_a_hidden_layer_and_two_read_outs():
     h = F.silu(x @ head.hidden.weight.T + head.hidden.bias)
     common = h @ head.common.weight[0] + head.common.bias
     torch.testing.assert_close(head(x, labels), common + (h * head.label.weight[labels]).mean(1))
-    assert not torch.allclose(
-        head(x, labels), head(x, (labels + 1) % 3), atol=1e-3
-    )  # planted: other labels
-    torch.testing.assert_close(
-        head(x[:1], labels[:1]), head(x, labels)[:1]
-    )  # rows do not see each other
+    # Planted: other labels
+    assert not torch.allclose(head(x, labels), head(x, (labels + 1) % 3), atol=1e-3)
+    # rows do not see each other
+    torch.testing.assert_close(head(x[:1], labels[:1]), head(x, labels)[:1])
     plain = VectorHead(5, 8, 0).double()
     assert plain.label is None and plain(x, None).shape == (6,)
     torch.testing.assert_close(plain(x, None), plain(x, labels))
@@ -229,7 +231,9 @@ def test_spectral_norms_are_one():
 
 
 def test_the_power_iteration_is_state_of_the_player():
-    made = lambda: Player("d", [TokenHead(6, 5, 3, 0)], PlayerConfig(lr=1e-2), Meter())
+    def made():
+        return Player("d", [TokenHead(6, 5, 3, 0)], PlayerConfig(lr=1e-2), Meter())
+
     one, other, x = made(), made(), double(8, 4, 6).float()
     one.update(one.networks[0](x, None).mean())
     names = [k for k in one.state_dict() if k.endswith("._u") or k.endswith("._v")]
@@ -249,9 +253,9 @@ def test_a_token_head_against_its_formula():
         k = layer.weight.shape[-1]
         return sum(h.roll(k // 2 - j, 1) @ layer.weight[:, :, j].T for j in range(k)) + layer.bias
 
-    norm = lambda layer, h: (
-        F.batch_norm(h.mT, None, None, layer.weight, layer.bias, training=True).mT
-    )
+    def norm(layer, h):
+        return F.batch_norm(h.mT, None, None, layer.weight, layer.bias, training=True).mT
+
     h = F.leaky_relu(norm(head.norm_enter, conv(head.enter, x)), 0.2)
     h = (h + F.leaky_relu(norm(head.norm_mix, conv(head.mix, h)), 0.2)) / math.sqrt(2)
     expected = (conv(head.leave, h) * head.label.weight[labels][:, None]).sum(2) / math.sqrt(
@@ -274,6 +278,5 @@ def test_tokens_turned_in_a_circle_are_judged_alike():
     head, x, labels = token_head(), double(8, 4, 6), torch.arange(8) % 3
     torch.testing.assert_close(head(x.roll(1, 1), labels), head(x, labels).roll(1, 1))
     swapped = x[:, [1, 0, 2, 3]]
-    assert (
-        head(swapped, labels) - head(x, labels)[:, [1, 0, 2, 3]]
-    ).abs().max() > 1e-3  # planted: neighbours do matter
+    # Planted: neighbours do matter
+    assert (head(swapped, labels) - head(x, labels)[:, [1, 0, 2, 3]]).abs().max() > 1e-3

@@ -1,4 +1,7 @@
-"""Five claims of the papers from Snakemake to the page, on small mixtures; an edited claim; a bundle, and ten ways to tamper with it."""
+"""Five claims of the papers from Snakemake to the page, on small mixtures.
+
+Then an edited claim, and a bundle with ten ways to tamper with it.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,8 @@ import yaml
 
 from tests.conftest import ROOT, Checkout
 
-pytestmark = pytest.mark.xdist_group(
-    "audit"
-)  # one worker, and so one run of the audit, for all of them
+# one worker, and so one run of the audit, for all of them
+pytestmark = pytest.mark.xdist_group("audit")
 
 FIVE = {"FF-L1", "TVM-T13", "TVM-T16a", "TVM-T16b", "MF-8"}
 RING = """
@@ -211,7 +213,7 @@ def test_bundle_and_verify(audited):
 
 
 def test_a_forger_who_hashes_again_is_found_by_the_verdicts(audited):
-    """A metric and its line of SHA256SUMS changed together: the values per seed no longer give the published verdict."""
+    """A metric and its line of SHA256SUMS changed together give values with another verdict."""
     import hashlib
 
     made, _ = audited

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -137,7 +138,7 @@ def test_a_fresh_cell_is_not_trained_again(checkout: Checkout):
 
 @pytest.mark.parametrize("arm", ["meanflow", "dmd"])
 def test_killed_and_resumed_equals_uninterrupted(checkout: Checkout, arm: str):
-    """kill -9 in the middle of training; the same command continues from a checkpoint to the same bytes."""
+    """After kill -9 in training the same command continues from a checkpoint to the same bytes."""
     edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "flops: 7.0e+9", "flops: 1.5e+10")
     command = ("distillbench", "train", "tiny-ring", arm, "--seeds", "0")
     done = checkout.run(*command)
@@ -191,7 +192,8 @@ BROKEN = {
     ),
     "greedy": (
         "return self.generate(self.student.averaged(), noise, cond.labels)",
-        "return self.generate(self.student.averaged(), self.generate(self.student.averaged(), noise, cond.labels), cond.labels)",
+        "return self.generate(self.student.averaged(), "
+        "self.generate(self.student.averaged(), noise, cond.labels), cond.labels)",
         "failed",
         "2 network evaluations at nfe=1",
     ),
@@ -294,11 +296,9 @@ def test_a_file_that_is_a_folder_is_named(checkout: Checkout):
     path.unlink()
     path.mkdir()
     done = checkout.run("distillbench", "list")
-    assert (
-        done.returncode == 2
-        and done.stderr
-        == f"distillbench: {path}: cannot be read (Is a directory): make it a readable file\n"
-    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"distillbench: {path}: cannot be read (Is a directory)")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("path,old,new,message", FILES, ids=[f"{p}: {n}" for p, _, n, _ in FILES])
@@ -323,7 +323,7 @@ def test_the_workflow_refuses_a_mistake_before_any_work(checkout: Checkout):
 
 
 def fake(benchmark: str, metrics: str | None = None) -> list[Cell]:
-    """Every cell of the table `benchmark`, recorded as done; metrics.json with this text, if it is given."""
+    """Every cell of the table `benchmark`, recorded as done, with this metrics.json if given."""
     cells = [c for job in contents.jobs(config.table(benchmark), known_metrics) for c in job.cells]
     for one in cells:
         one.folder.mkdir(parents=True)
@@ -342,8 +342,9 @@ def test_a_cell_that_this_evaluation_has_not_seen_is_not_published(
     fake("tiny-ring", metrics)
     done = checkout.run("distillbench", "table", "tiny-ring")
     assert done.returncode == 2 and not (checkout.folder / "results/records").exists()
-    message = "tiny-ring/teacher seed 0 is not evaluated: run `snakemake --cores all results/tiny-ring.md`"
-    assert done.stderr == f"distillbench: {message}\n"
+    assert done.stderr.startswith("distillbench: tiny-ring/teacher seed 0 is not evaluated")
+    assert "`snakemake --cores all results/tiny-ring.md`" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_damaged_record_is_named_by_every_command(checkout: Checkout):
@@ -351,7 +352,7 @@ def test_a_damaged_record_is_named_by_every_command(checkout: Checkout):
     record = first.record
     for text in ("", "null", "{}", '{"status": "do'):
         record.write_text(text)
-        with pytest.raises(UserError, match="delete it and rerun"):
+        with pytest.raises(UserError, match=f"^{re.escape(str(record))}: "):
             first.result()
         first.metrics.write_text(text)
         assert not key.is_evaluated(first.metrics)
@@ -365,11 +366,9 @@ def test_a_damaged_record_is_named_by_every_command(checkout: Checkout):
         if command[0] == "logs":
             record.with_name("lock").touch()
         done = checkout.run("distillbench", *command)
-        assert (
-            done.returncode == 2
-            and done.stderr
-            == f"distillbench: {record}: not valid JSON of a record: delete it and rerun\n"
-        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"distillbench: {record}: not valid JSON of a record")
+        assert done.stderr.count("\n") == 1
 
 
 def test_records_are_replaced_whole_or_not_at_all(
@@ -447,7 +446,10 @@ def test_a_foreign_checkpoint_is_named(checkout: Checkout):
 
 
 def test_a_results_folder_that_takes_no_more_is_named(checkout: Checkout):
-    """A folder that is a file stands for every error of the file system, since tests may run as root."""
+    """Every error of the file system, for which a file in place of the folder stands.
+
+    Permissions would not do, since tests may run as root.
+    """
     (checkout.folder / "results").mkdir()
     (checkout.folder / "results/runs").write_text("in the way")
     done = checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0")
@@ -469,7 +471,10 @@ def test_a_read_only_results_folder_is_named(checkout: Checkout):
 
 
 def test_a_full_disk_loses_nothing(checkout: Checkout):
-    """A file size limit stands for a full disk: the write fails, no half file stays, the same command then finishes."""
+    """A write that fails leaves no half file, and the same command then finishes.
+
+    A limit on the size of files stands for the full disk.
+    """
     limited = f"trap '' XFSZ; ulimit -f 8; exec {BIN}/distillbench train tiny-ring dmd --seeds 0"
     done = checkout.run_anew("bash", "-c", limited)
     assert done.returncode == 2, done.stderr

@@ -1,4 +1,7 @@
-"""`distillbench new` and `check`: the template keeps the contract, and every broken copy of it is caught, each for its own fault."""
+"""`distillbench new` and `check`: the template keeps the contract, and no broken copy passes.
+
+Every broken copy is caught for its own fault.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,11 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
             (
                 STEP,
                 STEP
-                + "        loss = loss + 0 * self.extra(z[:, 0, :4, :4].flatten(1)).sum() if z.shape[-1] == 4 else loss\n",
+                + "        if z.shape[-1] == 4:\n"
+                + "            loss = loss + 0 * self.extra(z[:, 0, :4, :4].flatten(1)).sum()\n",
             ),
         ],
-        "expected every network to be of task.network or in a task.player; saw",
+        "expected every network to be of task.network or in a task.player",
     ),
     "global_rng": (
         [(STEP, "        z = z + 1e-3 * torch.randn_like(z)\n" + STEP)],
@@ -48,10 +52,11 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
             (
                 STEP,
                 STEP
-                + "        self.scale = 0.9 * self.scale + 0.1 * loss.detach()\n        loss = loss * (1 + self.scale)\n",
+                + "        self.scale = 0.9 * self.scale + 0.1 * loss.detach()\n"
+                + "        loss = loss * (1 + self.scale)\n",
             ),
         ],
-        "after a resume at 100: keep what changes in a player, or in state_dict",
+        "after a resume at 100",
     ),
     "wrong_nfe": (
         [
@@ -78,10 +83,11 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
             (
                 STEP,
                 STEP
-                + "        with torch.no_grad():\n            [p.mul_(1.001) for p in self.task.teacher.network.parameters()]\n",
+                + "        with torch.no_grad():\n"
+                + "            [p.mul_(1.001) for p in self.task.teacher.network.parameters()]\n",
             )
         ],
-        "expected teacher and features as they were; saw other weights after a cycle on check-digits",
+        "saw other weights after a cycle on check-digits",
     ),
     "wrong_sign": (
         [(LOSS, "    return -(x - y).square().clamp(max=9).mean()\n")],
@@ -92,7 +98,8 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
             (
                 STEP,
                 STEP
-                + "        if step.index % 3 == 2:\n            self.generate(self.net, z, cond.labels)\n",
+                + "        if step.index % 3 == 2:\n"
+                + "            self.generate(self.net, z, cond.labels)\n",
             )
         ],
         "times that over 200 steps",
@@ -101,18 +108,19 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
         [
             (
                 SAMPLE,
-                "        self.student.averaged().forward(noise, noise.new_ones(len(noise)), cond.labels)\n"
-                + SAMPLE,
+                "        net = self.student.averaged()\n"
+                "        net.forward(noise, noise.new_ones(len(noise)), cond.labels)\n" + SAMPLE,
             )
         ],
-        "expected sample at nfe=1 to call its networks as such, so that they are counted; saw 50% of the FLOPs elsewhere",
+        "saw 50% of the FLOPs elsewhere",
     ),
     "late_cost": (
         [
             (
                 STEP,
                 STEP
-                + "        if step.index >= 200:\n            self.generate(self.net, z, cond.labels)\n",
+                + "        if step.index >= 200:\n"
+                + "            self.generate(self.net, z, cond.labels)\n",
             )
         ],
         "times that at step",
@@ -123,7 +131,8 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
             (
                 STEP,
                 STEP
-                + "        self.scale += 0.1 * (step.index % 50 == 49)\n        loss = loss * self.scale\n",
+                + "        self.scale += 0.1 * (step.index % 50 == 49)\n"
+                + "        loss = loss * self.scale\n",
             ),
         ],
         "after a resume at 100",
@@ -133,7 +142,10 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
             (IMPORT, "import functools\nimport torch\nfrom pydantic"),
             (
                 "def regression_loss",
-                "@functools.cache\ndef secret():\n    return open('/etc/hostname').read()\n\n\ndef regression_loss",
+                "@functools.cache\n"
+                "def secret():\n"
+                "    return open('/etc/hostname').read()\n\n\n"
+                "def regression_loss",
             ),
             (NETWORK, NETWORK + "        secret()\n"),
         ],
@@ -156,11 +168,12 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout with a method `demo` as `distillbench new` writes it, and the teachers of the check."""
+    """A checkout with a method `demo` of `distillbench new`, and the teachers of the check."""
     made = Checkout(tmp_path_factory.mktemp("check"))
+    # claims name it
     made.write(
         "workflows/benchmarks/digits.yaml", (ROOT / "workflows/benchmarks/digits.yaml").read_text()
-    )  # claims name it
+    )
     done = made.run("distillbench", "new", "demo")
     assert done.returncode == 0, done.stderr
     return made
@@ -197,9 +210,8 @@ def test_the_template_keeps_the_contract_and_gets_its_rows(made: Checkout):
     done = made.run("distillbench", "check", "demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo: keeps the contract" in done.stdout and "FAILED" not in done.stdout
-    assert (
-        "tiny-ring/demo: seeds 0, 1" in made.run("distillbench", "plan", "tiny-ring").stdout
-    )  # beside all others; alone it is quicker
+    # beside all others; alone it is quicker
+    assert "tiny-ring/demo: seeds 0, 1" in made.run("distillbench", "plan", "tiny-ring").stdout
     made.write(
         "workflows/tables/tiny-ring.yaml",
         "{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [demo]}\n",
@@ -232,9 +244,9 @@ def test_an_equation_that_points_nowhere_is_caught(made: Checkout, monkeypatch: 
         "methods/missing_target/README.md",
         "methods/missing_target/method.py:regresion_loss",
     )
-    assert lines == [
-        f"{where}: expected every entry of the equation table to exist; saw `{what}`, which does not"
-    ]
+    (line,) = lines
+    assert line.startswith(f"{where}: expected every entry of the equation table")
+    assert f"saw `{what}`" in line
 
 
 def test_a_folder_outside_the_checkout(made: Checkout, monkeypatch: pytest.MonkeyPatch):
@@ -266,7 +278,7 @@ METRIC = "digits: {metric: fid"  # of the claim, not of the example in the comme
         (
             METRIC,
             METRIC.replace("fid", "fud"),
-            "claims.yaml:8: expected claim DEMO-1 to name a metric of digits, did you mean 'fid'?; saw fud",
+            "claims.yaml:8: expected claim DEMO-1 to name a metric of digits, did you mean 'fid'?",
         ),
         (METRIC, METRIC.replace("fid", "sliced_w2"), "saw sliced_w2"),  # of mixtures alone
         ("@short]", "@shrt]", "claim DEMO-1 to name a benchmark and arms that exist"),
@@ -304,9 +316,8 @@ def test_a_variant_from_scratch_with_a_teacher_is_caught(
     one.sampling()
     shutil.rmtree(path)
     (finding,) = one.broken
-    assert (
-        "method.py @short: expected no error; saw ValueError: group: from_scratch has the teacher's budget on top"
-        in str(finding)
+    assert "method.py @short: expected no error; saw ValueError: group: from_scratch" in str(
+        finding
     )
 
 

@@ -1,4 +1,4 @@
-"""Scores that know classes and noise: closed forms, oracles by brute force, and errors planted on purpose."""
+"""Scores that know classes and noise: closed forms, oracles by brute force, planted errors."""
 
 import math
 
@@ -44,16 +44,14 @@ def test_accuracy_and_label_tv_of_known_predictions():
         class_accuracy(one_hot(constant), TURN),
         label_tv(one_hot(constant), TURN),
     ) == pytest.approx((0.1, 0.9))
-    swapped = (
-        TURN + 1
-    ) % K  # every class is another, in the same proportions: only the accuracy can see it
+    # every class is another, in the same proportions: only the accuracy can see it
+    swapped = (TURN + 1) % K
     assert (class_accuracy(one_hot(swapped), TURN), label_tv(one_hot(swapped), TURN)) == (0, 0)
 
 
 def test_label_tv_is_against_the_classes_asked_for():
-    half = torch.zeros(100, dtype=torch.long).scatter_(
-        0, torch.arange(25), 1
-    )  # a quarter of class 1
+    # a quarter of class 1
+    half = torch.zeros(100, dtype=torch.long).scatter_(0, torch.arange(25), 1)
     assert label_tv(one_hot(half), half) == 0
     assert label_tv(one_hot(half), torch.arange(100) % 2) == pytest.approx(0.25)
 
@@ -67,21 +65,18 @@ def test_a_wrong_order_of_labels_is_seen():
     assert diversity(clouds(1, 0), TURN, clouds(1, 1), TURN) == pytest.approx(1, abs=0.02)
     assert diversity(clouds(1, 0), blocks, clouds(1, 1), TURN) > 5
     y = pixels(N, 0)
-    assert noise_distance(y.roll(1, 0), y, TURN) == pytest.approx(
-        1, abs=0.02
-    )  # one off: no relation left
+    # one off: no relation left
+    assert noise_distance(y.roll(1, 0), y, TURN) == pytest.approx(1, abs=0.02)
 
 
 def test_diversity_is_the_ratio_of_spreads_at_any_number_of_samples():
     real = clouds(1, 0)
     for spread in (0.5, 1, 3):
         assert diversity(clouds(spread, 1), TURN, real, TURN) == pytest.approx(spread, rel=0.02)
-    assert diversity(real, TURN, clouds(2, 1), TURN) == pytest.approx(
-        0.5, rel=0.02
-    )  # generated first
-    few = [
-        diversity(clouds(1, seed, 40), TURN[:40], real, TURN) for seed in range(20)
-    ]  # 4 of a class: no bias
+    # generated first
+    assert diversity(real, TURN, clouds(2, 1), TURN) == pytest.approx(0.5, rel=0.02)
+    # 4 of a class: no bias
+    few = [diversity(clouds(1, seed, 40), TURN[:40], real, TURN) for seed in range(20)]
     assert sum(few) / 20 == pytest.approx(1, abs=0.05)
     # The law is E|x - y| = 2 s G((d + 1)/2) / G(d/2) for Gaussians in d dimensions.
     exact = 2 * math.gamma(4.5) / math.gamma(4)
@@ -91,9 +86,8 @@ def test_diversity_is_the_ratio_of_spreads_at_any_number_of_samples():
 def test_diversity_of_one_image_per_class_is_exactly_zero():
     means = (normal(K, 8, 3) / 3)[TURN]
     assert diversity(means, TURN, clouds(1, 0), TURN) == 0
-    assert (
-        diversity(means, torch.zeros(N, dtype=torch.long), clouds(1, 0), TURN) > 0
-    )  # if classes were forgotten
+    # if classes were forgotten
+    assert diversity(means, torch.zeros(N, dtype=torch.long), clouds(1, 0), TURN) > 0
 
 
 def test_diversity_is_brute_force_and_chunks_do_not_matter(monkeypatch):
@@ -123,7 +117,8 @@ def test_noise_distance_of_known_relations():
         torch.argsort(torch.argsort(TURN, stable=True))
     ]
     assert noise_distance(unrelated, y, TURN) == pytest.approx(1, abs=0.02)
-    # x = y + c for two-valued y: same^2 = c^2, shuffled^2 = c^2 + 2 var (n / (n - 1) for pairs of different samples).
+    # x = y + c for two-valued y:
+    # same^2 = c^2, shuffled^2 = c^2 + 2 var (n / (n - 1) for pairs of different samples).
     labels = torch.zeros(1000, dtype=torch.long)
     flip = 40 * (torch.arange(1000) % 2).view(-1, 1, 1, 1).to(torch.uint8)
     assert noise_distance(flip + 30, flip, labels) == pytest.approx(
@@ -151,9 +146,10 @@ def test_noise_distance_is_brute_force_for_classes_of_any_size():
 def test_what_has_no_pair_has_no_score():
     alone = torch.arange(6)
     assert diversity(normal(6, 4, 0), alone, clouds(1, 0), TURN) is None
+    # no varying reality
     assert (
         diversity(clouds(1, 0), TURN, torch.zeros(6, 8), torch.zeros(6, dtype=torch.long)) is None
-    )  # no varying reality
+    )
     assert noise_distance(pixels(6, 0), pixels(6, 1), alone) is None
     black = torch.zeros(6, 1, 4, 4, dtype=torch.uint8)
     assert noise_distance(black, black, alone % 2) is None

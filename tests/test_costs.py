@@ -1,4 +1,7 @@
-"""Table 1: counts against the meter's, the minimum by hand, shares of the budget, a page that follows from its records."""
+"""Table 1: counts against the meter's, the minimum by hand, shares of the budget.
+
+The page follows from its records alone.
+"""
 
 from __future__ import annotations
 
@@ -137,9 +140,10 @@ def test_set_up_is_no_part_of_an_update():
     pairs = {"count": 50, "heun_steps": 8, "batch": 8}
     given, method = record(setup_rows=800, setup_flops=10**6), built(COST, pairs=pairs)
     assert costs.disagreements(given, method) == [] and costs.minimum(given, method) == MINIMUM
+    # Planted
     assert costs.disagreements(given, built(COST)) == [
         "teacher: declared 1 calls of 1 batches in a cycle, metered 1 of 21"
-    ]  # planted
+    ]
 
 
 @pytest.mark.parametrize("i", range(len(COST)))
@@ -227,14 +231,12 @@ def test_declared_counts_are_those_of_the_published_records():
 
 def test_an_anatomy_by_hand(checkout: Checkout):
     found = anatomy("tiny-ring", "dmd")  # width 32, depth 1, two coordinates, no classes
-    linear = (
-        2 * 16 * 32 + 32 * 32 + 2 * 32 + 32 * 96 + 2 * 32 * 64 + 32 * 64 + 32 * 2
-    )  # embedding, enter, block, modulation, leave
+    # embedding, enter, block, modulation, leave
+    linear = 2 * 16 * 32 + 32 * 32 + 2 * 32 + 32 * 96 + 2 * 32 * 64 + 32 * 64 + 32 * 2
     flops = found["networks"]["student"]["flops"]
     assert flops["forward"] == 2 * linear
-    assert flops["inputs"] == 2 * (
-        2 * 32 + 2 * 32 * 64 + 32 * 2
-    )  # not through modulations, which see time alone
+    # not through modulations, which see time alone
+    assert flops["inputs"] == 2 * (2 * 32 + 2 * 32 * 64 + 32 * 2)
     no_inputs = 2 * 16 * 32 + 2 * 32  # first layers, into which no gradient in the inputs is needed
     assert flops["weights"] == 2 * (2 * linear - no_inputs)
     assert (

@@ -1,8 +1,13 @@
-"""A method computes on CUDA what it computes on the CPU: gradients, scalars, samples of every arm; derivative, optimiser, features.
+"""A method computes on CUDA what it computes on the CPU.
 
-The comparison itself is tried here on any machine, against a copy whose weights are off by float32's rounding (it must pass) and
-against one with a wrong weight (it must fail). Scores of `eval/` are computed on the CPU by design (`eval/pairwise.py` uses numpy's
-BLAS, `Extractor.features` takes its images there); what touches a device is the extractors' networks and three scores of classes.
+Compared are gradients, scalars and samples of every arm, the derivative, the optimiser and the
+features.
+
+The comparison itself is tried here on any machine: against a copy whose weights are off by
+float32's rounding, which must pass, and against one with a wrong weight, which must fail. Scores
+of `eval/` are computed on the CPU by design (`eval/pairwise.py` uses numpy's BLAS,
+`Extractor.features` takes its images there); what touches a device is the extractors' networks
+and three scores of classes.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ ROUNDING = 2.0**-23
 
 
 def arm_names() -> list[str]:
-    """Every method and variant of the checkout, with this file's own root: pytest may run from elsewhere."""
+    """Every method and variant of the checkout this file is in, wherever pytest runs from."""
     out = []
     for path in sorted((ROOT / "methods").glob("*/method.py")):
         out += [
@@ -84,7 +89,10 @@ class Made:
 
 
 def made(arm: Arm, device: str) -> Made:
-    """The arm on the toy task with a random teacher; one that starts from another arm gets that one's new student, shaken."""
+    """The arm on the toy task with a random teacher.
+
+    One that starts from another arm gets that one's new student, shaken.
+    """
     cls, settings = configured(arm, ROWS)
     needs, frozen, start = cls.needs(settings), None, None
     if needs.features is not None:
@@ -106,7 +114,10 @@ def made(arm: Arm, device: str) -> Made:
 
 
 def shake(m: Made) -> None:
-    """Off the teacher, where they start, so that no difference of velocities is zero; averages stay behind."""
+    """Move networks off the teacher, where they start, so that velocities differ.
+
+    Moving averages stay behind.
+    """
     torch.manual_seed(3)
     for p in [p for network in m.task._roles for p in network.parameters()]:
         p.data.add_(0.1 * torch.randn_like(p))
@@ -130,7 +141,10 @@ def pair(name: str, device: str) -> tuple[Made, Made]:
 
 
 def indices(needs: Needs) -> tuple[list[int], int]:
-    """Steps to look at, of a run of how many: the first ones, and a cycle from the middle, when what has a delay is at work."""
+    """Steps to look at, and of how many: the first ones, and a cycle from the middle.
+
+    By the middle what has a delay is at work.
+    """
     total = 4 * needs.cycle
     start = 2 * needs.cycle
     return sorted({0, min(4, total - 1), *range(start, start + min(needs.cycle, STEPS))}), total
@@ -142,9 +156,10 @@ def one_step(m: Made, index: int, total: int) -> dict[str, Tensor]:
 
 
 def observed(m: Made, index: int, total: int) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
-    """Logged scalars and, by player, the gradients of every parameter (clipped) in a step that moves no weight.
+    """Logged scalars and, by player, every parameter's clipped gradient in a step without updates.
 
-    AdamW's first move is close to the sign of the gradient: where that is rounding, weights would tell nothing.
+    AdamW's first move is close to the sign of the gradient: where that is rounding, weights would
+    tell nothing.
     """
     gradients: dict[str, list[Tensor]] = {}
 
@@ -193,7 +208,8 @@ def differences(one: Made, two: Made) -> list[str]:
             for i, (a, b) in enumerate(zip(parts, other_gradients[name], strict=True)):
                 if not (gap := (a - b).norm()) <= TOLERANCE * a.norm() + SMALL * whole:
                     out.append(
-                        f"step {index}: gradient {i} of {name}: off by {gap:.3g}, norm {a.norm():.3g}, of all {whole:.3g}"
+                        f"step {index}: gradient {i} of {name}: "
+                        f"off by {gap:.3g}, norm {a.norm():.3g}, of all {whole:.3g}"
                     )
     noise, labels = Rng(0, "noise").normal(8, *SHAPE), torch.arange(8) % CLASSES
     for nfe in one.needs.nfe:
@@ -213,7 +229,7 @@ def differences(one: Made, two: Made) -> list[str]:
 
 
 def off_by_rounding(m: Made) -> None:
-    """Every weight times 1 + 2^-23 e: what another order of summation does to activations, about."""
+    """Every weight times 1 + 2^-23 e: about what another order of summation does to activations."""
     torch.manual_seed(4)
     for p in [p for network in m.networks for p in network.parameters()]:
         p.data.mul_(1 + ROUNDING * torch.randn_like(p))
@@ -252,7 +268,10 @@ def test_updates_move_and_resume_here(name):
 
 
 def moves_and_resumes(name: str, device: str) -> None:
-    """Real updates over a cycle on a device; a second copy that takes its state from the first, by way of the CPU, goes on alike."""
+    """Real updates over a cycle on a device, with a copy that goes on alike half way.
+
+    The copy takes its state from the first by way of the CPU.
+    """
     arm = folders.arm(name)
     one, two = made(arm, device), made(arm, device)
     shake(one)
@@ -367,7 +386,10 @@ def test_a_pass_in_bfloat16_is_near_that_in_float32(make):
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
     x, t = torch.randn(6, *net.shape, device="cuda"), torch.rand(6, device="cuda")
-    f = lambda: net(x, t, torch.arange(6, device="cuda") % CLASSES, s=0.5 * t)
+
+    def f():
+        return net(x, t, torch.arange(6, device="cuda") % CLASSES, s=0.5 * t)
+
     exact = f()
     with torch.autocast("cuda", torch.bfloat16):
         rounded = f()
@@ -391,7 +413,7 @@ EXTRACTORS = ["digits-gelu-64", "digits-simclr-64"]
 
 
 def extracted(name: str) -> list[tuple[Tensor, Tensor | None]]:
-    """Features and logits of an extractor's network on the CPU and on CUDA, both on the CPU afterwards."""
+    """Features and logits of an extractor's network on the CPU and on CUDA, as CPU tensors."""
     from eval.features.extractor import scaled
     from eval.features.extractors import load_extractor
 
@@ -451,21 +473,26 @@ def test_a_cell_trains_and_samples_on_cuda(checkout, name, where):
 @pytest.mark.parametrize("where", ["tiny", "tiny-ring"])
 def test_a_cell_trains_and_samples_here(checkout, where, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(
-        "distillbench.cells.train.limit_memory", lambda: None
-    )  # of this whole process, in which others use a GPU
+    # of this whole process, in which others use a GPU
+    monkeypatch.setattr("distillbench.cells.train.limit_memory", lambda: None)
     a_cell(where, "dmd")
     torch.set_flush_denormal(False)
 
 
 def a_cell(where: str, name: str) -> None:
-    """The whole way of a cell in a throw-away checkout: teacher, pairs or features, training, samples, its weights read again."""
+    """The whole way of a cell in a throw-away checkout.
+
+    Teacher, pairs or features, training, samples, and its weights read again.
+    """
     from distillbench.cells import train
     from distillbench.cells.build import restore
     from distillbench.cells.cell import Cell
     from distillbench.cells.sampling import sample
 
-    cell, quiet = Cell(config.benchmark(where), folders.arm(name), 0), lambda *_: None
+    def quiet(*_):
+        return None
+
+    cell = Cell(config.benchmark(where), folders.arm(name), 0)
     for one in (cell.teacher, cell):
         with one.locked():
             record = train.run_cell(one, quiet)

@@ -21,7 +21,7 @@ from tests.test_cells import cell
 
 @pytest.fixture
 def small_disk(checkout: Checkout) -> Iterator[tuple[Checkout, Path]]:
-    """results/ on a file system of its own, which `mount -o remount` fills up or makes read-only."""
+    """results/ on a file system of its own, which a remount fills up or makes read-only."""
     results = checkout.folder / "results"
     results.mkdir()
     mounted = subprocess.run(
@@ -51,13 +51,14 @@ def test_a_full_disk_stops_with_one_line_and_continues_with_room(small_disk, tmp
     expected = contents(made.folder)
     shutil.rmtree(made.folder)
     messages = set()
+    # KiB: the lock, the configuration, a checkpoint, another, the samples do not fit
     for room in (
         0,
         40,
         120,
         200,
         300,
-    ):  # KiB: the lock, the configuration, a checkpoint, another, the samples do not fit
+    ):
         filler = results / "filler"
         free = os.statvfs(results)
         filler.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - room * 1024)))

@@ -22,7 +22,7 @@ SHAPE, N, PAIRS = (1, 4, 4), 16, 6
 
 
 def made(**changes) -> tuple:
-    """DMD with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
+    """DMD with a random teacher; `critic_differs` moves the critic off it, where it starts."""
     task = random_task(SHAPE)
     settings = {
         "batch": N,
@@ -94,7 +94,10 @@ def test_gradient_of_the_matching_term(monkeypatch, w):  # Algorithm 2; tests 1,
     x0_f = paths.denoiser(x_t, critic(x_t, t, labels), t)
 
     def g(weight: float, real: float = w, clean: Tensor = x) -> Tensor:
-        """(x0_f - x0_r) / mean |x - x0_r|: the difference with guidance `real`, the normaliser with `weight`, of `clean`."""
+        """(x0_f - x0_r) / mean |clean - x0_w|, detached, over the number of elements.
+
+        x0_r has the guidance `real`, x0_w the guidance `weight`.
+        """
         x0_r, x0_w = (
             paths.denoiser(x_t, task.teacher.velocity(x_t, t, Condition(labels, guidance)), t)
             for guidance in (real, weight)
@@ -104,12 +107,13 @@ def test_gradient_of_the_matching_term(monkeypatch, w):  # Algorithm 2; tests 1,
         ).detach() / x.numel()
 
     torch.testing.assert_close(gradients[0], g(w), rtol=1e-3, atol=1e-6)
+    # sign, sum, noisy x, Eq. 8
     planted = [
         -g(w),
         g(w) * x.numel(),
         g(w, clean=x_t),
         g(w) * (1 - t)[:, None, None, None],
-    ]  # sign, sum, noisy x, Eq. 8
+    ]
     planted += [g(1.0), g(w, real=1.0)] if w != 1 else []  # unguided normaliser, unguided teacher
     assert not any(torch.allclose(gradients[0], wrong, rtol=1e-2, atol=1e-5) for wrong in planted)
 
@@ -139,12 +143,12 @@ def test_a_critic_that_equals_the_teacher_is_stationary():  # test 2: the studen
     assert m.train_step(batch(pairs=False), step())["matching_gradient"] == 0
     assert torch.equal(weights(m.net), before)
     m, _ = made(regression=0.0, critic_differs=False)
-    assert (
-        m.train_step(batch(3.0, pairs=False), step())["matching_gradient"] > 0.01
-    )  # planted: real and fake differ
+    # Planted: real and fake differ
+    assert m.train_step(batch(3.0, pairs=False), step())["matching_gradient"] > 0.01
 
 
-def test_the_critics_minimiser_is_the_velocity_of_the_samples():  # (b) 2, (i): regression onto e - sg(x)
+# (b) 2, (i): regression onto e - sg(x)
+def test_the_critics_minimiser_is_the_velocity_of_the_samples():
     n, mean, std = 200_000, 0.8, 0.5
     x, e = (
         mean + std * torch.randn(n, 1, dtype=torch.float64),
@@ -163,9 +167,8 @@ def test_the_critics_minimiser_is_the_velocity_of_the_samples():  # (b) 2, (i): 
         return max(float(d.mean().abs() / d.std() * n**0.5) for d in directions)
 
     assert z_score(exact, (x, e)) < 4
-    assert (
-        z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
-    )  # planted: x - e; another velocity
+    # Planted: x - e; another velocity
+    assert z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
 
 
 def test_guidance_reaches_the_teacher_and_not_the_critic():  # (c), test 7
@@ -177,9 +180,10 @@ def test_guidance_reaches_the_teacher_and_not_the_critic():  # (c), test 7
     assert abs(logged[0]["matching_gradient"] - logged[1]["matching_gradient"]) > 1e-3
 
 
+# (b) 3: L_reg on pairs, L_KL on fresh samples
 def test_regression_has_its_own_batch_and_weight(
     monkeypatch,
-):  # (b) 3: L_reg on pairs, L_KL on fresh samples
+):
     m, _ = made(regression=0.25)
     matching, regression, losses = (
         captured(monkeypatch, method, "pseudo_loss"),
@@ -217,7 +221,8 @@ def test_without_regression_there_are_no_pairs(monkeypatch):
     )
 
 
-def test_times_and_noise_of_the_two_updates():  # (h), test 6: the generator's t truncated, the critic's not; per sample; fresh
+# (h), test 6: the generator's t truncated, the critic's not; per sample; fresh
+def test_times_and_noise_of_the_two_updates():
     n = 4096
     m, _ = made(batch=n, regression=0.0)
     seen = []
@@ -227,7 +232,6 @@ def test_times_and_noise_of_the_two_updates():  # (h), test 6: the generator's t
     assert 0.02 <= t_student.min() < 0.025 and 0.975 < t_student.max() <= 0.98
     assert t_critic.min() < 0.005 and t_critic.max() > 0.995
     assert len(t_student.unique()) > 0.9 * n and len(t_critic.unique()) > 0.9 * n
-    assert (
-        abs(torch.corrcoef(torch.stack([t_student, t_critic]))[0, 1]) < 0.06
-    )  # planted: one draw for both would be 1
+    # Planted: one draw for both would be 1
+    assert abs(torch.corrcoef(torch.stack([t_student, t_critic]))[0, 1]) < 0.06
     assert not torch.allclose(x_student, x_critic, atol=0.1)

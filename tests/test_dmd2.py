@@ -1,4 +1,7 @@
-"""DMD2 against closed forms and its paper: specs/dmd2.md ((b)-(d), (i) and the tests numbered there), with those of specs/dmd.md."""
+"""DMD2 against closed forms and its paper: specs/dmd2.md (b)-(d), (i).
+
+Numbers of tests are that file's, or those of specs/dmd.md where they say so.
+"""
 
 import math
 import sys
@@ -40,7 +43,7 @@ SMALL = {
 
 
 def made(variant: str | None = None, **changes) -> tuple:
-    """An arm with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
+    """An arm with a random teacher; `critic_differs` moves the critic off it, where it starts."""
     task = random_task(SHAPE)
     critic_differs = changes.pop("critic_differs", True)
     m = DMD2(
@@ -103,7 +106,10 @@ def test_gradient_of_the_matching_term(monkeypatch, w, variant):  # test 1: dmd.
     x0_f = denoiser(x_t, critic(x_t, t, labels), t)
 
     def g(weight: float = w, real: float = w, clean: Tensor = x) -> Tensor:
-        """(x0_f - x0_r) / mean |x - x0_r| or / t: the difference with guidance `real`, the normaliser with `weight`, of `clean`."""
+        """(x0_f - x0_r) / mean |clean - x0_w| or / t, detached, over the number of elements.
+
+        x0_r has the guidance `real`, x0_w the guidance `weight`.
+        """
         x0_r, x0_w = (
             denoiser(x_t, task.teacher.velocity(x_t, t, Condition(labels, v)), t)
             for v in (real, weight)
@@ -112,12 +118,12 @@ def test_gradient_of_the_matching_term(monkeypatch, w, variant):  # test 1: dmd.
         return ((x0_f - x0_r) / size).detach() / x.numel()
 
     torch.testing.assert_close(gradients[0], g(), rtol=1e-3, atol=1e-6)
+    # sign, sum, Eq. 8, noisy x
     planted = [-g(), g() * x.numel(), g() * over(1 - t, x)] + (
         [g(clean=x_t)] if variant is None else []
-    )  # sign, sum, Eq. 8, noisy x
-    planted += (
-        [g(real=1.0)] + ([g(weight=1.0)] if variant is None else []) if w != 1 else []
-    )  # unguided teacher, unguided normaliser
+    )
+    # unguided teacher, unguided normaliser
+    planted += [g(real=1.0)] + ([g(weight=1.0)] if variant is None else []) if w != 1 else []
     assert not any(torch.allclose(gradients[0], wrong, rtol=1e-2, atol=1e-5) for wrong in planted)
 
 
@@ -128,7 +134,7 @@ def gaussian(x: Tensor, t: Tensor, mean: float, std: float) -> Tensor:
 
 
 class Given:
-    """A step whose draws are given: uniform 0, so that t is the lower end; the same normal numbers for all uses."""
+    """A step whose draws are given: uniform 0, the lower end of t; one normal tensor for all."""
 
     def __init__(self, normal: Tensor, uniform: float = 0.0):
         self.stream = SimpleNamespace(
@@ -153,16 +159,16 @@ def analytic(real: tuple[float, float], fake: tuple[float, float], t: float, **c
     return m
 
 
-# x_t = (1-t)(m + a z) + t n with E z = E n = E zn = 0 and E z^2 = E n^2 = 1 exactly on these four points
+# x_t = (1-t)(m + a z) + t n with E z = E n = E zn = 0 and E z^2 = E n^2 = 1
+# exactly on these four points
 Z = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)[:, None]
 E = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)[:, None]
 
 
+# section 3, Eq. 1: KL(q_t | p_t) of x = m + a z to N(0.1, 0.5^2)
 @pytest.mark.parametrize("t", [0.1, 0.4, 0.9])
 @pytest.mark.parametrize(("m0", "a0"), [(0.8, 0.3), (-0.5, 1.2)])
-def test_matching_is_the_gradient_of_the_kl(
-    t, m0, a0
-):  # section 3, Eq. 1: KL(q_t | p_t) of x = m + a z to N(0.1, 0.5^2)
+def test_matching_is_the_gradient_of_the_kl(t, m0, a0):
     mean, std = 0.1, 0.5
 
     def ours(real: tuple, fake: tuple) -> Tensor:
@@ -173,17 +179,18 @@ def test_matching_is_the_gradient_of_the_kl(
         )
         return torch.stack(torch.autograd.grad(method.pseudo_loss(x, g), (m, a))) * (1 - t) ** 2 / t
 
-    s = lambda std: (1 - t) ** 2 * std**2 + t**2
+    def noised_variance(std):
+        return (1 - t) ** 2 * std**2 + t**2
+
+    s, s0 = noised_variance(std), noised_variance(a0)
     closed = (1 - t) ** 2 * torch.tensor(
-        [(m0 - mean) / s(std), a0 * (1 / s(std) - 1 / s(a0))], dtype=torch.float64
+        [(m0 - mean) / s, a0 * (1 / s - 1 / s0)], dtype=torch.float64
     )
     torch.testing.assert_close(ours((mean, std), (m0, a0)), closed, rtol=1e-6, atol=0)
-    assert not torch.allclose(
-        ours((m0, a0), (mean, std)), closed, rtol=0.1
-    )  # planted: the two networks exchanged
-    assert not torch.allclose(
-        ours((mean, std), (m0, 0.9 * a0)), closed, rtol=0.01
-    )  # planted: a critic that lags
+    # Planted: the two networks exchanged
+    assert not torch.allclose(ours((m0, a0), (mean, std)), closed, rtol=0.1)
+    # Planted: a critic that lags
+    assert not torch.allclose(ours((mean, std), (m0, 0.9 * a0)), closed, rtol=0.01)
     assert not ours((m0, a0), (m0, a0)).any()  # stationary where the student is the teacher
 
 
@@ -193,17 +200,17 @@ def test_a_critic_that_equals_the_teacher_is_stationary():  # test 1: dmd.md tes
     assert m.train_step(batch(), step())["matching_gradient"] == 0 and torch.equal(
         weights(m.net), before
     )
+    # the critic differs; the classifier pulls
     for planted in (
         made(gan=0.0)[0],
         made(critic_differs=False)[0],
-    ):  # the critic differs; the classifier pulls
+    ):
         before = weights(planted.net)
         planted.train_step(batch(), step())
         assert not torch.equal(weights(planted.net), before)
     m, _ = made(gan=0.0, critic_differs=False)
-    assert (
-        m.train_step(batch(w=3.0), step())["matching_gradient"] > 0.01
-    )  # a guided teacher and a critic that is not
+    # a guided teacher and a critic that is not
+    assert m.train_step(batch(w=3.0), step())["matching_gradient"] > 0.01
 
 
 # The GAN.
@@ -232,17 +239,21 @@ def log_ratio(x: Tensor, t: Tensor, real: tuple[float, float], fake: tuple[float
 
 
 def quantiles(n: int) -> Tensor:
-    """n points of equal weight with the law, and exactly the mean and variance, of a standard normal."""
+    """n points of equal weight with a standard normal's law, exact in mean and variance."""
     z = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
     return z / z.square().mean().sqrt()
 
 
+# (b) 2: E softplus(-D(x_t)) by the law of x_t, which is N((1-t) m, S^2)
 @pytest.mark.parametrize("t", [0.1, 0.5])
 def test_adversarial_gradient_is_that_of_its_objective(
     t,
-):  # (b) 2: E softplus(-D(x_t)) by the law of x_t, which is N((1-t) m, S^2)
+):
     real, m0, a0, nodes = (0.1, 0.5), 0.6, 0.4, quantiles(1000)
-    classifier = lambda x, t: log_ratio(x, t, real, (m0, a0))  # held fixed
+
+    def classifier(x, t):  # held fixed
+        return log_ratio(x, t, real, (m0, a0))
+
     z, e = (v.reshape(-1, 1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
 
     def objective(m: float, a: float) -> float:
@@ -275,26 +286,34 @@ def test_adversarial_gradient_is_that_of_its_objective(
         return torch.stack(torch.autograd.grad(loss(logits), (m, a))).float()
 
     torch.testing.assert_close(ours(), closed, rtol=1e-3, atol=1e-5)
-    saturating = lambda logits: -nn.functional.softplus(logits).mean()
+
+    def saturating(logits):
+        return -nn.functional.softplus(logits).mean()
+
+    # the sign; -E log(1 - D) inverted
     for planted in (
         ours(lambda logits: method.softplus_generator(-logits)),
         ours(saturating),
-    ):  # the sign; -E log(1 - D) inverted
+    ):
         assert not torch.allclose(planted, closed, rtol=0.1)
 
 
+# (b) 3: minimiser of L_cls, real rows first
 def test_the_classifier_learns_the_log_ratio(
     monkeypatch,
-):  # (b) 3: minimiser of L_cls, real rows first
+):
     n, real, fake = 200_000, (0.8, 0.5), (0.2, 0.7)
     g = torch.Generator().manual_seed(0)
-    draw = lambda mean, std: mean + std * torch.randn(n, 1, generator=g, dtype=torch.float64)
+
+    def draw(mean, std):
+        return mean + std * torch.randn(n, 1, generator=g, dtype=torch.float64)
+
     x, t = (draw(*real), draw(*fake)), 0.3
     arm = analytic(real, fake, 0.1)
     seen: list[Tensor] = []
 
     def z_score(change: float = 0.0, swapped: bool = False) -> float:
-        """Largest slope of L_cls along 1, x_t, x_t^2 added to D, in standard errors of its estimate."""
+        """Largest slope of L_cls along 1, x_t, x_t^2 added to D, in standard errors."""
         arm.trunk = lambda x, t, labels, s, features: (
             seen.append(x),
             [log_ratio(x, t, real, fake) * (1 + change)],
@@ -315,9 +334,8 @@ def test_the_classifier_learns_the_log_ratio(
         return max(float((a + b).sum().abs() / (n * (a.var() + b.var())).sqrt()) for a, b in pairs)
 
     assert z_score() < 4
-    assert (
-        z_score(0.1) > 5 and z_score(swapped=True) > 20
-    )  # planted: another D; real and fake exchanged
+    # Planted: another D; real and fake exchanged
+    assert z_score(0.1) > 5 and z_score(swapped=True) > 20
 
 
 def test_each_player_sees_the_logits_of_its_rows(monkeypatch):
@@ -330,9 +348,8 @@ def test_each_player_sees_the_logits_of_its_rows(monkeypatch):
         captured(monkeypatch, method, f"softplus_{name}") for name in ("generator", "discriminator")
     )
     m.train_step(batch(real=100.0), step())
-    assert (
-        torch.equal(generator[0][0][0], logits[0]) and len(logits) == 2
-    )  # a minus sign here would train against the student
+    # a minus sign here would train against the student
+    assert torch.equal(generator[0][0][0], logits[0]) and len(logits) == 2
     real, fake = discriminator[0][0]
     assert torch.equal(torch.cat([real, fake]), logits[1]) and len(real) == len(fake) == N
     assert real.median() > 20 > fake.median()
@@ -352,7 +369,8 @@ def test_the_classifier_sees_the_last_of_its_blocks(monkeypatch, blocks):  # (b)
     assert not any(features is out for features in seen for out in planted)
 
 
-def test_the_critics_minimiser_is_the_velocity_of_the_samples():  # (b) 3, (i): regression onto e - sg(x)
+# (b) 3, (i): regression onto e - sg(x)
+def test_the_critics_minimiser_is_the_velocity_of_the_samples():
     n, mean, std = 200_000, 0.8, 0.5
     x, e = (
         mean + std * torch.randn(n, 1, dtype=torch.float64),
@@ -370,9 +388,8 @@ def test_the_critics_minimiser_is_the_velocity_of_the_samples():  # (b) 3, (i): 
         )
 
     assert z_score(exact, (x, e)) < 4
-    assert (
-        z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
-    )  # planted: x - e; another velocity
+    # Planted: x - e; another velocity
+    assert z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
     x.requires_grad_(True)
     assert (
         torch.autograd.grad(method.critic_loss(exact.requires_grad_(), x, e), x, allow_unused=True)[
@@ -397,13 +414,15 @@ def test_each_loss_reaches_its_own_networks_only(monkeypatch, variant):  # test 
     )
     found, moved = {}, []
     student, critic = m.student.update, m.critic.update
-    everything = lambda: (
-        weights(m.net),
-        weights(m.fake),
-        weights(m.head),
-        weights(m.trunk),
-        weights(task.teacher.network),
-    )
+
+    def everything():
+        return (
+            weights(m.net),
+            weights(m.fake),
+            weights(m.head),
+            weights(m.trunk),
+            weights(task.teacher.network),
+        )
 
     def watched(original, find):
         def update(loss: Tensor) -> None:
@@ -435,10 +454,11 @@ def test_each_loss_reaches_its_own_networks_only(monkeypatch, variant):  # test 
     m.student.update, m.critic.update = watched(student, of_student), watched(critic, of_critic)
     m.train_step(batch(), step())
     own_trunk = variant != "teacher-features"
+    # test 2: the student first
     assert moved == [
         [True, False, False, False, False],
         [False, True, True, own_trunk, False],
-    ]  # test 2: the student first
+    ]
     assert (
         found["L_adv in x"].any()
         and any(found["student"])
@@ -452,19 +472,18 @@ def test_each_loss_reaches_its_own_networks_only(monkeypatch, variant):  # test 
         if own_trunk
         else not shared
     )
-    assert not any(
-        name.startswith(("blocks.1", "leave", "modulation")) for name in shared
-    )  # after the features
+    # after the features
+    assert not any(name.startswith(("blocks.1", "leave", "modulation")) for name in shared)
     nets = (m.net, m.fake, m.head, m.trunk, task.teacher.network)
-    assert all(
-        p.grad is None for net in nets for p in net.parameters()
-    )  # test 2: nothing is left for the next update
+    # test 2: nothing is left for the next update
+    assert all(p.grad is None for net in nets for p in net.parameters())
     assert any(found["L_adv in head"])  # planted: only `update` keeps L_adv from the head
 
 
+# (b): L_G = L_DM + lambda_G L_adv; L_phi = L_fake + lambda_D L_cls
 def test_terms_and_their_weights(
     monkeypatch,
-):  # (b): L_G = L_DM + lambda_G L_adv; L_phi = L_fake + lambda_D L_cls
+):
     m, _ = made(gan=0.7, classifier=0.3)
     names = ("pseudo_loss", "softplus_generator", "critic_loss", "softplus_discriminator")
     parts, losses = [captured(monkeypatch, method, name) for name in names], []
@@ -478,25 +497,36 @@ def test_terms_and_their_weights(
     assert losses == pytest.approx(
         [matching + 0.7 * adversarial, fake + 0.3 * classifier], rel=1e-5
     )
+    # Planted: exchanged
     assert losses != pytest.approx(
         [matching + 0.3 * adversarial, fake + 0.7 * classifier], rel=1e-2
-    )  # planted: exchanged
+    )
 
 
-def test_sum_reduction_with_a_heavier_gan_is_the_same_direction():  # test 9: lambda_G is tied to the mean over elements
+# test 9: lambda_G is tied to the mean over elements
+def test_sum_reduction_with_a_heavier_gan_is_the_same_direction():
     x, g = (
         torch.randn(8, 48, dtype=torch.float64, requires_grad=True),
         torch.randn(8, 48, dtype=torch.float64),
     )
-    adversarial = lambda x: method.softplus_generator(x.sin().sum(1))
-    summed = lambda x: 0.5 * (x - (x - g).detach()).square().sum(1).mean()
-    gradient = lambda loss: torch.autograd.grad(loss, x)[0]
+
+    def adversarial(x):
+        return method.softplus_generator(x.sin().sum(1))
+
+    def summed(x):
+        return 0.5 * (x - (x - g).detach()).square().sum(1).mean()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, x)[0]
+
     ours = gradient(method.pseudo_loss(x, g) + 0.03 * adversarial(x))
     torch.testing.assert_close(gradient(summed(x) + 48 * 0.03 * adversarial(x)), 48 * ours)
-    cosine = lambda a: torch.cosine_similarity(a.flatten(), ours.flatten(), dim=0).item()
-    assert (
-        cosine(gradient(summed(x) + 0.03 * adversarial(x))) < 0.999
-    )  # planted: lambda_G as it was
+
+    def cosine(a):
+        return torch.cosine_similarity(a.flatten(), ours.flatten(), dim=0).item()
+
+    # Planted: lambda_G as it was
+    assert cosine(gradient(summed(x) + 0.03 * adversarial(x))) < 0.999
 
 
 # Times and noise.
@@ -525,10 +555,18 @@ def calls_of(
 
 
 def dependent(a: tuple, b: tuple) -> bool:
-    """Whether two evaluations share times, or noise: rows of small t are those of x, rows of large t are noise."""
+    """Whether two evaluations share times or noise.
+
+    Rows of small t are those of x, rows of large t are noise.
+    """
     loud = (a[1] > 0.7) & (b[1] > 0.7)
-    flat = lambda call: ((call[0] - call[0].mean(0)) / over(call[1], call[0]))[loud].flatten()
-    corr = lambda u, v: torch.corrcoef(torch.stack([u, v]))[0, 1].abs().item()
+
+    def flat(call):
+        return ((call[0] - call[0].mean(0)) / over(call[1], call[0]))[loud].flatten()
+
+    def corr(u, v):
+        return torch.corrcoef(torch.stack([u, v]))[0, 1].abs().item()
+
     return corr(a[1], b[1]) > 0.08 or corr(flat(a), flat(b)) > 0.5
 
 
@@ -536,16 +574,23 @@ class OneDraw(Step):
     """Planted: FastGen's t and noise, one for all uses, and real rows as fake ones."""
 
     def rng(self, name: str) -> SimpleNamespace:
-        once = lambda n: n // 2 if name.startswith("classifier") else n
-        fresh = lambda: Rng(0, name.split()[-1])
-        rows = lambda x, n: x.repeat(n // len(x), *([1] * (x.dim() - 1)))
+        def once(n):
+            return n // 2 if name.startswith("classifier") else n
+
+        def fresh():
+            return Rng(0, name.split()[-1])
+
+        def rows(x, n):
+            return x.repeat(n // len(x), *([1] * (x.dim() - 1)))
+
         return SimpleNamespace(
             uniform=lambda n: rows(fresh().uniform(once(n)), n),
             normal=lambda n, *shape: rows(fresh().normal(once(n), *shape), n),
         )
 
 
-def test_every_use_has_times_and_noise_of_its_own():  # test 4; (b): L_DM's t truncated, the others' not
+# test 4; (b): L_DM's t truncated, the others' not
+def test_every_use_has_times_and_noise_of_its_own():
     n = 4096
     m, _ = made(batch=n)
     calls = calls_of(m, n)
@@ -564,9 +609,10 @@ def test_every_use_has_times_and_noise_of_its_own():  # test 4; (b): L_DM's t tr
     assert all(dependent(planted[a], planted[b]) for a in names for b in names)
 
 
+# (b): x_t = (1-t) x + t e of x, of real x in L_cls
 def test_every_use_sees_its_rows_noised_and_their_labels(
     monkeypatch,
-):  # (b): x_t = (1-t) x + t e of x, of real x in L_cls
+):
     m, _ = made()
     asked, heads, fakes = [], [], captured(monkeypatch, method, "critic_loss")
     m.fake.register_forward_pre_hook(lambda _m, args: asked.append((args[0].detach(), args[2])))
@@ -589,12 +635,12 @@ def test_every_use_sees_its_rows_noised_and_their_labels(
         torch.testing.assert_close(x_t, expected(*use), msg=use[0])
         assert torch.equal(labels, own.repeat(len(x_t) // N))
     assert [h.tolist() for h in heads] == [own.tolist(), 2 * own.tolist()]
-    assert torch.equal(
-        e_fake, step().rng("critic e").normal(N, *SHAPE)
-    )  # the target's noise is that in x_t
+    # the target's noise is that in x_t
+    assert torch.equal(e_fake, step().rng("critic e").normal(N, *SHAPE))
+    # Planted: x and e exchanged
     assert not torch.allclose(
         asked[2][0], noised(e_fake, x, step().rng("critic t").uniform(N)), atol=0.1
-    )  # planted: x and e exchanged
+    )
 
 
 @pytest.mark.parametrize("index", range(8))
@@ -606,15 +652,17 @@ def test_the_critic_is_told_the_step_it_judges(index):
     heard = []
     m.fake.gap.register_forward_pre_hook(lambda _m, args: heard.append(args[0]))
     m.train_step(batch(), step(index))
-    assert heard and all(
-        torch.allclose(t_k, torch.tensor(1 - k / 4)) for t_k in heard
-    )  # s = t_k would tell it t - t_k
+    # s = t_k would tell it t - t_k
+    assert heard and all(torch.allclose(t_k, torch.tensor(1 - k / 4)) for t_k in heard)
 
 
 def test_a_critic_told_the_step_starts_as_the_teacher_and_learns_the_difference():
     m, task = made("four-step-conditioned", critic_differs=False)
     x, t, labels = torch.randn(6, *SHAPE), torch.rand(6), torch.arange(6) % 3
-    at = lambda m, t_k: m.fake(x, t, labels, s=t - t_k)
+
+    def at(m, t_k):
+        return m.fake(x, t, labels, s=t - t_k)
+
     torch.testing.assert_close(at(m, 1.0), task.teacher.velocity(x, t, Condition(labels)))
     assert torch.equal(at(m, 1.0), at(m, 0.25))
     blind, _ = made("four-step", critic_differs=False)
@@ -659,14 +707,16 @@ def test_who_moves_when(variant, cycle):  # test 2; (c)
     assert "".join(updates(m, 3 * cycle.count("|"))) == 3 * cycle
     assert DMD2.needs(m.config).cycle == cycle.count("|")
     assert m.student.updates == 3 and m.critic.updates == 3 * cycle.count("c")
-    # Both schedules end together: the student's counts its own updates, as the official one counts iterations.
+    # Both schedules end together:
+    # the student's counts its own updates, as the official one counts iterations.
     at_end = [player.learning_rate() / player.config.lr for player in (m.student, m.critic)]
     assert at_end == pytest.approx([FILE["config"]["student"]["final_lr"]] * 2)
 
 
+# (c): the detached batch from before the student's update
 def test_both_players_learn_on_the_same_samples(
     monkeypatch,
-):  # (c): the detached batch from before the student's update
+):
     m, _ = made()
     pseudo, fakes = (
         captured(monkeypatch, method, "pseudo_loss"),
@@ -690,9 +740,8 @@ def test_brightness_is_logged_and_steady_for_a_student_that_stands():  # test 8,
     )
     assert (logged - logged.mean()).abs().max() < 5 * x.std() / n**0.5
     m.net.leave.bias.data -= 0.1
-    assert (
-        m.train_step(batch(n), step(6))["brightness"] - logged.mean() > 0.08
-    )  # planted: it has moved
+    # Planted: it has moved
+    assert m.train_step(batch(n), step(6))["brightness"] - logged.mean() > 0.08
 
 
 # A few steps.
@@ -714,23 +763,22 @@ def test_the_step_is_uniform_and_the_batchs(every):  # (d): k uniform in 0..N-1
     draws = torch.tensor(
         [method.drawn_step(step(i), 4, every) for i in range(4 * every * 300)]
     ).view(300, 4, every)
-    assert (
-        draws.sort(1).values == torch.arange(4)[None, :, None]
-    ).all()  # each once in a cycle, at every place of it
+    # each once in a cycle, at every place of it
+    assert (draws.sort(1).values == torch.arange(4)[None, :, None]).all()
     for place in range(every):
         assert len({tuple(order) for order in draws[:, :, place].tolist()}) == 24  # in any order
         share = torch.bincount(draws[:, 0, place], minlength=4) / 300
         assert (share - 0.25).abs().max() < 0.1
     assert every == 1 or not torch.equal(draws[..., 0], draws[..., 1])
     independent = torch.stack([Rng(0, i).integers(4, 4) for i in range(300)])
-    assert not (
-        independent.sort(1).values == torch.arange(4)
-    ).all()  # planted: cycles of unequal cost
+    # Planted: cycles of unequal cost
+    assert not (independent.sort(1).values == torch.arange(4)).all()
 
 
+# (d): shared by the whole batch and all ranks
 def test_the_step_is_the_same_on_all_ranks(
     monkeypatch,
-):  # (d): shared by the whole batch and all ranks
+):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
 
@@ -742,9 +790,8 @@ def test_the_step_is_the_same_on_all_ranks(
         ]
 
     (first, planted_first), (second, planted_second) = on(0), on(1)
-    assert (
-        first == second and planted_first != planted_second
-    )  # planted: the stream of each rank's rows
+    # Planted: the stream of each rank's rows
+    assert first == second and planted_first != planted_second
 
 
 def inputs(m, index: int, n: int = N) -> tuple[Tensor, Tensor]:
@@ -765,19 +812,23 @@ def test_inputs_are_the_samplers(index, start):  # test 6
         calls == [(pytest.approx(start * (1 - i / 4)), False) for i in range(k)]
         and not x.requires_grad
     )
-    assert (t == start * torch.tensor(1 - k / 4)).all() and torch.equal(x, start * z) == (
-        k == 0
-    )  # noise alone at the first step
+    # noise alone at the first step
+    assert (t == start * torch.tensor(1 - k / 4)).all() and torch.equal(x, start * z) == (k == 0)
     fresh = step(index).rng("renoise")
     path = []
-    walk = lambda x, t: (path.append(x), m.generate(m.net, x, t, batch().cond.labels))[1]
+
+    def walk(x, t):
+        path.append(x)
+        return m.generate(m.net, x, t, batch().cond.labels)
+
     method.renoising(walk, z, 4, lambda: fresh.normal(N, *SHAPE), start=start)
     assert torch.equal(x, path[k]) and not torch.equal(x, path[(k + 1) % 4])
 
 
+# test 6: no parameter gradient from the simulated prefix
 def test_one_gradient_step_at_the_drawn_time(
     monkeypatch,
-):  # test 6: no parameter gradient from the simulated prefix
+):
     m, _ = made("four-step", every=1)
     index = next(i for i in range(4) if method.drawn_step(step(i), 4, 1) == 2)
     x_k, t_k = inputs(m, index)
@@ -799,22 +850,21 @@ def test_one_gradient_step_at_the_drawn_time(
     assert not all(torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in zip(gradients, planted))
 
 
-def test_noised_real_inputs():  # (d): k for each row; test 6: one law with the simulated ones where there is one step
+# (d): k for each row; test 6: one law with the simulated ones where there is one step
+def test_noised_real_inputs():
     m, _ = made("noised-real")
     data, own = batch(), step()
     x, t = inputs(m, 0)
     z = own.rng("z").normal(N, *SHAPE)
     assert set(t.tolist()) == {1.0, 0.75, 0.5, 0.25}
     torch.testing.assert_close(x, noised(data.x, z, t))
-    assert all(
-        len(inputs(made("four-step")[0], i)[1].unique()) == 1 for i in range(8)
-    )  # planted: one k for the batch
+    # Planted: one k for the batch
+    assert all(len(inputs(made("four-step")[0], i)[1].unique()) == 1 for i in range(8))
     one = [inputs(made("noised-real", steps=1)[0], 3), inputs(made()[0], 3)]
     assert torch.equal(one[0][0], one[1][0]) and torch.equal(one[0][1], one[1][1])
     two = [inputs(made(name, steps=2)[0], i) for name in ("noised-real", None) for i in range(4)]
-    assert not any(
-        torch.equal(a[0], b[0]) for a, b in zip(two[:4], two[4:])
-    )  # planted: with two steps they differ
+    # Planted: with two steps they differ
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(two[:4], two[4:]))
 
 
 @pytest.mark.parametrize(
@@ -852,7 +902,10 @@ def test_the_average_is_what_is_sampled():
     for i in range(6):
         m.train_step(batch(), step(i))
     z, labels = torch.randn(6, *SHAPE), torch.arange(6) % 3
-    jump = lambda net: z - net(z, torch.ones(6), labels)
+
+    def jump(net):
+        return z - net(z, torch.ones(6), labels)
+
     x = m.sample(z, Condition(labels), 1, None)
     assert torch.equal(x, jump(m.student.averaged())) and not torch.allclose(
         x, jump(m.net), atol=1e-4
@@ -875,9 +928,8 @@ def test_every_variant_changes_an_update():
     again, _ = made()
     for i in range(12):
         again.train_step(batch(), step(i))
-    assert torch.equal(
-        weights(again.net), after[None]
-    )  # planted: no change of settings, no change of weights
+    # Planted: no change of settings, no change of weights
+    assert torch.equal(weights(again.net), after[None])
 
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n])
@@ -929,9 +981,8 @@ def test_mixtures_without_classes():
     teacher = VelocityMLP((2,), 0, 16, 2)
     for p in teacher.parameters():
         nn.init.normal_(p, std=0.2)
-    exact = SimpleNamespace(
-        velocity=lambda x, t, cond: gaussian(x, t, 0.0, 0.5)
-    )  # a closed form has no features
+    # a closed form has no features
+    exact = SimpleNamespace(velocity=lambda x, t, cond: gaussian(x, t, 0.0, 0.5))
     architecture = partial(VelocityMLP, (2,), 0, width=16, depth=2)
     for name in (None, "teacher-features", "four-step-conditioned"):
         task = Task((2,), 0, architecture, exact, teacher.state_dict(), 0, CPU, Meter())
@@ -963,7 +1014,8 @@ def cost(
     return {k: v for k, v in (named | {"critic.1": head, "network": frozen}).items() if v}
 
 
-# On the student's turn: the critic for L_DM, its features for L_adv; on the critic's: once for L_fake, once for real and fake together.
+# On the student's turn: the critic for L_DM, its features for L_adv;
+# on the critic's: once for L_fake, once for real and fake together.
 COSTS = {
     None: cost(2, 1, 1, 2 + 4, 2, head=3),
     "velocity": cost(2, 1, 1, 2 + 4, 2, head=3),
@@ -978,7 +1030,8 @@ COSTS = {
     "gan-only": cost(2, 1, 0, 1 + 4, 2, head=3),
     "gan-only-one-to-one": cost(1, 1, 0, 1 + 2, 1, head=2),
     "teacher-features": cost(2, 1, 1, 1 + 2, 2, head=3, frozen=3),
-    # The k-th step is simulated by k evaluations: 1 in two steps of N = 2, 6 in four steps of N = 4, at each place of r = 2.
+    # The k-th step is simulated by k evaluations:
+    # 1 in two steps of N = 2, 6 in four steps of N = 4, at each place of r = 2.
     "two-step": cost(4 + 2, 2, 2, 12, 4, head=6),
     "two-step-conditioned": cost(4 + 2, 2, 2, 12, 4, head=6),
     "four-step": cost(8 + 12, 4, 4, 24, 8, head=12),

@@ -1,4 +1,4 @@
-"""DP-DMD against closed forms and its paper: specs/dp_dmd.md ((b)-(d), (i) and the tests numbered there)."""
+"""DP-DMD against closed forms and its paper: specs/dp_dmd.md (b)-(d), (i), by test number."""
 
 import copy
 import sys
@@ -27,18 +27,25 @@ method = sys.modules[DPDMD.__module__]
 FILE = yaml.safe_load((FOLDER / "config.yaml").read_text())
 VARIANTS = {None: {}} | {name: v["config"] for name, v in FILE["variants"].items()}
 SHAPE, N, CPU = (1, 4, 4), 16, torch.device("cpu")
+# over the settings of digits
 SMALL = {
     "batch": N,
     "student": {"lr": 1e-2, "warmup": 0.0},
     "critic": {"lr": 1e-2, "warmup": 0.0},
-}  # over the settings of digits
+}
 EVERY = {"critic_updates": 1}  # the student moves on each step, but where a test says otherwise
-step = lambda index=0: Step(index, 40, 0, CPU)
-ones = lambda x, value=1.0: x.new_full((len(x),), value)
+
+
+def step(index=0):
+    return Step(index, 40, 0, CPU)
+
+
+def ones(x, value=1.0):
+    return x.new_full((len(x),), value)
 
 
 def made(variant: str | None = None, critic_differs: bool = True, **changes) -> tuple:
-    """An arm with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
+    """An arm with a random teacher; `critic_differs` moves the critic off it, where it starts."""
     task = random_task(SHAPE)
     m = DPDMD(
         task,
@@ -83,9 +90,8 @@ def test_one_step_is_the_guided_velocity_and_all_are_the_pair(w):  # test 1
     for k in (1, 3, 5, 10):  # b.1: K of T steps, tbar = 1 - K / T without a shift
         target = method.anchor_target(velocity, z, 1 - k / 10, k, "euler", False)
         assert close(target, (z - path[k]) / (k / 10))
-        assert close((z - path[k]) / 0.5, target, 0.01) == (
-            k == 5
-        )  # planted: divided by the time of the student's grid
+        # Planted: divided by the time of the student's grid
+        assert close((z - path[k]) / 0.5, target, 0.01) == (k == 5)
     assert close(method.anchor_target(velocity, z, 0.0, 6, "heun", False), z - heun(velocity, z, 6))
 
 
@@ -97,9 +103,8 @@ def test_tbar_is_not_rounded(tbar, error):  # test 11
         lambda x, t: 0.7 + 0 * x, torch.randn(N, 3), tbar, 4, "euler", False
     )
     torch.testing.assert_close(target, torch.full_like(target, 0.7), rtol=1e-4, atol=0)
-    planted = (1 - tbar) / (
-        1 - torch.tensor(tbar, dtype=torch.bfloat16).item()
-    ) - 1  # of the official code
+    # of the official code
+    planted = (1 - tbar) / (1 - torch.tensor(tbar, dtype=torch.bfloat16).item()) - 1
     assert planted == pytest.approx(error, abs=0.003)
 
 
@@ -117,30 +122,38 @@ def test_the_student_lands_where_its_anchor_says(tbar):  # test 8
 
 def test_the_x0_form():  # test 9; Eq. 39-41: |x_theta(z, 1) - (z_tbar - tbar v(z_tbar, tbar))|^2
     z, v_1, curved = *torch.randn(2, N, *SHAPE), teacher()
-    both = lambda velocity: [
-        method.anchor_target(velocity, z, 0.75, 4, "heun", x0) for x0 in (False, True)
-    ]
+
+    def both(velocity):
+        return [method.anchor_target(velocity, z, 0.75, 4, "heun", x0) for x0 in (False, True)]
+
     secant, tangent = both(lambda x, t: 0 * x + 0.3)  # constant along its paths
     assert close(tangent, secant)
     secant, tangent = both(curved)
     assert not close(tangent, secant, 0.01)
     z_tbar, t = z - 0.25 * secant, ones(z, 0.75)
-    distance = lambda x0: (denoiser(z, v_1, ones(z)) - x0).square().mean()
+
+    def distance(x0):
+        return (denoiser(z, v_1, ones(z)) - x0).square().mean()
+
     torch.testing.assert_close(
         method.diversity_loss(v_1, tangent), distance(denoiser(z_tbar, curved(z_tbar, t), t))
     )
+    # Planted: un-noised with z
     assert not close(
         distance(denoiser(z_tbar, secant, t)), method.diversity_loss(v_1, tangent), 1e-3
-    )  # planted: un-noised with z
+    )
     assert all(
         torch.equal(made(a)[0].anchor(z, batch().cond), b)
         for a, b in ((None, secant), ("x0-anchor", tangent))
     )
 
 
-def test_the_target_is_a_function_of_the_noise():  # test 7: one noise is fitted exactly, unlike a posterior mean
+# test 7: one noise is fitted exactly, unlike a posterior mean
+def test_the_target_is_a_function_of_the_noise():
     task, z, labels = random_task(SHAPE), torch.randn(1, *SHAPE), torch.zeros(1, dtype=torch.int64)
-    velocity = lambda x, t: task.teacher.velocity(x, t, Condition(labels))
+
+    def velocity(x, t):
+        return task.teacher.velocity(x, t, Condition(labels))
 
     def fit(target) -> float:
         net, losses = task.network("teacher"), []
@@ -170,17 +183,23 @@ def gaussian(x: Tensor, t: Tensor, std: float) -> Tensor:
 
 
 def given(z: Tensor = Z, e: Tensor = E) -> SimpleNamespace:
-    """A step whose draws are z, the noise e of the other uses, and uniform 0, so that t is the lower end."""
-    stream = lambda name: SimpleNamespace(
-        normal=lambda *_: z if name == "z" else e, uniform=lambda n: z.new_zeros(n)
-    )
+    """A step with the draws z, the noise e of the other uses, and uniform 0: t at its lower end."""
+
+    def stream(name):
+        return SimpleNamespace(
+            normal=lambda *_: z if name == "z" else e, uniform=lambda n: z.new_zeros(n)
+        )
+
     return SimpleNamespace(index=0, rng=stream)
 
 
 def toy(
     theta: float, fake, real: float, t: float, shape: tuple[int, ...] = (1,), **changes
 ) -> tuple:
-    """DP-DMD with the student v = theta x, an exact teacher of N(0, real^2), a given critic, all draws at time t."""
+    """DP-DMD with the student v = theta x, a given critic, and all draws at time t.
+
+    The teacher is exact for N(0, real^2).
+    """
     m, parameter = (
         DPDMD.__new__(DPDMD),
         torch.tensor(theta, dtype=torch.float64, requires_grad=True),
@@ -194,7 +213,9 @@ def toy(
     m.task = SimpleNamespace(
         shape=shape, teacher=SimpleNamespace(velocity=lambda x, t, cond: gaussian(x, t, real))
     )
-    m.net, m.fake, m.losses = lambda x, t, labels: parameter * x, fake, {}
+    m.net = lambda x, t, labels: parameter * x
+    m.fake = fake
+    m.losses = {}
     m.student, m.critic = (
         SimpleNamespace(update=lambda loss, name=name: m.losses.update({name: loss}))
         for name in ("student", "critic")
@@ -218,29 +239,37 @@ def exact(std: float):
     return lambda x, t, labels: gaussian(x, t, std)
 
 
+# b.3; KL(q_t | p_t) of x = a z to N(0, 0.5^2)
 @pytest.mark.parametrize("t", [0.1, 0.4, 0.9])
 @pytest.mark.parametrize("theta", [-0.4, 0.3, 0.8])
 @pytest.mark.parametrize("steps", [2, 4])
-def test_matching_is_the_gradient_of_the_kl_through_the_later_steps(
-    t, theta, steps
-):  # b.3; KL(q_t | p_t) of x = a z to N(0, 0.5^2)
+def test_matching_is_the_gradient_of_the_kl_through_the_later_steps(t, theta, steps):
     r = 1 - theta / steps  # of one step
-    a, std, s = r**steps, 0.5, lambda std: (1 - t) ** 2 * std**2 + t**2
-    kl = (1 - t) ** 2 * a * (1 / s(std) - 1 / s(a))  # d KL / d a
-    closed = lambda through: kl * through * -a / (r * steps)  # d a / d theta through so many steps
+    a = r**steps
+    std = 0.5
+
+    def noised_variance(std):
+        return (1 - t) ** 2 * std**2 + t**2
+
+    # d KL / d a
+    kl = (1 - t) ** 2 * a * (1 / noised_variance(std) - 1 / noised_variance(a))
+
+    def closed(through):
+        return kl * through * -a / (r * steps)  # d a / d theta through so many steps
+
     changes, unit = {"diversity": 0.0, "steps": steps}, (1 - t) ** 2 / t
-    ours = lambda fake=a, real=std, detach=True: (
-        slope(*toy(theta, exact(fake), real, t, detach=detach, **changes)) * unit
-    )
+
+    def ours(fake=a, real=std, detach=True):
+        return slope(*toy(theta, exact(fake), real, t, detach=detach, **changes)) * unit
+
     cut, whole = closed(steps - 1), closed(steps)
     assert ours() == pytest.approx(cut, rel=1e-3)
     assert ours(detach=False) == pytest.approx(whole, rel=1e-3)
     assert cut != pytest.approx(whole, rel=0.01)  # planted: either for the other
     assert ours(std, a) == pytest.approx(-cut, rel=1e-3)  # planted: networks exchanged
     assert ours(0.9 * a) != pytest.approx(cut, rel=0.01)  # planted: a critic that lags
-    assert ours(real=a) == pytest.approx(
-        0, abs=1e-12
-    )  # stationary where the student's law is the teacher's
+    # Stationary where the student's law is the teacher's
+    assert ours(real=a) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("tbar", [0.75, 0.5, 0.0])
@@ -249,28 +278,26 @@ def test_the_diversity_loss_is_the_gradient_of_its_objective(tbar):  # Eq. 6-8
     k = ((1 - tbar) ** 2 * std**2 + tbar**2) ** 0.5  # z_tbar = k z, the flow of N(0, std^2)
     closed = weight * 2 * (theta - (1 - k) / (1 - tbar))
 
-    def ours(
-        fake: float = std, theta: float = theta, **changes
-    ) -> float:  # critic = teacher: L_DMD has no gradient
+    # critic = teacher: L_DMD has no gradient
+    def ours(fake: float = std, theta: float = theta, **changes) -> float:
         anchor = {"anchor_time": tbar, "anchor_steps": 400, "diversity": weight}
         return slope(*toy(theta, exact(fake), std, 0.4, **(anchor | changes)))
 
     assert ours() == pytest.approx(closed, rel=1e-3)
-    assert ours(theta=(1 - k) / (1 - tbar)) == pytest.approx(
-        0, abs=1e-3
-    )  # stationary at the secant
+    # Stationary at the secant
+    assert ours(theta=(1 - k) / (1 - tbar)) == pytest.approx(0, abs=1e-3)
     planted = weight * 2 * (theta - (1 - k))  # z - z_tbar, not over 1 - tbar
     assert (planted == pytest.approx(closed, rel=0.01)) == (tbar == 0)
     alone = ours(0.4, diversity=0.0)
-    assert (
-        ours(0.4) == pytest.approx(closed + alone, rel=1e-3) and abs(alone) > 1e-3
-    )  # Eq. 8: the two gradients add
+    # Eq. 8: the two gradients add
+    assert ours(0.4) == pytest.approx(closed + alone, rel=1e-3) and abs(alone) > 1e-3
 
 
+# b.4: E (psi x_t - (e - x))^2, x = a z from a rollout of N steps
 @pytest.mark.parametrize("t", [0.1, 0.6])
 def test_the_critic_regresses_the_velocity_of_the_samples(
     t,
-):  # b.4: E (psi x_t - (e - x))^2, x = a z from a rollout of N steps
+):
     theta, psi = 0.3, torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     a = (1 - theta / 4) ** 4
     variance = (1 - t) ** 2 * a**2 + t**2
@@ -279,9 +306,11 @@ def test_the_critic_regresses_the_velocity_of_the_samples(
         2 * (0.2 * variance - (t - (1 - t) * a**2)), rel=1e-3
     )
     assert slope(m, parameter, "critic") == 0 != slope(m, parameter)
-    best = lambda a: (
-        (t - (1 - t) * a**2) / ((1 - t) ** 2 * a**2 + t**2)
-    )  # the exact velocity of N(0, a^2)
+
+    def best(a):
+        """The factor of x in the exact velocity of N(0, a^2)."""
+        return (t - (1 - t) * a**2) / ((1 - t) ** 2 * a**2 + t**2)
+
     psi.data.fill_(best(a))
     assert slope(m, psi, "critic") == pytest.approx(0, abs=1e-12)
     for planted in ((1 - theta / 4) ** 3, 0.5):  # one step less; the teacher
@@ -289,17 +318,19 @@ def test_the_critic_regresses_the_velocity_of_the_samples(
         assert abs(slope(m, psi, "critic")) > 1e-3
 
 
+# test 6: 64 coordinates, the paper's normaliser; a falls where theta rises
 @pytest.mark.parametrize("a", [0.6, 1.6])
 def test_descent_moves_the_scale_to_the_teachers(
     a,
-):  # test 6: 64 coordinates, the paper's normaliser; a falls where theta rises
+):
     draws, changes = (
         given(*torch.randn(2, 256, 64, dtype=torch.float64)),
         {"weighting": "noisy_residual", "diversity": 0.0},
     )
-    ours = lambda fake, real: slope(
-        *toy(4 * (1 - a**0.25), exact(fake), real, 0.4, (64,), **changes), draws=draws
-    )
+
+    def ours(fake, real):
+        return slope(*toy(4 * (1 - a**0.25), exact(fake), real, 0.4, (64,), **changes), draws=draws)
+
     assert ours(a, 1.0) * (1 - a) > 0 and ours(1.0, 1.0) == 0
     assert not ours(1.0, a) * (1 - a) > 0  # planted: the sign
 
@@ -335,24 +366,26 @@ def test_gradient_of_the_matching_term(monkeypatch, w):  # test 5; b.3 steps 3 t
     planted = [-g(), g() * x.numel(), g(reference=x)] + (
         [g(real=1.0), g(size=1.0)] if w != 1 else []
     )
-    assert not any(
-        close(gradients[0], wrong, 0.01) for wrong in planted
-    )  # sign, sum, clean x, unguided
+    # sign, sum, clean x, unguided
+    assert not any(close(gradients[0], wrong, 0.01) for wrong in planted)
 
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_cut(detach):  # test 3; test 2
     m, _ = made()
-    z, velocity = torch.randn(N, *SHAPE), lambda x, t: m.net(x, t, batch().cond.labels)
+    z = torch.randn(N, *SHAPE)
+
+    def velocity(x, t):
+        return m.net(x, t, batch().cond.labels)
+
     x, v_1 = method.rollout(velocity, z, 4, detach, True)
     assert torch.equal(x, euler(velocity, z, 4))
     loss = method.pseudo_loss(x, torch.randn(N, *SHAPE))
     through_first = torch.autograd.grad(loss, v_1, retain_graph=True, allow_unused=True)[0]
     assert (through_first is None) == detach  # planted: without the cut it is there
     assert any(g.any() for g in torch.autograd.grad(loss, m.student.parameters))
-    assert (
-        method.rollout(velocity, z, 1, detach, True)[0].requires_grad != detach
-    )  # N = 1 and lambda = 0: nothing to learn
+    # N = 1 and lambda = 0: nothing to learn
+    assert method.rollout(velocity, z, 1, detach, True)[0].requires_grad != detach
 
 
 REFUSED = {
@@ -382,14 +415,14 @@ def test_the_teacher_is_a_stationary_point():  # test 4; with K = 1 the student 
     assert (
         norm("anchor-1", critic_differs=False) < 1e-7 and norm("plain", critic_differs=False) == 0
     )
-    assert (
-        norm("anchor-1") > 1e-3 and norm(critic_differs=False) > 1e-4
-    )  # planted: the critic differs; an anchor further down the path
+    # Planted: the critic differs; an anchor further down the path
+    assert norm("anchor-1") > 1e-3 and norm(critic_differs=False) > 1e-4
 
 
+# b.2: the rollout's own noise; b.4: the full rollout, the same law of t, fresh noise
 def test_what_every_network_sees(
     monkeypatch,
-):  # b.2: the rollout's own noise; b.4: the full rollout, the same law of t, fresh noise
+):
     n = 2048
     m, _ = made(batch=n)
     cond, net, asked, judged = batch(n).cond, copy.deepcopy(m.net), [], []
@@ -409,19 +442,22 @@ def test_what_every_network_sees(
         and close(v_1, net(z, ones(z), cond.labels))
         and torch.equal(target, m.anchor(z, cond))
     )
+    # other noise, other labels
     for planted in (
         m.anchor(z.flip(0), cond),
         m.anchor(z, Condition(cond.labels.flip(0))),
-    ):  # other noise, other labels
+    ):
         assert not close(planted, target, 0.01)
-    walk = lambda steps: euler(lambda x, t: net(x, t, cond.labels), z, steps).detach()
+
+    def walk(steps):
+        return euler(lambda x, t: net(x, t, cond.labels), z, steps).detach()
+
     assert close(x, walk(4)) and not close(x, walk(3), 0.01) and not x.requires_grad
     for (_, t, _), use in zip(judged, ("matching", "critic")):
         torch.testing.assert_close(t, 0.02 + 0.96 * step().rng(f"{use} t").uniform(n))
     x_t, t, _ = judged[1]
-    assert close(x_t, noised(x, e, t)) and not close(
-        x_t, noised(e, x, t), 0.1
-    )  # planted: x and e exchanged
+    # Planted: x and e exchanged
+    assert close(x_t, noised(x, e, t)) and not close(x_t, noised(e, x, t), 0.1)
     assert (
         torch.equal(e, step().rng("critic e").normal(n, *SHAPE))
         and torch.corrcoef(torch.stack([judged[0][1], t]))[0, 1].abs() < 0.1
@@ -437,10 +473,9 @@ SCHEDULES = {
 }
 
 
+# test 12: five of the critic, then one of the student, in six ticks
 @pytest.mark.parametrize(("updates", "reuse"), SCHEDULES)
-def test_who_moves_when(
-    updates, reuse
-):  # test 12: five of the critic, then one of the student, in six ticks
+def test_who_moves_when(updates, reuse):
     m, _ = made(critic_updates=updates, reuse=reuse)
     cycle, order, moved = SCHEDULES[updates, reuse], "", watch_updates(m)
     for i in range(2 * cycle.count("|")):
@@ -448,15 +483,15 @@ def test_who_moves_when(
         order += "|" + "".join(name[0] for name in moved)
         moved.clear()
     assert order == 2 * cycle and DPDMD.needs(m.config).cycle == cycle.count("|")
-    official = "".join(
-        "|s" if (i + 1) % 6 == 0 else "|c" for i in range(2 * cycle.count("|"))
-    )  # M = 5
+    # M = 5
+    official = "".join("|s" if (i + 1) % 6 == 0 else "|c" for i in range(2 * cycle.count("|")))
     assert (order == official) == ((updates, reuse) == (5, False))
 
 
+# test 12; (h): the official seeds give every GPU the same
 def test_ranks_see_noise_of_their_own(
     monkeypatch,
-):  # test 12; (h): the official seeds give every GPU the same
+):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
 
@@ -492,12 +527,10 @@ def test_the_sampler_is_euler_on_the_uniform_grid(variant, n):  # (d)
     expected = z
     for i in range(n):
         expected = expected - m.net(expected, ones(z, 1 - i / n), labels) / n
-    assert close(x, expected) and not close(
-        x, heun(lambda x, t: m.net(x, t, labels), z, n), 1e-3
-    )  # planted
-    m.student.averages["evaluation"].get_submodule(
-        "module.0"
-    ).leave.bias.data += 1  # the average is what is sampled
+    # Planted
+    assert close(x, expected) and not close(x, heun(lambda x, t: m.net(x, t, labels), z, n), 1e-3)
+    # the average is what is sampled
+    m.student.averages["evaluation"].get_submodule("module.0").leave.bias.data += 1
     assert not close(m.sample(z, Condition(labels), n, Rng(0)), x, 0.01)
 
 
@@ -513,9 +546,8 @@ def test_every_variant_changes_an_update():
         for i in range(12):
             m.train_step(batch(), step(i))
         if name in after:
-            assert torch.equal(
-                weights(m.net), after[name]
-            )  # planted: no change of settings, no change of weights
+            # Planted: no change of settings, no change of weights
+            assert torch.equal(weights(m.net), after[name])
         after[name] = weights(m.net)
     for a, b in combinations(after, 2):
         assert not torch.allclose(after[a], after[b], atol=1e-5), (a, b)
@@ -554,9 +586,8 @@ def test_no_evaluation_more_than_the_algorithm_needs(name, w):
     with task.meter.counting():
         for i in range(3 * cycle, 4 * cycle):
             m.train_step(batch(w=w), step(i))
-    guided = (
-        {} if w == 1 else {"teacher": 2 * COSTS[name]["teacher"]}
-    )  # student and critic have no guidance
+    # student and critic have no guidance
+    guided = {} if w == 1 else {"teacher": 2 * COSTS[name]["teacher"]}
     assert dict(task.meter.calls) == COSTS[name] | guided
     # Graphs on the student's turn only, and of its first step only where something is asked of it.
     last = [name != "detach-only"] + [True] * (m.config.steps - 1)

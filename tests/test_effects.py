@@ -66,17 +66,19 @@ def test_effects_are_at_the_first_arms_headline_and_skip_what_has_no_ratio():
     records = [record("a", s, 1.0 + s / 100) for s in range(3)] + [
         record("a@b", s, 2.0 + s / 100, headline=2) for s in range(3)
     ]
+    # both at 1, not the second at 2
     assert next(r["ratio"] for r in effects(records, [("a", "a@b")])) == pytest.approx(
         0.5, rel=0.01
-    )  # both at 1, not the second at 2
+    )
     for r in records[3:]:
         r.metrics["rows"] = r.metrics["rows"][1:]  # no samples at 1
     found = {r["metric"]: r for r in effects(records, [("a", "a@b")])}
+    # no second extractor, and no logarithm of a negative number
     assert set(found) == {
         "fid",
         "recall",
         "coverage",
-    }  # no second extractor, and no logarithm of a negative number
+    }
     assert (
         found["fid"]["ratio"] == pytest.approx(0.25, rel=0.01) and found["fid"]["seeds_second"] == 3
     )

@@ -1,4 +1,4 @@
-"""What is scored against what: one pass, nothing mixed up between sets, and a key that sees every edit."""
+"""What is scored against what: one pass, no two sets mixed up, a key that sees every edit."""
 
 from __future__ import annotations
 
@@ -56,9 +56,8 @@ def test_one_pass_per_extractor_all_scores_eight_digits(data, against, monkeypat
     assert passes == [(EXTRACTOR, 900), (CROSS_EXTRACTOR, 900)]
     assert tuple(scores) == SCORES
     assert all(type(value) is float and value == float(f"{value:.8g}") for value in scores.values())
-    assert any(
-        value != float(f"{value:.7g}") for value in scores.values()
-    )  # all eight digits are kept
+    # all eight digits are kept
+    assert any(value != float(f"{value:.7g}") for value in scores.values())
     assert scores["memorisation"] == scores["class_accuracy"] == 1 and scores["noise_distance"] == 0
     assert abs(scores["fid_teacher"]) < 0.1 < scores["fid"]  # the teacher was the training half
 
@@ -86,9 +85,8 @@ def test_a_part_that_is_missing_leaves_its_scores_none(data, against):
     for names, arguments in missing.items():
         scores = evaluate_images(images, *arguments)
         assert scores == full | dict.fromkeys(names.split())
-    blind = evaluate_images(
-        images, labels, Against.of(data, CROSS_EXTRACTOR, None)
-    )  # it has no class head
+    # it has no class head
+    blind = evaluate_images(images, labels, Against.of(data, CROSS_EXTRACTOR, None))
     assert {m for m in SCORES if blind[m] is None} == {
         "fid_cross",
         "fid_teacher",
@@ -114,7 +112,8 @@ def test_scores_under_two_extractors_never_mix(data, against):
 def metrics(monkeypatch: pytest.MonkeyPatch, teacher_itself: bool = False) -> dict:
     """metrics.json, by the command line's own code, of a student whose every set is known.
 
-    Its samples are training images; those of its teacher on the same noise are class means at 1 step and the student's own
+    Its samples are training images; those of its teacher on the same noise are class means at
+    1 step and the student's own images at 32; the teacher's from other noise are held-out images.
     images at 32; the teacher's from other noise are held-out images.
     """
     monkeypatch.chdir(EVAL.parent)
@@ -185,13 +184,16 @@ def test_every_set_is_where_it_belongs(monkeypatch):
 
 def test_training_and_reference_exchanged_are_noticed(monkeypatch):
     load, real = kinds.load, Against.of
-    swap = lambda d: dataclasses.replace(
-        d,
-        train=d.reference,
-        train_labels=d.reference_labels,
-        reference=d.train,
-        reference_labels=d.train_labels,
-    )
+
+    def swap(d):
+        return dataclasses.replace(
+            d,
+            train=d.reference,
+            train_labels=d.reference_labels,
+            reference=d.train,
+            reference_labels=d.train_labels,
+        )
+
     both = {
         "training images are not the training half",
         "the reference is not held out",
@@ -218,11 +220,20 @@ def test_other_mix_ups_are_noticed(monkeypatch):
             return mixed_up(metrics(context))
 
     assert planted(lambda *a: a) == []
-    first = lambda d, e, c, s, t, again, *r: (d, e, c, s, {1: t[1]}, again, *r)
+
+    def first(d, e, c, s, t, again, *r):
+        return (d, e, c, s, {1: t[1]}, again, *r)
+
     assert planted(first) == ["not the teacher's sample of many steps"]
-    reused = lambda d, e, c, s, t, again, *r: (d, e, c, s, t, t[32], *r)
+
+    def reused(d, e, c, s, t, again, *r):
+        return (d, e, c, s, t, t[32], *r)
+
     assert planted(reused) == ["the teacher's own set is not the held-out images"]
-    one_off = lambda d, e, c, s, t, again, *r: (d, e, c, {1: s[1].roll(1, 0)}, t, again, *r)
+
+    def one_off(d, e, c, s, t, again, *r):
+        return (d, e, c, {1: s[1].roll(1, 0)}, t, again, *r)
+
     assert set(planted(one_off)) == {
         "labels are not in turn",
         "not the teacher's sample of many steps",

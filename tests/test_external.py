@@ -1,4 +1,4 @@
-"""`distillbench evaluate PATH`: what the scores of released samples are, and their rows in tables."""
+"""`distillbench evaluate PATH`: the scores of released samples, and their rows in tables."""
 
 from __future__ import annotations
 
@@ -57,9 +57,8 @@ def test_folder_npz_and_safetensors_of_the_same_images_agree(checkout, digits, g
     flat = scores(capsys, "flat", "--name", "same")
     assert flat["samples_sha256"] == found[0]["samples_sha256"] and flat["labels_sha256"] is None
     known = {name: value for name, value in flat["row"].items() if value is not None}
-    assert (
-        known.items() <= found[0]["row"].items()
-    )  # scores that need labels are missing, the others are the same
+    # scores that need labels are missing, the others are the same
+    assert known.items() <= found[0]["row"].items()
     assert flat["row"]["class_accuracy"] is None and found[0]["row"]["class_accuracy"] > 0.99
     # and they are those of the fixed row whose images these are
     against = Against.of(digits, "digits-gelu-64", None)
@@ -138,9 +137,7 @@ def test_sixteen_bits_of_colour_are_no_bytes(tmp_path):
         )
     assert read_samples(tmp_path / "8", (3, 4, 8), 1, 10, brightest=23).images.max() == 23
     assert Image.open(tmp_path / "16/0.png").mode == "RGB"
-    with pytest.raises(
-        ValueError, match=r"0\.png: 16 bits per channel, expected 8: store bytes yourself"
-    ):
+    with pytest.raises(ValueError, match=r"0\.png: 16 bits per channel, expected 8"):
         read_samples(tmp_path / "16", (3, 4, 4), 1, 10)
 
 
@@ -197,9 +194,8 @@ def test_order_by_class_is_what_is_refused(good, tmp_path):
 
 def test_what_sample_writes_is_accepted(checkout, capsys):
     assert run(capsys, "train", "tiny", "teacher", "--seeds", "0")[0] == 0
-    assert (
-        run(capsys, "evaluate", "tiny", "teacher", "--seeds", "0")[0] == 0
-    )  # two positionals: the arm, as ever
+    # two positionals: the arm, as ever
+    assert run(capsys, "evaluate", "tiny", "teacher", "--seeds", "0")[0] == 0
     assert len(list(Path("results/runs/tiny/teacher").glob("seed0-*/metrics.json"))) == 1
     assert (
         run(
@@ -240,13 +236,14 @@ def test_what_sample_writes_is_accepted(checkout, capsys):
     points = json.loads(Path("points.json").read_text())
     (file,) = Path("results/runs/tiny-ring/teacher").glob("seed0-*/result.json")
     assert points["row"]["modes_total"] == 3
+    # as tables compare it
     assert (
         points["evaluation"]["data"] == json.loads(file.read_text())["provenance"]["hashes"]["data"]
-    )  # as tables compare it
+    )
     save_file({"samples": torch.full((500, 2), torch.nan)}, "points.safetensors")
     code, _, err = run(capsys, "evaluate", "points.safetensors", "--benchmark", "tiny-ring")
-    line = "points.safetensors: 'samples' has 1000 values that are NaN or infinite: the sampler diverged, nothing to score"
-    assert (code, err) == (2, f"distillbench: {line}\n")
+    fault = "points.safetensors: 'samples' has 1000 values that are NaN or infinite"
+    assert code == 2 and err.startswith(f"distillbench: {fault}: ") and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- rows of tables
@@ -311,8 +308,8 @@ def test_a_published_row_is_in_all_twins_and_checked(published, good, capsys, mo
         f"{found['row']['fid']:.3f}" in line and "1000 samples, not 20000: not comparable" in line
     )
     assert (
-        f"theirs: A. Author, https://example.org/samples (1000 samples, sha256 {found['samples_sha256'][:12]})."
-        in page
+        f"theirs: A. Author, https://example.org/samples "
+        f"(1000 samples, sha256 {found['samples_sha256'][:12]})." in page
     )
     (row,) = [
         r
@@ -363,8 +360,9 @@ def test_publishing_again(published, good, capsys):
     assert run(capsys, "evaluate", "x.npz", *again)[0] == 0 and file.read_bytes() == first
     code, out, err = run(capsys, "evaluate", "y.npz", *again)
     sha = json.loads(first)["samples_sha256"]
-    line = f"{file}: published with another samples_sha256 ({sha}): choose another --name, or say --overwrite"
-    assert (code, out, err) == (2, "", f"distillbench: {line}\n") and file.read_bytes() == first
+    assert (code, out) == (2, "") and file.read_bytes() == first
+    assert err.startswith(f"distillbench: {file}: published with another samples_sha256 ({sha})")
+    assert "--name" in err and "--overwrite" in err and err.count("\n") == 1
     code, _, err = run(
         capsys, "evaluate", "x.npz", *again[:-2], "https://elsewhere.org", "--publish"
     )
@@ -432,9 +430,8 @@ def test_a_record_of_another_evaluation_or_of_other_data_has_a_row_without_numbe
             for name, value in row.items()
             if name.endswith(("_mean", "_sd")) and value is not None
         ]
-    assert (
-        build_rows(given, [made | {"benchmark": "elsewhere"}]) == plain
-    )  # another benchmark's record changes nothing
+    # another benchmark's record changes nothing
+    assert build_rows(given, [made | {"benchmark": "elsewhere"}]) == plain
     assert set(plain[0]) <= set(current)
 
 
@@ -478,8 +475,8 @@ def test_a_spoilt_record_is_named(spoilt: str, published, capsys):
     file.parent.mkdir(parents=True)
     file.write_text(spoilt, errors="surrogateescape")
     code, _, err = run(capsys, "table", "table2", "--check")
-    line = f"{file}: no record of external samples: remove it, or publish it again with `distillbench evaluate`"
-    assert (code, err) == (2, f"distillbench: {line}\n")
+    assert code == 2 and err.startswith(f"distillbench: {file}: no record of external samples: ")
+    assert err.count("\n") == 1
 
 
 def test_the_command_itself(checkout):

@@ -1,4 +1,4 @@
-"""The committed extractors are the ones their scripts make, and behave as measuring instruments should."""
+"""The committed extractors are what their scripts make, and behave as measuring instruments."""
 
 import hashlib
 from dataclasses import replace
@@ -50,7 +50,10 @@ def test_these_are_all_of_them():
 
 
 def test_committed_weights_are_the_known_ones(extractor):
-    """Another hash makes every published score incomparable: change it here only with all results."""
+    """A hash per extractor; another one makes every published score incomparable.
+
+    Change it here only together with all results.
+    """
     content = WEIGHTS[extractor.name].read_bytes()
     assert extractor.sha256 == hashlib.sha256(content).hexdigest() == COMMITTED[extractor.name]
     assert len(content) < 300_000
@@ -121,7 +124,7 @@ def test_only_the_classifier_has_classes(digits):
 
 
 def looks_at_the_image_alone(extractor: Extractor, images: Tensor) -> bool:
-    """Whether an image's features stay as they are in other company, in another order, and the second time."""
+    """Whether an image's features are the same in other company, another order, and again."""
     together = extractor.features(images)[0]
     apart, turned = (
         extractor.features(images, batch=7)[0],
@@ -142,10 +145,11 @@ def test_features_depend_on_the_image_alone(extractor, digits):
     assert looks_at_the_image_alone(
         replace(extractor, network=network_of(extractor.name, network.state_dict()).train()), images
     )
+    # both in training mode, which is the mistake
     for spoiler in (
         nn.BatchNorm2d(1),
         nn.Dropout(0.1),
-    ):  # both in training mode, which is the mistake
+    ):
         assert not looks_at_the_image_alone(
             replace(extractor, network=nn.Sequential(spoiler, network)), images
         )
@@ -166,7 +170,11 @@ def test_only_uint8_digits_are_taken(extractor, digits):
 
 def test_an_extractor_may_take_any_size():
     seen = []
-    network = lambda x: (seen.append(x.dtype) or x.flatten(1).float().mean(1, keepdim=True), None)
+
+    def network(x):
+        seen.append(x.dtype)
+        return x.flatten(1).float().mean(1, keepdim=True), None
+
     means = Extractor("means", "0", network, shape=(3, None, None), prepare=lambda x: x)
     for size in (5, 9):
         assert (
@@ -257,9 +265,8 @@ def test_floors_are_where_they_were_measured(extractor, digits):
 def test_pixels_are_spread_over_the_byte(digits):
     images, _ = digits
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8
-    assert images.unique().tolist() == [
-        round(v * 255 / 16) for v in range(17)
-    ]  # 0, 16, ..., 128, ..., 255
+    # 0, 16, ..., 128, ..., 255
+    assert images.unique().tolist() == [round(v * 255 / 16) for v in range(17)]
 
 
 def test_alternate_takes_every_other_image_of_each_class(digits):
@@ -313,9 +320,8 @@ def test_neighbours_are_the_image_moved_by_a_pixel():
     ]
     assert sorted(places) == [(i, j) for i in (3, 4, 5) for j in (1, 2, 3) if (i, j) != (4, 2)]
     at_the_border = torch.cat(train_digits_simclr.neighbours(dot.roll(-2, 3)))
-    assert (
-        at_the_border.eq(1).sum() == 5 and at_the_border.min() == -1
-    )  # what leaves does not come in on the other side
+    # what leaves does not come in on the other side
+    assert at_the_border.eq(1).sum() == 5 and at_the_border.min() == -1
 
 
 def test_contrast_loss_is_nt_xent_by_hand():
@@ -333,9 +339,8 @@ def test_contrast_loss_is_nt_xent_by_hand():
 
     loss = train_digits_simclr.contrast_loss(one, two).item()
     assert loss == pytest.approx(by_hand(one, two), rel=1e-9)
-    assert loss != pytest.approx(
-        by_hand(one, two.roll(1, 0)), rel=1e-2
-    )  # views of other images are no pair
+    # views of other images are no pair
+    assert loss != pytest.approx(by_hand(one, two.roll(1, 0)), rel=1e-2)
 
 
 def trained(module, digits: tuple[Tensor, Tensor], **settings: int) -> nn.Module:
@@ -371,7 +376,10 @@ def test_training_repeats_to_the_byte_whatever_the_global_stream(
     "module, name", [(train_digits_extractor, NAME), (train_digits_simclr, SECOND)]
 )
 def test_retraining_gives_the_committed_extractor(module, name, digits, one_thread, monkeypatch):
-    """To the byte on the kind of CPU it was trained on, within rounding on others; another seed is another extractor."""
+    """To the byte on the kind of CPU it was trained on, within rounding on others.
+
+    Another seed is another extractor.
+    """
     images = train_digits_simclr.scaled(digits[0])
     committed = network_of(name, safetensors.torch.load(WEIGHTS[name].read_bytes()))(images)[0]
 
@@ -390,7 +398,7 @@ def test_retraining_gives_the_committed_extractor(module, name, digits, one_thre
 
 @pytest.mark.slow
 def test_a_second_thread_is_another_extractor(digits, one_thread):
-    """Training repeats at a fixed number of threads only: what another number gives has a hash of its own."""
+    """Training repeats at a fixed number of threads only, so another number has its own hash."""
     few, found = (digits[0][:512], digits[1][:512]), []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
@@ -404,7 +412,10 @@ def test_a_second_thread_is_another_extractor(digits, one_thread):
 
 @pytest.mark.slow
 def test_without_labels_unseen_digits_are_recognised_where_they_moved(digits, one_thread):
-    """Trained on half of them: of the others, moved by a pixel, 5 nearest neighbours know 80 %; by pixels 49 %, untrained 38 %."""
+    """Trained on half of the digits, it recognises the others after a move by a pixel.
+
+    Five nearest neighbours know 80 %; by pixels they know 49 %, by untrained features 38 %.
+    """
     images, labels = digits
     even = train_digits_extractor.alternate(labels)
     torch.manual_seed(SEED)

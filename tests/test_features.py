@@ -1,4 +1,7 @@
-"""Frozen features of discriminators, how they are trained without labels, and who pays: design.md 'Benchmarks' (budgets)."""
+"""Frozen features of discriminators: how they are trained without labels, and who pays.
+
+The budget is that of design.md, 'Benchmarks'.
+"""
 
 import itertools
 from dataclasses import replace
@@ -55,12 +58,13 @@ def test_a_token_is_a_place_in_the_picture():
     changed = x.clone()
     changed[0, 0, 0, 7] = 1.0  # first row, last column
     moved = (network(changed)[0] - network(x)[0])[0].abs().amax(1).nonzero()[:, 0].tolist()
+    # its 3 x 3 neighbourhood, row by row; planted: column by column it would be 48, 49, 56, 57
     assert moved == [
         6,
         7,
         14,
         15,
-    ]  # its 3 x 3 neighbourhood, row by row; planted: column by column it would be 48, 49, 56, 57
+    ]
 
 
 # Views
@@ -84,9 +88,8 @@ def test_a_view_without_magnitude_is_the_image():
 
 def test_a_view_moves_by_a_share_of_half_the_picture():
     x = DIGITS.train[:32]
-    right = features.view(
-        x, Middle(1.0, 0.5, 0.5, 0.5)
-    )  # dx = 1: looks a quarter of 4 pixels, one pixel, to the right
+    # dx = 1: looks a quarter of 4 pixels, one pixel, to the right
+    right = features.view(x, Middle(1.0, 0.5, 0.5, 0.5))
     expected = torch.cat([x[..., 1:], torch.full_like(x[..., :1], -1)], 3)
     torch.testing.assert_close(right, expected, rtol=0, atol=1e-5)
     assert (right - expected.transpose(2, 3)).abs().max() > 0.5  # planted: up instead
@@ -101,9 +104,8 @@ def test_views_keep_range_and_background():
         features.view(x[:1].expand(64, 1, 8, 8), Rng(0, "view")),
         features.view(x[:1].expand(64, 1, 8, 8), Rng(1, "view")),
     )
-    assert (
-        len({tuple(v.flatten().tolist()) for v in torch.cat([one, two])}) == 128
-    )  # every row its own
+    # every row its own
+    assert len({tuple(v.flatten().tolist()) for v in torch.cat([one, two])}) == 128
 
 
 # The contrastive loss
@@ -123,9 +125,8 @@ def test_contrast_loss_against_its_formula():
     found = features.contrast_loss(one, two).item()
     assert found == pytest.approx(direct(lambda i: (i + 5) % 10), rel=1e-12)
     assert abs(found - direct(lambda i: (i + 1) % 10)) > 0.05  # planted: the next row as partner
-    assert (
-        features.contrast_loss(one, one + 1e-3 * two) < 0.5 * found
-    )  # equal views are near each other, others are not
+    # equal views are near each other, others are not
+    assert features.contrast_loss(one, one + 1e-3 * two) < 0.5 * found
     assert features.contrast_loss(one, one[[1, 2, 3, 4, 0]]) > found
 
 
@@ -195,7 +196,8 @@ class Judged(Method):
 
     def train_step(self, batch, step):
         x = self.net(batch.x, step.rng("t").uniform(16), batch.cond.labels)
-        loss = x.square().mean() if self.task.features is None else sum(f.square().mean() for f in self.task.features(x))
+        features = [x] if self.task.features is None else self.task.features(x)
+        loss = sum(f.square().mean() for f in features)
         self.student.update(loss)
         return {"loss": loss.detach()}
 
@@ -234,9 +236,8 @@ def test_training_of_the_features_is_charged(judged):
     free, nothing = price(with_budget(1e11, "judged@random"), quiet)
     assert free.setup_flops == 0 and not nothing and set(prepared) == {"features"}
     cycle = free.flops / free.steps
-    assert free.steps - plan.steps == pytest.approx(
-        plan.setup_flops / cycle, abs=1
-    )  # planted: uncharged, they would be equal
+    # Planted: uncharged, they would be equal
+    assert free.steps - plan.steps == pytest.approx(plan.setup_flops / cycle, abs=1)
 
 
 def test_a_rebuilt_run_gets_the_same_features(judged):
@@ -249,9 +250,8 @@ def test_a_rebuilt_run_gets_the_same_features(judged):
     assert all(
         torch.equal(v, prepared["features"][k]) for k, v in run.task.features.state_dict().items()
     )
-    assert not torch.equal(
-        weights(run.task.features), weights(raw)
-    )  # planted: a run that is built only
+    # Planted: a run that is built only
+    assert not torch.equal(weights(run.task.features), weights(raw))
     assert all(not p.requires_grad for p in run.task.features.parameters())
     before = weights(run.task.features)
     train(run, replace(plan, steps=3, updates={"student": 3}), quiet)

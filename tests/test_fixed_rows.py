@@ -1,4 +1,4 @@
-"""The trivial generators are what they say, and every score on digits lies where it was calibrated."""
+"""The trivial generators are what they say, and scores on digits lie where they were calibrated."""
 
 import numpy as np
 import pytest
@@ -91,9 +91,8 @@ def test_gaussian_has_the_moments_of_its_class():
     a, b = train.flatten(1).double(), images.flatten(1).double()
     assert torch.allclose(a.mean(0), b.mean(0), atol=0.3)
     assert torch.allclose(torch.cov(a.T), torch.cov(b.T), rtol=0.05, atol=2.5)
-    assert (
-        torch.cov(b.T).fill_diagonal_(0).abs().max() > 10
-    )  # the full covariance, not its diagonal
+    # the full covariance, not its diagonal
+    assert torch.cov(b.T).fill_diagonal_(0).abs().max() > 10
 
 
 def test_mixup_stays_between_two_images_of_the_class():
@@ -101,14 +100,12 @@ def test_mixup_stays_between_two_images_of_the_class():
     images = mixup(ends, torch.tensor([0, 0, 1, 1]), 20000, rng())
     first, second = images[0::2, 0, 0, 0].double(), images[1::2, 0, 0, 0].double()
     assert (first.min(), first.max(), second.min(), second.max()) == (0, 200, 50, 90)
-    assert torch.equal(
-        images.amin((1, 2, 3)), images.amax((1, 2, 3))
-    )  # one weight per image, not per pixel
+    # one weight per image, not per pixel
+    assert torch.equal(images.amin((1, 2, 3)), images.amax((1, 2, 3)))
     inside = (first > 0) & (first < 200)  # half of the pairs are of two equal images
     assert inside.double().mean().item() == pytest.approx(0.5, abs=0.02)
-    assert (first[inside] < 50).double().mean().item() == pytest.approx(
-        0.25, abs=0.02
-    )  # a uniform weight
+    # a uniform weight
+    assert (first[inside] < 50).double().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
 def test_memoriser_draws_with_replacement(digits):
@@ -116,9 +113,8 @@ def test_memoriser_draws_with_replacement(digits):
     images = memoriser(train, labels, 900, rng())
     known = {image.numpy().tobytes() for image in train}
     drawn = [image.numpy().tobytes() for image in images]
-    assert set(drawn) <= known and len(set(drawn)) < 0.75 * len(
-        drawn
-    )  # 1 - 1/e = 0.63 of them distinct
+    # 1 - 1/e = 0.63 of them distinct
+    assert set(drawn) <= known and len(set(drawn)) < 0.75 * len(drawn)
 
 
 def test_failures_are_what_they_say(digits):
@@ -136,9 +132,10 @@ def test_failures_are_what_they_say(digits):
     repeated = one_image_repeated(train, labels, 50, rng())
     assert len(repeated.unique(dim=0)) == 1 and repeated[0].numpy().tobytes() in known
     grey = noise(train, labels, 5000, rng()).double()
+    # cut at 2 sd
     assert grey.mean().item() == pytest.approx(
         127.5, abs=0.5
-    ) and grey.std().item() == pytest.approx(62, abs=1)  # cut at 2 sd
+    ) and grey.std().item() == pytest.approx(62, abs=1)
 
 
 def test_rows_are_named_complete_and_repeat(data, against, rows):
@@ -168,15 +165,14 @@ def test_rows_are_named_complete_and_repeat(data, against, rows):
 
 
 def test_floor_is_where_it_was_calibrated(rows):
-    """Stratified halves, specs/eval.md section 5: FID 0.18 +- 0.03, and KID about 0, slightly below."""
+    """Stratified halves, specs/eval.md section 5: FID 0.18 +- 0.03, KID about 0, slightly below."""
     floor = rows["floor"]
     assert 0.1 < floor["fid"] < 0.26 and -0.02 < floor["kid"] < 0.005 and floor["is"] > 9.7
     assert floor["precision"] > 0.85 and floor["recall"] > 0.85
     assert floor["density"] == pytest.approx(1, abs=0.1)
     assert floor["coverage"] == pytest.approx(1 - 2**-5, abs=0.03)
-    assert (
-        0.3 < floor["memorisation"] < 0.6
-    )  # of unseen images, not of the training half (which would be 1)
+    # of unseen images, not of the training half (which would be 1)
+    assert 0.3 < floor["memorisation"] < 0.6
 
 
 def test_random_halves_lie_above_the_stratified_floor(extractor, rows):
@@ -200,7 +196,8 @@ def broken(rows: dict[str, dict]) -> list[str]:
     mix, memorised, missing = rows["mixup"], rows["memoriser"], rows["one_class_missing"]
     repeated, noisy = rows["one_image_repeated"], rows["noise"]
     said = {
-        # the held-out half itself: below the floor of reality, nearest neighbours are its own originals
+        # the held-out half itself:
+        # below the floor of reality, nearest neighbours are its own originals
         "copy: no distance": all(abs(copy[m]) < 1e-3 for m in ("fid", "fid_cross"))
         and copy["kid"] < floor["kid"] - 0.002,
         "copy: all four are 1": all(
@@ -232,7 +229,8 @@ def broken(rows: dict[str, dict]) -> list[str]:
         and mix["diversity"] < 0.9
         and mix["c2st"] > 0.6,
         "mixup: near the data": mix["memorisation"] > floor["memorisation"] + 0.2,
-        # only memorisation sees what the memoriser does; what repeats cost stands under recall and C2ST
+        # only memorisation sees what the memoriser does;
+        # what repeats cost stands under recall and C2ST
         "memoriser: caught": memorised["memorisation"] == 1,
         "memoriser: pass": memorised["fid"] < 2 * floor["fid"]
         and memorised["fid_cross"] < 2 * floor["fid_cross"],
@@ -271,7 +269,7 @@ def test_every_failure_is_caught_and_missed_where_the_protocol_says(rows):
 
 
 def test_swapped_sets_are_noticed(data, rows):
-    """Generated and reference, or training and held-out half, exchanged: the reading above breaks."""
+    """Generated and reference, or both halves, exchanged: the calibrated reading breaks."""
     swapped = Digits(data.reference, data.reference_labels, data.train, data.train_labels)
     wrong = Against.of(swapped, EXTRACTOR, CROSS_EXTRACTOR)
     memorised = memoriser(data.train, data.train_labels, N, rng())

@@ -1,4 +1,4 @@
-"""FreeFlow against closed forms and its paper: specs/freeflow.md section 10 (test numbers in the comments)."""
+"""FreeFlow against closed forms and its paper: specs/freeflow.md section 10, by test number."""
 
 import math
 import sys
@@ -52,7 +52,7 @@ SETTINGS = {
 
 
 def made(**changes) -> tuple:
-    """FreeFlow with a random teacher, off its starting point, so that no difference of velocities is zero."""
+    """FreeFlow with a random teacher, moved off it so that no difference of velocities is zero."""
     task = random_task(SHAPE)
     m = FreeFlow(task, FreeFlow.Config.model_validate(SETTINGS | changes))
     return m, task
@@ -92,7 +92,10 @@ def exact_average(z: Tensor, s: Tensor, c: float) -> Tensor:
 
 
 class Gaussian(SimpleNamespace):
-    """FreeFlow without training: `net` is any U(z, s), the teacher the exact velocity of N(0, c^2), g that of N(0, a^2)."""
+    """FreeFlow without training: `net` is any U(z, s).
+
+    The teacher has the exact velocity of N(0, c^2), g that of N(0, a^2).
+    """
 
     def __new__(cls, net, c: float = 0.5, a: float = 0.5, **changes):
         m = FreeFlow.__new__(FreeFlow)
@@ -118,35 +121,47 @@ def test_correction_pulls_the_generator_towards_the_data():  # test 1
     for a in (0.3, 0.5, 0.8):
         m = Gaussian(None, c=0.5, a=a)
         *_, delta = m.noising(a * z, NONE, step())
-        slopes[a] = (
-            (-z * delta).mean().item()
-        )  # U = (1 - a) z, so dL/da = E[dU/da Delta] = -E[z Delta]
+        # U = (1 - a) z, so dL/da = E[dU/da Delta] = -E[z Delta]
+        slopes[a] = (-z * delta).mean().item()
     assert slopes[0.3] == pytest.approx(-0.070, abs=0.003) and slopes[0.8] == pytest.approx(
         0.166, abs=0.003
     )
     assert abs(slopes[0.5]) < 1e-6
-    flipped = Gaussian(None, c=0.8, a=0.5).noising(0.5 * z, NONE, step())[
-        2
-    ]  # planted: v_q and v exchanged are data of sd 0.8
+    # Planted: v_q and v exchanged are data of sd 0.8
+    flipped = Gaussian(None, c=0.8, a=0.5).noising(0.5 * z, NONE, step())[2]
     assert (-z * flipped).mean() < 0 < slopes[0.8]
 
 
 def test_signs_of_the_paper_give_the_same_gradient():  # test 2
-    """The paper's quantities of any map, u = -v, F = -U, f = z + delta F, v_G = df/d delta, v_N = -v_q, and ours."""
+    """The paper's quantities of any map beside ours.
+
+    u = -v, F = -U, f = z + delta F, v_G = df/d delta, v_N = -v_q.
+    """
     g = torch.Generator().manual_seed(0)
     z, e = torch.randn(2, 8, 2, dtype=torch.float64, generator=g)
     delta, r = 0.1 + 0.8 * torch.rand(2, 8, dtype=torch.float64, generator=g)
-    paper_f = lambda d: torch.sin(3 * z + over(d, z))  # F(z, delta)
-    f = lambda d: z + over(d, z) * paper_f(d)
+
+    def paper_f(d):
+        return torch.sin(3 * z + over(d, z))  # F(z, delta)
+
+    def f(d):
+        return z + over(d, z) * paper_f(d)
+
     state, v_g = jvp(f, (delta,), (torch.ones_like(delta),))
     paper_delta = v_g + velocity(state, 1 - delta, 0.5)  # v_G - u(f, 1 - delta)
     u, du = jvp(lambda s: -paper_f(1 - s), (1 - delta,), (torch.ones_like(delta),))
     ours = Gaussian(None, derivative="jvp").generating(z, u, du, delta, delta, NONE, step())
     torch.testing.assert_close(ours, -paper_delta)
     x = z - u  # at any delta: what matters is v_N - u(x_r, r)
-    of = lambda a: velocity(noised(x, e, r), r, a)
+
+    def of(a):
+        return velocity(noised(x, e, r), r, a)
+
     paper_delta_n = -of(0.3) + of(0.5)
-    gradient = lambda a, b: torch.autograd.grad(method.gradient_form(a, b), leaf)[0]
+
+    def gradient(a, b):
+        return torch.autograd.grad(method.gradient_form(a, b), leaf)[0]
+
     leaf = u.clone().requires_grad_(True)
     for in_the_paper in (paper_delta, paper_delta_n):
         theirs, own = gradient(-leaf, in_the_paper), gradient(leaf, -in_the_paper)
@@ -161,7 +176,7 @@ def test_signs_of_the_paper_give_the_same_gradient():  # test 2
 
 @pytest.mark.parametrize("form", ["euler", "heun", "jvp"])
 def test_prediction_pulls_the_map_towards_the_flow(form):
-    """U off by eps > 0 from the fixed point: Delta_G > 0, since U moves by -Delta_G; for every form the same sign."""
+    """U off by eps > 0 from the fixed point has Delta_G > 0 in every form: U moves by -Delta_G."""
     z = torch.randn(64, 1, dtype=torch.float64)
     for eps in (0.05, -0.05):
         if form == "jvp":
@@ -194,13 +209,16 @@ def test_the_exact_map_has_no_residual_in_the_continuous_form():  # test 3
     dx_ds = jvp(lambda s: exact_map(z, s, 0.5), (s,), (torch.ones_like(s),))[1]
     torch.testing.assert_close(dx_ds, velocity(exact_map(z, s, 0.5), s, 0.5))  # Eq. 7
     m = Gaussian(None, derivative="jvp")
-    residual = lambda u, du: m.generating(z, u, du, delta, delta, NONE, step())
+
+    def residual(u, du):
+        return m.generating(z, u, du, delta, delta, NONE, step())
+
     assert residual(u, du).abs().max() < 1e-12
     assert residual(u, -du).abs().max() > 0.1 and residual(-u, du).abs().max() > 0.1
 
 
 def roll_out(solver, n: int, c: float = 0.5):
-    """U(z, s) at the grid points of the teacher's n-step Euler or Heun path, and where the path of z = 1 ends."""
+    """U(z, s) at the grid points of the teacher's n-step path, and where the path of z = 1 ends."""
     asked: list[Tensor] = []
     one = torch.ones(1, 1, dtype=torch.float64)
     end = solver(lambda x, t: (asked.append(x), velocity(x, t, c))[1], one, n)
@@ -209,9 +227,10 @@ def roll_out(solver, n: int, c: float = 0.5):
     def net(z: Tensor, s: Tensor) -> Tensor:
         delta = 1 - s
         x = torch.tensor([path[round(d.item() * n)] for d in delta], dtype=z.dtype)
+        # U(z, 1, 1) is never used
         return torch.where(
             over(delta, z) > 0, (z - over(x, z) * z) / over(delta, z).clamp_min(1e-9), 7.0
-        )  # U(z, 1, 1) is never used
+        )
 
     return net, path[-1]
 
@@ -271,7 +290,9 @@ def test_derivative_is_partial_in_s(monkeypatch):  # test 7
     seen, original = [], task.jvp
 
     def watched(net, primals, tangents, cond, graph=False):
-        double = lambda parts: tuple(p.double() for p in parts)
+        def double(parts):
+            return tuple(p.double() for p in parts)
+
         out = original(net, double(primals), double(tangents), cond, graph)
         seen.append((double(primals), out[1], cond))
         return out
@@ -279,7 +300,10 @@ def test_derivative_is_partial_in_s(monkeypatch):  # test 7
     monkeypatch.setattr(task, "jvp", watched)
     m.train_step(batch(), step())
     (z, one, s), du, cond = seen[0]
-    at = lambda z, s: m_before(z, one, cond.labels, s=s).detach()
+
+    def at(z, s):
+        return m_before(z, one, cond.labels, s=s).detach()
+
     m_before = made(derivative="jvp", correction=0.0)[0]
     moved(m_before)  # the same draws: the network as it was before the update
     m_before = m_before.net.double()
@@ -287,9 +311,8 @@ def test_derivative_is_partial_in_s(monkeypatch):  # test 7
     central = (at(z, s + h) - at(z, s - h)) / (2 * h)
     torch.testing.assert_close(du, central, rtol=1e-5, atol=1e-7)
     total = (at(z + h, s + h) - at(z - h, s - h)) / (2 * h)
-    assert not torch.allclose(
-        du, total, rtol=1e-2, atol=1e-3
-    )  # a tangent on z would be another derivative
+    # a tangent on z would be another derivative
+    assert not torch.allclose(du, total, rtol=1e-2, atol=1e-3)
 
 
 def test_confident_region():  # test 8, App. A.1
@@ -303,9 +326,8 @@ def test_confident_region():  # test 8, App. A.1
             (1 - t_c) * x0, abs=0.01
         ) and y.std().item() == pytest.approx(t_c, abs=0.01)
         assert (time == t_c).all()
-        assert (
-            abs(x.mean().item() - (1 - t_c) * x0) > 0.01 or abs(x.std().item() - t_c) > 0.005
-        )  # the state as it was is not that
+        # the state as it was is not that
+        assert abs(x.mean().item() - (1 - t_c) * x0) > 0.01 or abs(x.std().item() - t_c) > 0.005
     x, t = torch.randn(4, 1), torch.tensor([0.5, 0.7, 0.9, 1.0])
     y, time = method.confident(x, t, 0.7, torch.randn(4, 1))
     assert (
@@ -374,23 +396,22 @@ def test_network_is_trained_at_the_end_of_the_interval(monkeypatch):  # test 9
     )
     m.train_step(batch(), step())
     with_gradient = torch.cat([s for s, grad in seen if grad])
-    assert (
-        with_gradient.max() <= 7 / 8 and (with_gradient[24:] == 0).all()
-    )  # never F(z, 0); correction rows at delta = 1
-    assert (
-        torch.cat([s for s, grad in seen if not grad]).max() == 1.0
-    )  # starts at delta = 0 are evaluated without one
+    # never F(z, 0); correction rows at delta = 1
+    assert with_gradient.max() <= 7 / 8 and (with_gradient[24:] == 0).all()
+    # starts at delta = 0 are evaluated without one
+    assert torch.cat([s for s, grad in seen if not grad]).max() == 1.0
     delta = torch.full((24,), 0.95)
     monkeypatch.setattr(method, "draw_delta", lambda *_: delta)
     seen.clear()
     m.train_step(batch(), step())
-    assert (
-        torch.cat([s for s, grad in seen if grad])[:24] == 0
-    ).all()  # prediction trains F(z, 1), which is what is sampled
-    planted = lambda delta, steps: (
-        (delta * steps).floor() / steps - 1 / steps,
-        (delta * steps).floor() / steps,
-    )  # trained at the floor
+    # prediction trains F(z, 1), which is what is sampled
+    assert (torch.cat([s for s, grad in seen if grad])[:24] == 0).all()
+
+    # Planted: trained at the start of the interval.
+    def planted(delta, steps):
+        floor = (delta * steps).floor() / steps
+        return floor - 1 / steps, floor
+
     monkeypatch.setattr(method, "on_grid", planted)
     seen.clear()
     m.train_step(batch(), step())
@@ -407,9 +428,8 @@ def test_law_of_r():  # test 10
         )
 
     assert fits(SETTINGS["r_mean"], SETTINGS["r_std"])
-    assert not fits(-SETTINGS["r_mean"], SETTINGS["r_std"]) and not fits(
-        SETTINGS["r_mean"], 1.0
-    )  # t and 1 - t exchanged
+    # t and 1 - t exchanged
+    assert not fits(-SETTINGS["r_mean"], SETTINGS["r_std"]) and not fits(SETTINGS["r_mean"], 1.0)
 
 
 @pytest.mark.parametrize("r", [0.2, 0.5, 0.9])
@@ -421,9 +441,8 @@ def test_correction_with_its_dropped_factor_is_the_gradient_of_the_kl(r):  # tes
     x_r = noised(a * z, n, t.expand(4))
     delta = velocity(x_r, t.expand(4), a) - velocity(x_r, t.expand(4), c)
     ours = (-z * delta).mean() * (1 - r) ** 2 / r
-    closed = (
-        (1 - r) ** 2 * a * (1 / scale(t, c) ** 2 - 1 / scale(t, a) ** 2)
-    )  # d/da KL(N(0, S_a^2) | N(0, S_c^2))
+    # d/da KL(N(0, S_a^2) | N(0, S_c^2))
+    closed = (1 - r) ** 2 * a * (1 / scale(t, c) ** 2 - 1 / scale(t, a) ** 2)
     torch.testing.assert_close(ours, closed[0], rtol=1e-10, atol=0)
     assert abs((-z * delta).mean() / closed[0] - 1) > 0.4  # without the factor it is another number
 
@@ -442,9 +461,10 @@ def test_power_weight(d):  # test 12
     )
 
 
+# test 13, App. A.3: alpha = 0.3 and 75:25 mean about 10 %
 def test_correction_is_a_tenth_of_the_prediction(
     monkeypatch,
-):  # test 13, App. A.3: alpha = 0.3 and 75:25 mean about 10 %
+):
     m, _ = made(batch=256)
     moved(m)
     calls = captured(monkeypatch, method, "gradient_form")
@@ -453,9 +473,8 @@ def test_correction_is_a_tenth_of_the_prediction(
     norms = calls[0][0][1].flatten(1).norm(dim=1)
     ratio = norms[192:].sum() / norms[:192].sum()
     assert ratio.item() == pytest.approx(0.1, rel=1e-4)
-    before = (
-        raw[0][0][0].flatten(1).norm(dim=1)
-    )  # lambda from norms before the weight would give another ratio
+    # lambda from norms before the weight would give another ratio
+    before = raw[0][0][0].flatten(1).norm(dim=1)
     assert abs(before.mean() / norms[:192].mean() - 1) > 0.1
 
 
@@ -463,7 +482,7 @@ def test_correction_is_a_tenth_of_the_prediction(
     "index,share", [(0, 0.0), (2, 0.5), (9, 1.0)]
 )  # before the delay, half way up, after the ramp
 def test_an_update_is_wired_as_its_settings_say(monkeypatch, index, share):
-    """k, alpha's delay and ramp at this progress, the student's own samples for Eq. 11, and g_psi trained while alpha is 0."""
+    """k, alpha's delay and ramp, the student's own samples for Eq. 11, g_psi trained at alpha 0."""
     m, _ = made(k=0.0, alpha_delay=0.1, alpha_ramp=0.2)
     moved(m)
     outputs, given, noising = [], [], m.noising
@@ -478,7 +497,10 @@ def test_an_update_is_wired_as_its_settings_say(monkeypatch, index, share):
     )
     scale = m.train_step(batch(), step(index, 10))["lambda"].item()
     (z, u), cotangent, delta_g = outputs[0], forms[0][0][1], raw[0][0][0]
-    norm = lambda x: x.flatten(1).norm(dim=1).mean().item()
+
+    def norm(x):
+        return x.flatten(1).norm(dim=1).mean().item()
+
     assert torch.equal(given[0], (z - u)[24:])  # X(z, 1, 0)
     assert torch.equal(cotangent[:24], delta_g)  # k = 0
     assert norm(cotangent[24:]) == pytest.approx(share * 0.3 * norm(delta_g), rel=1e-4) and (
@@ -491,9 +513,8 @@ def test_lambda_is_that_of_the_whole_batch_on_any_number_of_ranks(monkeypatch):
     """A ratio of means over all ranks, and not the mean of the ranks' ratios."""
     m, _ = made()
     moved(m)
-    monkeypatch.setattr(
-        Step, "mean_across_ranks", lambda self, value: 2 * value + 1
-    )  # another rank with other norms
+    # another rank with other norms
+    monkeypatch.setattr(Step, "mean_across_ranks", lambda self, value: 2 * value + 1)
     raw, scaled = (
         captured(monkeypatch, method, "weighted"),
         captured(monkeypatch, method, "balance"),
@@ -510,7 +531,10 @@ def test_the_average_is_what_is_sampled():
     for i in range(3):
         m.train_step(batch(), step(i))
     z, one, labels = torch.randn(6, *SHAPE), torch.ones(6), torch.arange(6) % 3
-    jump = lambda net: z - net(z, one, labels, s=0 * one)
+
+    def jump(net):
+        return z - net(z, one, labels, s=0 * one)
+
     x = m.sample(z, Condition(labels), 1, None)
     assert torch.equal(x, jump(m.student.averaged())) and not torch.allclose(
         x, jump(m.net), atol=1e-4
@@ -518,7 +542,9 @@ def test_the_average_is_what_is_sampled():
 
 
 def test_alpha_schedule():  # test 14: delay and ramp 10K of 100K, decay after 25K
-    alpha = lambda p, decay=None: method.alpha_at(p, 0.6, 0.1, 0.1, decay)
+    def alpha(p, decay=None):
+        return method.alpha_at(p, 0.6, 0.1, 0.1, decay)
+
     assert [alpha(p) for p in (0.0, 0.0999, 0.15, 0.2, 1.0)] == pytest.approx([0, 0, 0.3, 0.6, 0.6])
     assert [alpha(p, 0.25) for p in (0.15, 0.25, 1.0)] == pytest.approx([0.3, 0.6, 0.3])
     assert (
@@ -564,7 +590,11 @@ def test_gradients_reach_their_own_player_only(monkeypatch, derivative):  # test
             loss, list(m.net.parameters()), retain_graph=True, allow_unused=True
         )
     )
-    free = lambda u, delta: (u * delta).sum()  # planted: the target keeps its graph
+
+    # Planted: the target keeps its graph.
+    def free(u, delta):
+        return (u * delta).sum()
+
     delta_with_graph = u * 2.0
     a = torch.autograd.grad(method.gradient_form(u, delta_with_graph), u, retain_graph=True)[0]
     assert not torch.allclose(a * len(u), torch.autograd.grad(free(u, delta_with_graph), u)[0])
@@ -585,9 +615,8 @@ def test_auxiliary_network_learns_the_students_noised_velocity_for_each_guidance
     }
     for a in exact:  # with gamma as an input every generator has its own coefficient
         assert abs(slope(exact[a], (a,))) < 1e-12
-    assert (
-        abs(slope(exact[0.3], (0.3, 0.9))) > 0.1 and abs(slope(exact[0.9], (0.3, 0.9))) > 0.1
-    )  # one for both cannot be right
+    # one for both cannot be right
+    assert abs(slope(exact[0.3], (0.3, 0.9))) > 0.1 and abs(slope(exact[0.9], (0.3, 0.9))) > 0.1
 
 
 def test_teacher_is_guided_inside_the_interval_only():  # Table 1c
@@ -613,10 +642,11 @@ def test_teacher_is_guided_inside_the_interval_only():  # Table 1c
     assert all((w > 1).all() for _, w in asked[:2])  # Eq. 9 is guided everywhere
     given = [w for _, w in asked]
     seen = []
+    # gamma of each row reaches the student and g_psi, which tells the generators apart
     for net in (
         m.net,
         m.g,
-    ):  # gamma of each row reaches the student and g_psi, which tells the generators apart
+    ):
         net.register_forward_pre_hook(
             lambda net, args, kw: seen.append(kw["guidance"]), with_kwargs=True
         )
@@ -715,7 +745,8 @@ def test_every_variant_changes_an_update():
         for pair in combinations(after, 2)
         if torch.allclose(after[pair[0]], after[pair[1]], atol=1e-5)
     }
+    # the default here and on digits; on mixtures it is k = 0
     assert same == {
         (None, "k-1"),
         ("prediction-only", "prediction-k-1"),
-    }  # the default here and on digits; on mixtures it is k = 0
+    }

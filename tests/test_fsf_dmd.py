@@ -1,4 +1,4 @@
-"""FSF-DMD's reconstruction against closed forms: specs/fsf_dmd.md, its bias table and the tests numbered there."""
+"""FSF-DMD's reconstruction against closed forms: the bias table and tests of specs/fsf_dmd.md."""
 
 import sys
 from itertools import combinations
@@ -73,14 +73,16 @@ def exact_average(x: Tensor, t: Tensor, s: Tensor, a: Tensor | float) -> Tensor:
 
 
 TIMES = ((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000).repeat_interleave(4)
-Z = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(2000)[
-    :, None
-]  # with E: unit variances, no correlation
+# with E: unit variances, no correlation
+Z = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(2000)[:, None]
 E = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).repeat(2000)[:, None]
 
 
 def slope(a: float, real, fake, on_sample: bool, law=lambda t: torch.ones_like(t)) -> float:
-    """d loss / d a, of the method's own losses at `real` and `fake` velocities of (x_t, t, x, a); expectations are exact but for t."""
+    """d loss / d a of the method's own losses, with exact expectations but for t.
+
+    `real` and `fake` are velocities of (x_t, t, x, a).
+    """
     scale = torch.tensor(a, dtype=torch.float64, requires_grad=True)
     u = (1 - scale) * Z  # exact_average(Z, 1, 0)
     sample = Z - u
@@ -144,34 +146,33 @@ TABLE = [
 ]
 
 
+# the table of (g), tests 1, 2, 5
 @pytest.mark.parametrize(
     "name, real, fake, on_sample, law, expected", TABLE, ids=[row[0] for row in TABLE]
 )
-def test_bias_of_the_surrogate(
-    name, real, fake, on_sample, law, expected
-):  # the table of (g), tests 1, 2, 5
+def test_bias_of_the_surrogate(name, real, fake, on_sample, law, expected):
     found = stationary(real, fake, on_sample, **law)
     assert abs(found - expected) <= 0.01 + 0.01 * expected
     if name == "R1, on samples":
-        on_diagonal = lambda x_t, t, x, a: exact_average(
-            x_t, t, t, a
-        )  # planted: u(x_t, t, t), which here is the exact fake velocity
+        # Planted: u(x_t, t, t), which here is the exact fake velocity.
+        def on_diagonal(x_t, t, x, a):
+            return exact_average(x_t, t, t, a)
+
         assert abs(stationary(real, on_diagonal, on_sample) - expected) > 0.4  # test 9
-        assert (
-            slope(0.2, fake, real, on_sample) > 0 > slope(0.2, real, fake, on_sample)
-        )  # planted, test 7: Delta with the other sign
+        # Planted, test 7: Delta with the other sign
+        assert slope(0.2, fake, real, on_sample) > 0 > slope(0.2, real, fake, on_sample)
 
 
-def test_the_flow_maps_endpoint_is_the_limit_of_unrolling():  # test 3: at the teacher's own flow map nothing is left
+# test 3: at the teacher's own flow map nothing is left
+def test_the_flow_maps_endpoint_is_the_limit_of_unrolling():
     x, t = torch.randn(200, 1, dtype=torch.float64), TIMES[:800:4].contiguous()
     limit = exact_average(x, t, 0 * t, 1.0)
     errors = [
         float((method.unrolled(exact_velocity, x, t, n) - limit).abs().max())
         for n in (1, 8, 64, 512)
     ]
-    assert (
-        errors[0] > 0.1 and errors[-1] < 5e-3 and errors == sorted(errors, reverse=True)
-    )  # test 4: R1 leaves a bias
+    # test 4: R1 leaves a bias
+    assert errors[0] > 0.1 and errors[-1] < 5e-3 and errors == sorted(errors, reverse=True)
     x_0 = x
     for i in range(8):  # (x_t - Phi) / t with Euler's own steps
         x_0 = x_0 - over(t / 8, x) * exact_velocity(x_0, t * (1 - i / 8))
@@ -217,16 +218,16 @@ def test_the_method_itself_has_that_bias(monkeypatch):
     assert matched(m, 0.54) < 0 < matched(m, 0.62)  # 0.58 on velocities
     m, _ = made(unroll=64)
     assert matched(m, 0.95) < 0 < matched(m, 1.02)
-    m, _ = made(
-        "diagonal-fake"
-    )  # test 9: the diagonal of an exact student is the exact fake velocity
+    # test 9: the diagonal of an exact student is the exact fake velocity
+    m, _ = made("diagonal-fake")
     assert matched(m, 0.95) < 0 < matched(m, 1.05)
     m, _ = made("sds")
     assert matched(m, 0.1) > 0  # contracts to a point
     original = FSFDMD.fake
+    # Planted
     monkeypatch.setattr(
         FSFDMD, "fake", lambda self, x_t, t, v, cond: -original(self, x_t, t, v, cond)
-    )  # planted
+    )
     m, _ = made()
     assert not matched(m, 0.54) < 0 < matched(m, 0.62)
 
@@ -234,7 +235,8 @@ def test_the_method_itself_has_that_bias(monkeypatch):
 # The losses.
 
 
-def test_gradient_of_the_velocity_form_and_its_twin():  # tests 7, 8: the step on a sample is -tau Delta, or parallel to it
+# tests 7, 8: the step on a sample is -tau Delta, or parallel to it
+def test_gradient_of_the_velocity_form_and_its_twin():
     torch.manual_seed(2)
     start, v_real, v_fake, e = torch.randn(4, 8, 5, dtype=torch.float64).unbind(0)
     tau, t = torch.full((8,), 0.5, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
@@ -250,9 +252,8 @@ def test_gradient_of_the_velocity_form_and_its_twin():  # tests 7, 8: the step o
     )
     cosine = nn.functional.cosine_similarity(g, g_twin, dim=1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
-    assert not torch.allclose(
-        torch.autograd.grad(method.surrogate_loss(u, -delta), u)[0], g
-    )  # planted: the other sign
+    # Planted: the other sign
+    assert not torch.allclose(torch.autograd.grad(method.surrogate_loss(u, -delta), u)[0], g)
 
 
 def test_only_the_generating_evaluation_has_a_gradient(monkeypatch):  # test 6
@@ -281,14 +282,16 @@ def test_only_the_generating_evaluation_has_a_gradient(monkeypatch):  # test 6
         hook.remove()
         ((args, loss),) = losses or pseudo
         assert loss.requires_grad and args[0].requires_grad and not args[1].requires_grad
-        assert [rows for rows, graph in graphs if graph] == [
-            2 * N
-        ]  # the one pass of both losses; no other keeps a graph
+        # the one pass of both losses; no other keeps a graph
+        assert [rows for rows, graph in graphs if graph] == [2 * N]
         monkeypatch.undo()
 
 
 def test_the_matching_term_alone(monkeypatch):
-    """Its gradient is that of |u - sg(u + Delta)|^2 at the drawn time of a reference network, with everything else constant."""
+    """Its gradient is that of |u - sg(u + Delta)|^2 at the drawn time of a reference network.
+
+    Everything else is constant.
+    """
     m, task = made("unrolled", steps=1)
     before = task.network("start", second_time=True)
     before.load_state_dict(m.net.state_dict())
@@ -317,15 +320,16 @@ def test_the_matching_term_alone(monkeypatch):
         loss = (u - (u.detach() + sign * delta)).square().sum((1, 2, 3)).mean()
         return torch.autograd.grad(loss, list(before.parameters()), retain_graph=True)
 
-    close = lambda other: all(
-        torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(gradients, other)
-    )
+    def close(other):
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(gradients, other))
+
     assert close(gradient(0 * t, 4))
+    # Planted
     assert (
         not close(gradient(t, 4))
         and not close(gradient(0 * t, 1))
         and not close(gradient(0 * t, 4, -1.0))
-    )  # planted
+    )
 
 
 def test_backward_simulation():  # test 10, (b.4)
@@ -354,7 +358,7 @@ def test_backward_simulation():  # test 10, (b.4)
 
 
 def test_flow_map_rows_are_meanflows(monkeypatch):
-    """The other loss is MeanFlow's on the first rows, whether or not the matching term's rows follow."""
+    """The other loss is MeanFlow's on the first rows, whether or not matching rows follow."""
     targets = []
     for variant in (None, "flow-map-only"):
         m, _ = made(variant)
@@ -400,9 +404,8 @@ def test_each_variant_changes_the_update():
 
     results = {name: moved(name) for name in VARIANTS}
     equal = {(a, b) for a, b in combinations(results, 2) if torch.equal(results[a], results[b])}
-    assert equal == {
-        ("flow-map-only", "equal-updates")
-    }  # they differ in how many updates the budget buys
+    # they differ in how many updates the budget buys
+    assert equal == {("flow-map-only", "equal-updates")}
 
 
 def test_without_weight_the_term_moves_nothing():
@@ -432,7 +435,8 @@ def test_settings_that_do_not_fit(changes, words):
         made(**changes)
 
 
-# What it costs: two steps of simulation (one evaluation of the student in all), in each its pass, tangents and the rest.
+# What it costs: two steps of simulation (one evaluation of the student in all),
+# in each its pass, tangents and the rest.
 
 
 def cost(
@@ -461,7 +465,8 @@ COSTS = {
     "low-noise": cost(2 * 2 + 1, 2 * 2),
     "no-simulation": cost(2, 2, passes=1),
     "renoising": cost(2 * 2 + 1, 2 * 2),
-    # five critic steps to one of the student, at each of two steps: 10 samples, of which 5 begin with one more evaluation
+    # five critic steps to one of the student, at each of two steps:
+    # 10 samples, of which 5 begin with one more evaluation
     "explicit-fake-no-simulation": cost(5, 2, passes=1) | {"critic": 5 + 1, "critic.backward": 5},
     "explicit-fake": cost(10 + 5, 2 * 2) | {"critic": 10 + 2, "critic.backward": 10},
     "diagonal-fake": cost(2 * 2 + 1, 2 * 2),

@@ -77,7 +77,7 @@ def imported(path: Path, known: dict[str, Path]) -> set[str]:
 def floor(module: str) -> tuple[str, int]:
     """Package and floor of a module of distillbench or eval; KeyError on an unknown folder."""
     package, *inner = module.split(".")
-    folder = inner[0] if len(inner) > 1 or inner and inner[0] in FLOORS[package] else ""
+    folder = inner[0] if len(inner) > 1 or (inner and inner[0] in FLOORS[package]) else ""
     return package, FLOORS[package][folder]
 
 

@@ -1,6 +1,8 @@
-"""The image-scale extractors equal the packages they are named after, on random weights in the published format.
+"""The image-scale extractors equal the packages they are named after, on random weights.
 
-The network is real and the weights are not: what is checked is loading, preprocessing, layers and the wall between the two.
+The network and the weights' format are the published ones: what is checked is loading,
+preprocessing, layers and the wall between the two.
+
 """
 
 from __future__ import annotations
@@ -56,7 +58,10 @@ class Unloaded(FeatureExtractorInceptionV3):
 
 
 def random_weights() -> dict[str, Tensor]:
-    """As the published file: a plain dict of 472 tensors, no batch counters. He's init keeps activations of order one."""
+    """The published file's format: a plain dict of 472 tensors, no batch counters.
+
+    He's initialisation keeps activations of order one.
+    """
     network = Unloaded()
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -127,7 +132,10 @@ def moved(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def clean_fid_model(folder, tmp_path_factory) -> nn.Module:
-    """clean-fid's InceptionV3W on a TorchScript file made of clean-fid's own network, which knows nothing of torch-fidelity's."""
+    """clean-fid's InceptionV3W on a TorchScript file of clean-fid's own network.
+
+    That network knows nothing of torch-fidelity's.
+    """
     home = tmp_path_factory.mktemp("home")
     checkpoints = home / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -183,17 +191,21 @@ def test_torch_fidelity_is_the_package_itself(extractors, folder):
 
 
 def test_clean_fid_is_the_package_itself(extractors, clean_fid_model, tmp_path, monkeypatch):
-    """Through clean-fid's reading, resizer, network and scaling; another resizer or scale in ours would show."""
+    """Features through clean-fid's reading, resizer, network and scaling are ours.
+
+    Another resizer or scale in ours would show.
+    """
     pixels = images(3, size=(40, 24))
     theirs = features_by_clean_fid(png_folder(tmp_path / "a", pixels), clean_fid_model)
     ours, logits = extractors[CLEAN_FID].features(pixels)
     assert logits is None and ours.shape == (3, 2048)
     assert moved(ours, theirs) < 1e-5
     network = extractors[CLEAN_FID].network
+    # Planted: another resizer, then clean-fid's with rounding
     for wrong in (
         "legacy_pytorch",
         "clean",
-    ):  # planted: another resizer, then clean-fid's with rounding
+    ):
         resize = build_resizer(wrong)
         monkeypatch.setattr(network, "resize", lambda x, resize=resize: resize(x).round())
         assert moved(network(pixels)[0], theirs) > 1e-4, wrong
@@ -208,7 +220,10 @@ def test_the_resizer_is_all_that_differs_and_it_matters(extractors):
 
 
 def test_two_resizers_never_share_a_column(extractors, tmp_path):
-    """One weight file, two hashes, two keys; a reference of one extractor is refused by the other, and the cache keeps them apart."""
+    """One weight file, two hashes, two keys.
+
+    A reference of one extractor is refused by the other, and the cache keeps them apart.
+    """
     one, other = extractors[TORCH_FIDELITY], extractors[CLEAN_FID]
     assert weight_file(TORCH_FIDELITY) == weight_file(CLEAN_FID)
     assert one.sha256 != other.sha256
@@ -268,9 +283,8 @@ def test_names_are_known_and_near_misses_answered():
 def test_a_missing_file_is_one_line_that_says_what_to_put_where(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv(
-        "DISTILLBENCH_WEIGHTS", str(tmp_path / "nowhere")
-    )  # a wrong folder is not made up for by another
+    # a wrong folder is not made up for by another
+    monkeypatch.setenv("DISTILLBENCH_WEIGHTS", str(tmp_path / "nowhere"))
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / INCEPTION).symlink_to(folder / INCEPTION)
     for ask in (load_extractor, evaluation_key, weight_file):
@@ -408,9 +422,8 @@ def test_end_to_end_scores_equal_those_of_torch_fidelity(extractors, folder, tmp
     )
     assert inception_score(logits) == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     other = extractors[CLEAN_FID]
-    mixed = frechet_distance(
-        other.features(generated)[0], reference.features
-    )  # planted: what the guard forbids
+    # Planted: what the guard forbids
+    mixed = frechet_distance(other.features(generated)[0], reference.features)
     assert mixed != pytest.approx(theirs["frechet_inception_distance"], rel=0.1)
 
 
@@ -425,7 +438,8 @@ def test_end_to_end_fid_equals_that_of_clean_fid(extractors, clean_fid_model, tm
     assert moved(ours[0], theirs[0]) < 1e-5 and moved(ours[1], theirs[1]) < 1e-5
     few = [x[:, :: 2048 // 8] for x in theirs]
     assert frechet_distance(*few) == pytest.approx(by_clean_fid(*few), rel=1e-8)
-    # 24 rows of 2048 columns: a square root of their singular product is good to some 1e-7, ours is held to the exact value.
+    # 24 rows of 2048 columns: a square root of their singular product is good to some 1e-7,
+    # ours is held to the exact value.
     fid = by_clean_fid(*theirs)
     assert frechet_distance(*theirs) == pytest.approx(fid, rel=2e-6)
     assert frechet_distance(*theirs) == pytest.approx(by_singular_values(*theirs), rel=1e-7)
@@ -437,7 +451,10 @@ def by_clean_fid(gen: Tensor, ref: Tensor) -> float:
 
 
 def by_singular_values(gen: Tensor, ref: Tensor) -> float:
-    """The trace of the square root is the sum of singular values of X Y^T over N - 1, X and Y centred [N,D]: no D x D matrix."""
+    """Frechet distance without a D x D matrix, of features [N, D].
+
+    The trace of the square root is the sum of singular values of X Y^T over N - 1, X and Y centred.
+    """
     (x, y), rows = (f.double() - f.double().mean(0) for f in (gen, ref)), len(gen) - 1
     gap = (gen.double().mean(0) - ref.double().mean(0)).square().sum()
     return (

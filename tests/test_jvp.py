@@ -1,4 +1,7 @@
-"""The derivative along (x, t, s): specs/meanflow.md tests 3, 4, 6, 12 and specs/meanflow_cost_and_jvp.md section 7."""
+"""The derivative along (x, t, s): specs/meanflow.md tests 3, 4, 6, 12.
+
+Costs are those of specs/meanflow_cost_and_jvp.md, section 7.
+"""
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ LABELS = torch.arange(B) % (CLASSES + 1)
 
 
 def network(width: int = 32, depth: int = 2, shape: tuple[int, ...] = SHAPE) -> VelocityMLP:
-    """Random weights everywhere: at its own initialisation the network is zero and any derivative passes."""
+    """Random weights everywhere: a new network is zero, where any derivative would pass."""
     net = VelocityMLP(shape, CLASSES, width, depth, second_time=True)
     for p in net.parameters():
         nn.init.normal_(p, std=0.15)
@@ -51,23 +54,23 @@ def central(f, x: Tensor, t: Tensor, s: Tensor, v: Tensor, h: float) -> Tensor:
         return (f(x + h * v, t + h, s) - f(x - h * v, t - h, s)) / (2 * h)
 
 
+# cost file test 2, meanflow.md test 3
 @pytest.mark.parametrize(
     ("dtype", "h", "tolerance"), [(torch.float32, 5e-3, 1e-3), (torch.float64, 1e-4, 1e-6)]
 )
-def test_tangent_is_the_derivative_along_the_path(
-    dtype, h, tolerance
-):  # cost file test 2, meanflow.md test 3
+def test_tangent_is_the_derivative_along_the_path(dtype, h, tolerance):
     f, point = labelled(network().to(dtype)), inputs(dtype)
     primals, tangents = along(*point)
     expected = central(f, *point, h)
     assert relative(value_and_tangent(f, primals, tangents, False)[1], expected) < tolerance
     v, one, zero = tangents
+    # Table 1b's wrong tangents, FreeFlow's sign
     for planted in (
         (v, zero, one),
         (v, one, one),
         (v, zero, zero),
         (-v, one, zero),
-    ):  # Table 1b's wrong tangents, FreeFlow's sign
+    ):
         assert relative(value_and_tangent(f, primals, planted, False)[1], expected) > 0.05
 
 
@@ -86,7 +89,8 @@ def test_tangent_is_that_of_torch():
     )
 
 
-def test_a_network_fed_a_fixed_gap_fails():  # meanflow.md test 4: h = t - s is computed inside and gets tangent 1
+# meanflow.md test 4: h = t - s is computed inside and gets tangent 1
+def test_a_network_fed_a_fixed_gap_fails():
     net, point = network().double(), inputs(torch.float64)
     x, t, s, _ = point
     gap = t - s
@@ -98,7 +102,8 @@ def test_a_network_fed_a_fixed_gap_fails():  # meanflow.md test 4: h = t - s is 
     assert torch.allclose(fixed[0], net(x, t, LABELS, s=s)) and relative(fixed[1], expected) > 0.05
 
 
-def test_the_second_time_enters_as_the_gap():  # meanflow.md section 2 and test 4: the embedded number is t - s, raw in [0, 1]
+# meanflow.md section 2 and test 4: the embedded number is t - s, raw in [0, 1]
+def test_the_second_time_enters_as_the_gap():
     net, (x, t, s, _), seen = network(), inputs(), []
     net.gap.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
     net.time.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
@@ -135,7 +140,10 @@ def explicit_layer_norm(x: Tensor, shape: tuple[int, ...], eps: float = 1e-5) ->
 
 
 def test_second_order_gradient_is_that_of_torch(monkeypatch):  # with graph: TVM
-    """The reference needs an explicit layer norm: torch's own is silently wrong in second order (pytorch issue 196700)."""
+    """Second-order gradients against torch's, with an explicit layer norm in the reference.
+
+    torch's own layer norm is silently wrong in second order (pytorch issue 196700).
+    """
     net = network().double()
     parameters = dict(net.named_parameters())
     primals, tangents = along(*inputs(torch.float64))
@@ -207,13 +215,12 @@ def test_every_rule_agrees_with_torch(name, graph):
     torch.testing.assert_close(tangent, expected[1][:m])
 
 
+# cost file test 7: never a silently dropped tangent
 @pytest.mark.parametrize(
     ("name", "f"),
     [("exp", torch.exp), ("softmax", lambda x: F.softmax(x, 1)), ("detach", torch.detach)],
 )
-def test_an_operation_without_a_rule_is_named(
-    name, f
-):  # cost file test 7: never a silently dropped tangent
+def test_an_operation_without_a_rule_is_named(name, f):
     x = torch.randn(3, 4)
     with pytest.raises(NotImplementedError, match=f"'{name}'"):
         value_and_tangent(f, (x,), (x,), False)
@@ -242,7 +249,8 @@ def test_affine_layer_norm_is_refused():
         value_and_tangent(nn.LayerNorm(4), (x,), (x,), False)
 
 
-def test_affine_rms_norm_and_one_without_eps_are_refused():  # torch's eps of None depends on the type
+# torch's eps of None depends on the type
+def test_affine_rms_norm_and_one_without_eps_are_refused():
     x = torch.randn(3, 4)
     for f in (nn.RMSNorm(4, eps=1e-6), nn.RMSNorm(4, elementwise_affine=False)):
         with pytest.raises(NotImplementedError, match="rms_norm"):
@@ -253,10 +261,9 @@ def explicit_rms_norm(x: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
+# TVM: value, tangent and, with graph, second order
 @pytest.mark.parametrize("graph", [False, True])
-def test_a_network_with_rms_norms(
-    monkeypatch, graph
-):  # TVM: value, tangent and, with graph, second order
+def test_a_network_with_rms_norms(monkeypatch, graph):
     net = VelocityMLP(SHAPE, CLASSES, 32, 2, second_time=True, norms="rms").double()
     for p in net.parameters():
         nn.init.normal_(p, std=0.15)
@@ -335,9 +342,8 @@ def test_meanflow_gradient_is_that_of_the_official_graph():  # cost file test 1
         )
         < 1e-5
     )
-    planted = meanflow_gradient(
-        net, *official(net, primals, tangents), t, s, v, detach=False
-    )  # gradient through the target
+    # gradient through the target
+    planted = meanflow_gradient(net, *official(net, primals, tangents), t, s, v, detach=False)
     assert (
         relative(
             torch.cat([g.flatten() for g in planted]), torch.cat([g.flatten() for g in reference])
@@ -346,7 +352,8 @@ def test_meanflow_gradient_is_that_of_the_official_graph():  # cost file test 1
     )
 
 
-def test_cost_of_an_update():  # cost file sections 1-2, test 6: FM 3.00 F, official graph 5.00 F, dual 3 + 1.18 (1-q) F
+# cost file sections 1-2, test 6: FM 3.00 F, official graph 5.00 F, dual 3 + 1.18 (1-q) F
+def test_cost_of_an_update():
     b, shape = 32, (1, 8, 8)
     net = network(64, 4, shape)
     labels = torch.arange(b) % CLASSES
@@ -359,9 +366,14 @@ def test_cost_of_an_update():  # cost file sections 1-2, test 6: FM 3.00 F, offi
         return counter.get_total_flops()
 
     def dual(m: int) -> float:
-        parts = lambda: value_and_tangent(
-            lambda x, t, s: net(x, t, labels, s=s), primals, tuple(d[:m] for d in tangents), False
-        )
+        def parts():
+            return value_and_tangent(
+                lambda x, t, s: net(x, t, labels, s=s),
+                primals,
+                tuple(d[:m] for d in tangents),
+                False,
+            )
+
         return flops(lambda: meanflow_gradient(net, *parts(), t, s, v)) / forward
 
     with torch.no_grad():
@@ -375,9 +387,8 @@ def test_cost_of_an_update():  # cost file sections 1-2, test 6: FM 3.00 F, offi
         / forward
     )
     assert 2.85 < matching <= 3.0  # the first layers need no gradient of their input
-    assert (
-        dual(b) - matching == pytest.approx(1.0, abs=0.05) and dual(b) <= 4.3
-    )  # matrix products of the tangent alone
+    # matrix products of the tangent alone
+    assert dual(b) - matching == pytest.approx(1.0, abs=0.05) and dual(b) <= 4.3
     assert dual(b // 4) - matching == pytest.approx(0.25, abs=0.02)
     reference = (
         flops(lambda: meanflow_gradient(net, *official(net, primals, tangents, labels), t, s, v))

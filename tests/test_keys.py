@@ -104,9 +104,9 @@ def without_docstrings(folder: Path) -> None:
     for path in (folder / METHOD, folder / "distillbench/flowmaps.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                if ast.get_docstring(node) is not None:
-                    node.body = node.body[1:] or [ast.Pass()]
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            if documented and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
         path.write_text(ast.unparse(tree) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,7 @@
-"""Distribution-matching gradients: specs/conventions.md (weightings, scale, tests 3, 7, 8) and specs/dmd.md (tests 1-5)."""
+"""Distribution-matching gradients: weightings, scale, stop-gradients.
+
+specs/conventions.md tests 3, 7, 8; specs/dmd.md tests 1-5.
+"""
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ def mean_abs(x: Tensor) -> Tensor:
     return x.abs().mean(1, keepdim=True)
 
 
-# conventions.md 'Named weightings', column 'general form' (a = alpha = 1 - t, sigma = t); x0, eps, s of real r and fake f
+# conventions.md 'Named weightings', column 'general form' (a = alpha = 1 - t, sigma = t);
+# x0, eps, s of real r and fake f
 GENERAL = {
     "reverse_kl": lambda a, x, r, f: a * (f["s"] - r["s"]),
     "sigma_alpha": lambda a, x, r, f: r["eps"] - f["eps"],
@@ -62,10 +66,11 @@ def test_flow_form_equals_general_form(weighting):
     assert not any(same(other, general) for other in others)
 
 
+# conventions.md test 3; dmd.md test 4: Eq. 8 differs by exactly (1 - t)
 @pytest.mark.parametrize("t", [1e-4, 1 - 1e-4])
 def test_times_cancel_in_the_code_form(
     t,
-):  # conventions.md test 3; dmd.md test 4: Eq. 8 differs by exactly (1 - t)
+):
     flow, general = sides("residual", t)
     assert same(flow, general)
     torch.manual_seed(0)
@@ -115,18 +120,20 @@ def test_the_noisy_normaliser_is_the_teachers_own_velocity():  # dp_dmd.md b.3 s
     t = torch.full((8,), 0.6)
     x_t = noised(x, e, t)
     x0_r, x0_f = denoiser(x_t, v_r, t), denoiser(x_t, v_f, t)
-    size = lambda x: (x - x0_r).abs().mean((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(
-        (x0_f - x0_r) / size(x_t), expected, rtol=1e-4, atol=1e-5
-    )  # the printed form
-    assert not torch.allclose(
-        (x0_f - x0_r) / size(x), expected, rtol=0.1, atol=0.1
-    )  # planted: DMD's, of the clean x
+
+    def size(x):
+        return (x - x0_r).abs().mean((1, 2, 3), keepdim=True)
+
+    # the printed form
+    torch.testing.assert_close((x0_f - x0_r) / size(x_t), expected, rtol=1e-4, atol=1e-5)
+    # Planted: DMD's, of the clean x
+    assert not torch.allclose((x0_f - x0_r) / size(x), expected, rtol=0.1, atol=0.1)
     still = matching_gradient(0 * v_r, v_f, x, e, t, "noisy_residual")
+    # Planted: no floor
     assert (
         still.isfinite().all()
         and not (-v_f / (0 * v_r).abs().mean((1, 2, 3), keepdim=True)).isfinite().all()
-    )  # planted: no floor
+    )
 
 
 def test_gradient_of_the_pseudo_loss_is_g_over_its_size():  # conventions.md test 7, dmd.md test 1
@@ -160,11 +167,10 @@ def gaussian_velocity(x: Tensor, t: Tensor, mean: float, std: float) -> Tensor:
     return (t - (1 - t) * std**2) / variance * d - mean
 
 
+# conventions.md test 8, dmd.md test 3
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize(("m0", "a0"), [(1.0, 0.5), (-1.0, 2.0), (0.3, 1.5)])
-def test_descent_moves_a_gaussian_to_the_teacher(
-    weighting, m0, a0
-):  # conventions.md test 8, dmd.md test 3
+def test_descent_moves_a_gaussian_to_the_teacher(weighting, m0, a0):
     def closer(sign: float) -> tuple[bool, bool]:
         m, a = torch.tensor(m0, requires_grad=True), torch.tensor(a0, requires_grad=True)
         z, e = torch.randn(2, 512, 64)
@@ -186,7 +192,6 @@ def test_a_perfectly_reconstructed_sample_has_a_finite_gradient():  # specs/dmd2
     t = torch.full((4,), 0.5)
     g = matching_gradient(e - x, v_fake, x, e, t, "residual")
     assert g.isfinite().all() and g.abs().max() > 0
-    planted = ((e - x) - v_fake) / ((e - x) - (e - x)).abs().mean(
-        dim=(1, 2, 3), keepdim=True
-    )  # without the floor
+    # without the floor
+    planted = ((e - x) - v_fake) / ((e - x) - (e - x)).abs().mean(dim=(1, 2, 3), keepdim=True)
     assert not planted.isfinite().all()

@@ -1,4 +1,4 @@
-"""MeanFlow against its closed form and its paper: specs/meanflow.md sections 1, 3 and 10 (test numbers in the comments)."""
+"""MeanFlow against its closed form and its paper: specs/meanflow.md sections 1, 3, 10, by test."""
 
 import sys
 from functools import partial
@@ -74,11 +74,13 @@ def test_closed_form_identities():  # section 1, test 1
     assert near(dx_ds, velocity(paths.jump(x, u, t, s), s))  # dX/ds = v(X, s)
     x_m = paths.jump(x, average(x, t, m), t, m)
     assert near(paths.jump(x_m, average(x_m, m, s), m, s), paths.jump(x, u, t, s))  # additivity
-    one = lambda f: vmap(jacrev(lambda x, t, s: f(x[None], t[None], s[None])[0]))(x, t, s)
-    left = torch.eye(5, dtype=x.dtype) - (t - s)[:, None, None] * one(average)
-    assert near(
-        left, one(lambda x, t, s: paths.jump(x, average(x, t, s), t, s))
-    )  # I - (t-s) d_x u = d_x X
+
+    def jacobians(f):
+        return vmap(jacrev(lambda x, t, s: f(x[None], t[None], s[None])[0]))(x, t, s)
+
+    left = torch.eye(5, dtype=x.dtype) - (t - s)[:, None, None] * jacobians(average)
+    right = jacobians(lambda x, t, s: paths.jump(x, average(x, t, s), t, s))
+    assert near(left, right)  # I - (t-s) d_x u = d_x X
 
 
 def test_target_at_the_exact_average_velocity_is_itself():  # Eq. 10-11, test 2
@@ -87,16 +89,18 @@ def test_target_at_the_exact_average_velocity_is_itself():  # Eq. 10-11, test 2
     assert near(method.meanflow_target(v, du, t, s), u)
     assert not near(method.meanflow_target(v, -du, t, s), u, 0.1)  # planted: + (t-s) du/dt
     one, zero = torch.ones_like(t), torch.zeros_like(t)
+    # Planted: FreeFlow's sign, Table 1b
     for tangents in (
         (-v, one, zero),
         (v, zero, one),
         (v, one, one),
         (v, zero, zero),
-    ):  # planted: FreeFlow's sign, Table 1b
+    ):
         assert not near(method.meanflow_target(v, derivative(x, t, s, tangents), t, s), u, 1e-2)
 
 
-def test_sample_velocities_give_an_unbiased_target():  # section 1: target noise is (d_x X)(e - x - v), of zero mean
+# section 1: target noise is (d_x X)(e - x - v), of zero mean
+def test_sample_velocities_give_an_unbiased_target():
     n = 200_000
     t, s = torch.full((n,), 0.8, dtype=torch.float64), torch.full((n,), 0.3, dtype=torch.float64)
     x, e = C * torch.randn(n, 1, dtype=torch.float64), torch.randn(n, 1, dtype=torch.float64)
@@ -115,9 +119,8 @@ def test_jumps_with_the_exact_average_velocity_agree_for_any_number_of_steps(): 
     assert near(one, C * z)  # x = e - u(e, 1, 0)
     for steps in (2, 4, 7):
         assert near(jumps(average, z, steps), one)
-        assert not near(
-            jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2
-        )  # planted: another s
+        # Planted: another s
+        assert not near(jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2)
 
 
 # The loss
@@ -132,21 +135,20 @@ def test_nothing_flows_through_target_derivative_and_weight():  # test 6
     squared = (u - target).square().sum(1, keepdim=True)
     frozen = (2 * (u - target) / (squared + 1e-2) ** 0.75 / 8).detach()
     torch.testing.assert_close(gradient, frozen)
-    (planted,) = torch.autograd.grad(
-        (squared / (squared + 1e-2) ** 0.75).mean(), u
-    )  # planted: weight not detached
+    # Planted: weight not detached
+    (planted,) = torch.autograd.grad((squared / (squared + 1e-2) ** 0.75).mean(), u)
     assert not torch.allclose(planted, frozen, rtol=1e-2)
 
 
-def test_a_sample_is_summed_not_averaged():  # test 7: replicating the elements k times multiplies L by k
+# test 7: replicating the elements k times multiplies L by k
+def test_a_sample_is_summed_not_averaged():
     u, target = torch.randn(2, 8, 3, dtype=torch.float64)
     c, p, k = 1e-1, 0.75, 4
     many = method.adaptive_loss(u.repeat(1, k), target.repeat(1, k), p, c)
     squared = (u - target).square().sum(1)
     torch.testing.assert_close(many, (k * squared / (k * squared + c) ** p).mean())
-    assert (
-        abs(many - method.adaptive_loss(u, target, p, c)) > 0.1
-    )  # planted: with a mean it would not change
+    # Planted: with a mean it would not change
+    assert abs(many - method.adaptive_loss(u, target, p, c)) > 0.1
     images = method.adaptive_loss(u.reshape(8, 1, 3, 1), target.reshape(8, 1, 3, 1), p, c)
     torch.testing.assert_close(images, method.adaptive_loss(u, target, p, c))
 
@@ -158,10 +160,11 @@ def test_power_zero_is_the_squared_error():  # test 7
     )
 
 
+# 3.1, test 7: |.|^(2(1-p)), whose limit at p = 1 is a logarithm
 @pytest.mark.parametrize("p", [0.5, 0.75, 1.0])
 def test_gradient_is_that_of_the_power_loss(
     p,
-):  # 3.1, test 7: |.|^(2(1-p)), whose limit at p = 1 is a logarithm
+):
     u, target = torch.randn(2, 8, 3, dtype=torch.float64)
     u.requires_grad_()
     squared = (u - target).square().sum(1)
@@ -175,9 +178,8 @@ def test_gradient_is_that_of_the_power_loss(
 
     own = gradient(method.adaptive_loss(u, target, p, c))
     torch.testing.assert_close(own, power(p))
-    twice = gradient(
-        squared**2 / (squared**2 + c).detach() ** p
-    )  # planted, test 13: squared before the weight
+    # Planted, test 13: squared before the weight
+    twice = gradient(squared**2 / (squared**2 + c).detach() ** p)
     torch.testing.assert_close(twice, 2 * power(2 * p - 1))
     assert not torch.allclose(twice, own, rtol=1e-2)
 
@@ -235,10 +237,9 @@ def test_at_the_start_the_student_is_its_teacher_for_every_s():  # 3.4, test 12
     assert not torch.allclose(m.net(x, t, labels, s=0 * t), v, atol=1e-2)
 
 
+# test 5, and Eq. 10-11 on the others
 @pytest.mark.parametrize("velocity", ["teacher", "data"])
-def test_diagonal_rows_regress_the_velocity_itself(
-    monkeypatch, velocity
-):  # test 5, and Eq. 10-11 on the others
+def test_diagonal_rows_regress_the_velocity_itself(monkeypatch, velocity):
     m, task = made(velocity=velocity)
     nn.init.normal_(m.net.gap.last.weight, std=0.2)
     for p in m.net.parameters():
@@ -257,21 +258,26 @@ def test_diagonal_rows_regress_the_velocity_itself(
     v = task.teacher.velocity(x_t, t, data.cond) if velocity == "teacher" else e - data.x
     torch.testing.assert_close(u, reference(x_t, t, data.cond.labels, s=s))
     assert torch.equal(target[12:], v[12:]) and torch.equal(t[12:], s[12:])
-    f = lambda x, t, s: reference(x, t, data.cond.labels, s=s)
+
+    def f(x, t, s):
+        return reference(x, t, data.cond.labels, s=s)
+
     du = jvp(f, (x_t, t, s), (v, torch.ones_like(t), torch.zeros_like(s)))[1]
     expected = v - (t - s)[:, None] * du
     torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
     swapped = (
         v - (t - s)[:, None] * jvp(f, (x_t, t, s), (v, torch.zeros_like(t), torch.ones_like(s)))[1]
     )
+    # Planted
     assert not torch.allclose(target, swapped, atol=1e-2) and not torch.allclose(
         target, 2 * v - expected, atol=1e-2
-    )  # planted
+    )
 
 
+# 3.4: the path followed must be the guided ODE
 def test_a_guided_teacher_is_target_and_tangent(
     monkeypatch,
-):  # 3.4: the path followed must be the guided ODE
+):
     m, task = made(diagonal=0.0)
     data, calls = batch(), captured(monkeypatch, method, "meanflow_target")
     guided = Batch(16, Condition(data.cond.labels, 3.0), data.x)
@@ -289,9 +295,8 @@ def test_a_guided_teacher_is_target_and_tangent(
         and (one == 1).all()
         and (zero == 0).all()
     )
-    assert not torch.allclose(
-        v, task.teacher.velocity(x_t, t, data.cond), atol=1e-3
-    )  # planted: the unguided field
+    # Planted: the unguided field
+    assert not torch.allclose(v, task.teacher.velocity(x_t, t, data.cond), atol=1e-3)
 
 
 def test_the_exact_student_has_no_loss(monkeypatch):  # MF9: in distillation the loss floor is 0

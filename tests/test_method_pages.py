@@ -1,4 +1,7 @@
-"""docs/methods: prose from the README alone, numbers from records alone; what is missing or stale is said."""
+"""docs/methods: prose from the README alone, numbers from records alone.
+
+What is missing or stale is said.
+"""
 
 from __future__ import annotations
 
@@ -186,7 +189,8 @@ def test_every_line_of_the_readme_is_on_the_page_once_and_every_number_is_from_a
             "it is better",
             "Table 2",
             "comparative",
-            "`a`, `a@b`: fid, lower is better, on b; `a`, `a@b`: recall, lower is better, on b-small",
+            "`a`, `a@b`: fid, lower is better, on b; "
+            "`a`, `a@b`: recall, lower is better, on b-small",
         ],
         [
             "[A-2" + link,
@@ -248,17 +252,17 @@ def test_a_curve_is_thinned_and_steps_logged_twice_count_once():
         {"step": i, "loss": float(i), **({"late": 2.0} if i >= 200 else {})}
         for i in range(0, 400, 2)
     ]
+    # steps 98.. come again
     again = [
         *lines[:100],
         {"checkpoint": 100},
         {"start": 100, "steps": 400, "time": 9.0},
         *lines[50:],
-    ]  # steps 98.. come again
+    ]
     found = curves.thinned(again)
     assert found == curves.thinned(lines) and len(found["at"]) == POINTS == 50
-    assert found["scalars"]["loss"][0] == 3.0 and found["at"][0] == pytest.approx(
-        3 / 400
-    )  # mean of steps 0, 2, 4, 6
+    # mean of steps 0, 2, 4, 6
+    assert found["scalars"]["loss"][0] == 3.0 and found["at"][0] == pytest.approx(3 / 400)
     assert (
         found["scalars"]["late"][:25] == [None] * 25 and found["scalars"]["late"][25:] == [2.0] * 25
     )
@@ -273,9 +277,10 @@ def test_the_lowest_seed_is_published_and_drawn_to_the_same_bytes(tmp_path: Path
             {"start": 0, "steps": 10},
             *({"step": i, "loss": 1.0 + seed + i} for i in range(10)),
         ]
+        # unfinished
         (cell / "train.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1'
-        )  # unfinished
+        )
         curves.publish_curve(
             tmp_path / "records", cell, {"benchmark": "b", "seed": seed, "key": f"k{seed}"}, "a@v"
         )

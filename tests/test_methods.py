@@ -29,7 +29,8 @@ def test_a_page_that_points_nowhere_is_found(tmp_path: Path):
     (tmp_path / "method.py").write_text("class A:\n    def f(self): ...\n")
     page = tmp_path / "README.md"
     page.write_text(
-        "| `methods/dmd/method.py:regression_loss` | `method.py:A.f` | `method.py:A.g` | `methods/none/method.py:f` |"
+        "| `methods/dmd/method.py:regression_loss` | `method.py:A.f` "
+        "| `method.py:A.g` | `methods/none/method.py:f` |"
     )
     assert source.unresolved(page, ROOT) == ["method.py:A.g", "methods/none/method.py:f"]
 

@@ -108,9 +108,8 @@ def test_fid_laws():
     assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * fid, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(fid, rel=1e-9)
     assert frechet_distance(a, a.clone()) == pytest.approx(0, abs=1e-5)
-    assert frechet_distance(a, b + 1) != pytest.approx(
-        fid, rel=1e-2
-    )  # a shift of one side only is seen
+    # a shift of one side only is seen
+    assert frechet_distance(a, b + 1) != pytest.approx(fid, rel=1e-2)
 
 
 def test_fid_survives_few_dead_and_constant_features():
@@ -123,13 +122,14 @@ def test_fid_survives_few_dead_and_constant_features():
     assert frechet_distance(constant, ref) == pytest.approx(closed, rel=1e-6)
 
 
+# N, M, D; N < D too
 SHAPES = [
     (500, 500, 64),
     (300, 300, 512),
     (1300, 1100, 32),
     (90, 2100, 16),
     (40, 40, 2),
-]  # N, M, D; N < D too
+]
 
 
 @pytest.mark.parametrize("offset", (0, 1e4))
@@ -147,7 +147,8 @@ def test_fid_agrees_with_torch_fidelity_and_clean_fid(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         theirs = cleanfid.fid.frechet_distance(one["mu"], one["sigma"], two["mu"], two["sigma"])
-    # Square roots of what should be 0 are noise in every implementation where a covariance is singular.
+    # Square roots of what should be 0 are noise in every implementation where
+    # a covariance is singular.
     assert found == pytest.approx(theirs, rel=1e-8 if full_rank else 1e-6)
     assert found == pytest.approx(frechet_distance(a, b), rel=1e-9)
     assert frechet_distance(a, b) == frechet_distance(a, Reference(b, ""))
@@ -213,9 +214,8 @@ def test_kid_agrees_with_a_double_loop():
     a, b = normal(25, 6, 0), normal(17, 6, 1) * 1.3 + 0.2
     assert kid(a, b) == pytest.approx(unbiased_mmd(a, b), rel=1e-6)
     assert kid(a, b) == pytest.approx(kid(b, a), rel=1e-6)
-    assert kid(3 * a, 3 * b) != pytest.approx(
-        kid(a, b), rel=0.5
-    )  # not scale-free: hence features of RMS 1
+    # not scale-free: hence features of RMS 1
+    assert kid(3 * a, 3 * b) != pytest.approx(kid(a, b), rel=0.5)
     # The kernel is not shift-invariant: without the terms of the centres it would be.
     assert (
         kid(a + 1, b + 1)
@@ -224,7 +224,8 @@ def test_kid_agrees_with_a_double_loop():
     )
 
 
-# Far from the origin, numbers of size offset^6 cancel: torch-fidelity itself is then off by 3e-6 where the sets differ little.
+# Far from the origin, numbers of size offset^6 cancel:
+# torch-fidelity itself is then off by 3e-6 where the sets differ little.
 @pytest.mark.parametrize("move, offset", [(0, 0), (0.05, 0), (0.05, 100), (1, 1e4)])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("n, d", [(60, 300), (500, 64), (2100, 16)])
@@ -236,7 +237,8 @@ def test_kid_is_torch_fidelitys_on_everything(
         a.double(), b.double(), kid_subsets=1, kid_subset_size=n, verbose=False
     )
     theirs = theirs["kernel_inception_distance_mean"]
-    # 1e-9 for estimates that happen to be near 0: a KID of so few samples has itself an error of 1e-4 and more.
+    # 1e-9 for estimates that happen to be near 0:
+    # a KID of so few samples has itself an error of 1e-4 and more.
     assert scores(a, b)["kid"] == pytest.approx(theirs, rel=1e-6, abs=1e-9 if move == 0 else 0)
     assert kid(a, b) == pytest.approx(scores(a, b)["kid"], rel=1e-12)
 
@@ -261,7 +263,7 @@ def test_kid_of_copies_is_negative():
 
 
 def brute_force(gen: Tensor, ref: Tensor) -> dict[str, float]:
-    """The definitions, from all squared distances by differences in float64; pieces of the reference's size."""
+    """The definitions, from all squared distances in float64; pieces of the reference's size."""
 
     def squared(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([(x - b.double()).square().sum(-1)[None] for x in a.double()])
@@ -317,7 +319,7 @@ def test_prdc_agrees_with_the_two_packages(seed: int):
 
 
 def few_tight(n: int, seed: int) -> Tensor:
-    """Ten points and a breath of noise: distances within a point drown in float32's rounding of products."""
+    """Ten points and slight noise: distances within a point drown in float32's rounding."""
     return 100 * normal(10, 24, 7).repeat(n // 10, 1) + 1e-5 * normal(n, 24, seed)
 
 
@@ -389,7 +391,7 @@ def test_prdc_of_a_collapse_has_precision_without_recall():
 
 
 def test_ties_are_read_as_the_two_packages_read_them():
-    """All one image on either side: every distance and radius is 0; torch-fidelity has <=, prdc has <."""
+    """All one image on either side: every distance is 0; torch-fidelity has <=, prdc has <."""
     same = normal(1, 8, 0).repeat(20, 1)
     found = prdc_scores(same, same)
     assert found == {"precision": 1, "recall": 1, "density": 0, "coverage": 0}
@@ -399,15 +401,15 @@ def test_swapped_inputs_exchange_precision_and_recall():
     a, b = normal(300, 8, 0) * 0.7, normal(300, 8, 1)
     one, other = prdc_scores(a, b), prdc_scores(b, a)
     assert (one["precision"], one["recall"]) == (other["recall"], other["precision"])
-    assert (
-        one["precision"] > one["recall"] + 0.1
-    )  # narrower than the reference: this order and not the other
+    # narrower than the reference: this order and not the other
+    assert one["precision"] > one["recall"] + 0.1
 
 
 def test_prdc_stands_a_shift_of_the_features():
     a, b = normal(300, 64, 0), normal(300, 64, 1)
     assert prdc_scores(a + 1e4, b + 1e4) == prdc_scores(a, b)
-    # Planted error: float32 distances from inner products, as torch-fidelity has them, swallow the shift.
+    # Planted error: float32 distances from inner products,
+    # as torch-fidelity has them, swallow the shift.
     theirs = prc_features_to_metric(
         a.float() + 1e4, b.float() + 1e4, save_cpu_ram=True, verbose=False
     )
@@ -432,19 +434,16 @@ def test_prdc_of_many_samples_is_the_mean_over_equal_n():
 
 def test_c2st_of_the_same_of_strangers_and_of_copies():
     ref = normal(1000, 8, 0)
-    assert scores(normal(1000, 8, 1), ref)["c2st"] == pytest.approx(
-        0.5, abs=0.04
-    )  # sd of 2000 votes: 0.011
-    assert scores(normal(300, 8, 1), ref)["c2st"] == pytest.approx(
-        0.5, abs=0.07
-    )  # equal numbers: 300 against 300
+    # sd of 2000 votes: 0.011
+    assert scores(normal(1000, 8, 1), ref)["c2st"] == pytest.approx(0.5, abs=0.04)
+    # equal numbers: 300 against 300
+    assert scores(normal(300, 8, 1), ref)["c2st"] == pytest.approx(0.5, abs=0.07)
     assert scores(ref + 100, ref)["c2st"] == 1
     assert scores(ref.clone(), ref)["c2st"] == 0
     half = torch.cat([ref[:500], normal(500, 8, 2)])
     assert 0.1 < scores(half, ref)["c2st"] < 0.4
-    assert (
-        scores(ref[:1].repeat(1000, 1), ref[1:].repeat(2, 1)[:1000])["c2st"] > 0.4
-    )  # a row as near to both counts half
+    # a row as near to both counts half
+    assert scores(ref[:1].repeat(1000, 1), ref[1:].repeat(2, 1)[:1000])["c2st"] > 0.4
     # Planted error: with 300 against 1000 the larger set would win most votes.
     assert brute_votes(normal(300, 8, 1), ref) > 0.6
 
@@ -501,7 +500,10 @@ def test_features_of_another_width_are_refused():
 
 
 def test_train_and_reference_mixed_up_would_be_seen(halves, extractor):
-    """A generator that copies the training half: near the floor against the held-out half, perfect against the wrong one."""
+    """A generator that copies the training half is near the floor against the held-out half.
+
+    It is perfect against the wrong one.
+    """
     train, held_out = (Reference.of(half, extractor) for half in halves)
     right, wrong = feature_scores(train.features, held_out), feature_scores(train.features, train)
     assert 0.05 < right["fid"] < 1 and right["recall"] < 0.97 and 0.4 < right["c2st"] < 0.6
@@ -514,7 +516,10 @@ def test_train_and_reference_mixed_up_would_be_seen(halves, extractor):
 
 
 def test_swapped_inputs_are_seen_on_class_means(extractor):
-    """Class means, the typical failure of distillation: precision high, recall nought; the other way round if swapped."""
+    """Class means, the typical failure of distillation: precision high, recall nought.
+
+    It is the other way round where the two are swapped.
+    """
     images, labels = digits_u8()
     even = alternate(labels)
     means = (
@@ -617,7 +622,10 @@ class Bare(torch.utils.data.Dataset):
 
 
 def fidelity(**kwargs) -> dict[str, float]:
-    """calculate_metrics ignores keywords it does not know, so a misspelt one would pass for its default."""
+    """calculate_metrics, which ignores keywords it does not know, with those refused.
+
+    A misspelt one would pass for its default.
+    """
     unknown = set(kwargs) - set(DEFAULTS)
     if unknown:
         raise TypeError(f"torch-fidelity would ignore {sorted(unknown)}")
@@ -655,24 +663,24 @@ def test_one_pass_equals_torch_fidelity_end_to_end(halves, extractor, tmp_path):
     theirs = fidelity(**settings)
     assert DigitsFidelity.seen == 2 * 896  # one pass for all metrics on their side too
     ours = evaluate_images(train, None, Against(extractor, Reference.of(ref, extractor)))
-    # FID and KID: theirs is of features and means in float32; on the same float64 features both agree to 1e-9 (above).
+    # FID and KID: theirs is of features and means in float32;
+    # on the same float64 features both agree to 1e-9 (above).
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=2e-5)
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     for name in ("precision", "recall"):
-        assert round(ours[name] * 896) == pytest.approx(
-            theirs[name] * 896, abs=1e-3
-        )  # the same count
-    assert round(ours["precision"] * 896) != round(
-        ours["recall"] * 896
-    )  # so that a swap would be seen
+        # the same count
+        assert round(ours[name] * 896) == pytest.approx(theirs[name] * 896, abs=1e-3)
+    # so that a swap would be seen
+    assert round(ours["precision"] * 896) != round(ours["recall"] * 896)
     with pytest.raises(TypeError, match="kid_subset_sise"):
         fidelity(**settings, kid_subset_sise=896)
     careless = fidelity(**settings | {"feature_extractor": "distillbench-careless"})
     assert careless["frechet_inception_distance"] != pytest.approx(
         theirs["frechet_inception_distance"], rel=0.5
     )
-    # Their cache goes by names alone: other data under an old name are not looked at. Hence cache=False here, and hashes in ours.
+    # Their cache goes by names alone: other data under an old name are not looked at.
+    # Hence cache=False here, and hashes in ours.
     cached = settings | {
         "cache": True,
         "cache_root": str(tmp_path),

@@ -13,7 +13,7 @@ EQUAL = torch.full((K,), 1 / K)
 
 
 def ring(dimension: int) -> Tensor:
-    """K means on the unit circle of the first two axes: 7.6 sigma apart, so components do not overlap."""
+    """K means on the unit circle of the first two axes, 7.6 sigma apart: no overlap."""
     angle = torch.arange(K) * 2 * math.pi / K
     means = torch.zeros(K, dimension)
     means[:, 0], means[:, 1] = angle.cos(), angle.sin()

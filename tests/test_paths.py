@@ -1,4 +1,4 @@
-"""Identities of the straight path: specs/conventions.md (sections and test numbers in the comments)."""
+"""Identities of the straight path: specs/conventions.md, by section and test number."""
 
 import math
 
@@ -26,9 +26,8 @@ def test_the_velocity_of_a_pair_gives_back_its_data_and_noise(rows):  # 'Target 
     x_t = paths.noised(x, e, t)
     assert close(paths.denoiser(x_t, e - x, t), x) and close(paths.noise(x_t, e - x, t), e)
     assert close(paths.score(x_t, e - x, t), -(x_t - (1 - t[:, None]) * x) / t[:, None] ** 2)
-    assert not close(
-        paths.denoiser(x_t, x - e, t), x
-    )  # planted: the sign of v (the FreeFlow / rectified-flow convention)
+    # Planted: the sign of v (the FreeFlow / rectified-flow convention)
+    assert not close(paths.denoiser(x_t, x - e, t), x)
 
 
 @pytest.mark.parametrize("name", ["denoiser", "noise", "score"])
@@ -45,9 +44,8 @@ def test_jump_and_average_velocity_are_inverse(rows):
     s = 0.5 * t
     assert close(paths.average_velocity(x, paths.jump(x, u, t, s), t, s), u)
     assert close(paths.jump(x, u, t, t), x)
-    assert not close(
-        paths.average_velocity(x, paths.jump(x, u, s, t), t, s), u
-    )  # planted: t and s swapped
+    # Planted: t and s swapped
+    assert not close(paths.average_velocity(x, paths.jump(x, u, s, t), t, s), u)
 
 
 @pytest.mark.parametrize("process", ["edm", "vp"])
@@ -110,9 +108,8 @@ def test_five_difference_identities(rows):  # 'Differences between two networks'
         (x - x0_r, tt * (v_r - (e - x))),
     ]
     assert all(close(left, right) for left, right in identities)
-    assert not any(
-        close(left, -right) for left, right in identities
-    )  # planted: real and fake swapped
+    # Planted: real and fake swapped
+    assert not any(close(left, -right) for left, right in identities)
 
 
 def test_guidance_commutes(rows):  # 'Target convention', test 4
@@ -122,9 +119,8 @@ def test_guidance_commutes(rows):  # 'Target convention', test 4
     for name in ("denoiser", "noise", "score"):
         f = getattr(paths, name)
         assert close(f(x_t, guided, t), paths.guided(f(x_t, v_null, t), f(x_t, v_cond, t), 3.0))
-        assert not close(
-            f(x_t, guided, t), paths.guided(f(x_t, v_null, t), f(x_t, v_cond, t), 2.0)
-        )  # planted: w - 1
+        # Planted: w - 1
+        assert not close(f(x_t, guided, t), paths.guided(f(x_t, v_null, t), f(x_t, v_cond, t), 2.0))
 
 
 def test_score_is_the_gradient_of_a_gaussian_log_density(rows):

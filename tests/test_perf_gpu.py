@@ -1,4 +1,7 @@
-"""The measurement on a GPU, in small and without one: every method has a row, and what fails costs its own row only."""
+"""The measurement on a GPU, in small and without one.
+
+Every method has a row, and what fails costs its own row only.
+"""
 
 import json
 

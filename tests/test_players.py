@@ -1,4 +1,7 @@
-"""What moves a player: own parameters, schedule, clipping, moving averages, checkpoints, ranks (design.md 'The interface')."""
+"""What moves a player: design.md 'The interface'.
+
+Own parameters, schedule, clipping, moving averages, checkpoints, ranks.
+"""
 
 import copy
 import math
@@ -23,7 +26,7 @@ def player(*networks: nn.Module, total: int = 100, **config) -> Player:
 
 
 class Scalar(nn.Module):
-    """One parameter. With the loss `self.p` its gradient is 1, and AdamW moves it by exactly -lr."""
+    """One parameter: the loss `self.p` has gradient 1, and AdamW moves it by exactly -lr."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +36,8 @@ class Scalar(nn.Module):
         return x * self.p
 
 
-def test_an_update_differentiates_its_own_parameters_only():  # a loss may pass through a critic without touching it
+# a loss may pass through a critic without touching it
+def test_an_update_differentiates_its_own_parameters_only():
     student, critic = nn.Linear(4, 4), nn.Linear(4, 4)
     s, c = player(student), player(critic)
     x = torch.randn(8, 4)
@@ -49,9 +53,8 @@ def test_an_update_differentiates_its_own_parameters_only():  # a loss may pass 
     own.load_state_dict(before)
     own(x).square().mean().backward()
     torch.testing.assert_close(gradient, own.weight.grad)
-    own(
-        student(x)
-    ).square().mean().backward()  # planted: loss.backward() of the student reaches the critic as well
+    own(student(x)).square().mean().backward()
+    # Planted: loss.backward() of the student reaches the critic as well.
     assert not torch.allclose(gradient, own.weight.grad)
 
 
@@ -80,19 +83,20 @@ def test_schedule_over_the_players_own_updates():
         made.update(net.p.sum())
         positions.append(-float(net.p.detach()))
     rates = [b - a for a, b in pairwise(positions)]  # the lr that was really used
-    cosine = lambda i: 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / 100))
-    assert rates[0] == pytest.approx(
-        0.1, rel=1e-6
-    )  # linear warm-up over the first tenth: 1/10, 2/10, ...
+
+    def cosine(i):
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / 100))
+
+    # linear warm-up over the first tenth: 1/10, 2/10, ...
+    assert rates[0] == pytest.approx(0.1, rel=1e-6)
     assert rates[4] == pytest.approx(0.5 * cosine(4), rel=1e-6)
     assert rates[9] == pytest.approx(cosine(9), rel=1e-6)
     assert rates[50] == pytest.approx(0.51, rel=1e-6)
     assert rates[99] == pytest.approx(0.02, abs=1e-3) and made.learning_rate() == pytest.approx(
         0.02
     )
-    assert rates[9] != pytest.approx(
-        0.9 * cosine(9), rel=1e-3
-    )  # planted: a warm-up that starts at 0
+    # Planted: a warm-up that starts at 0
+    assert rates[9] != pytest.approx(0.9 * cosine(9), rel=1e-3)
 
 
 def test_default_rate_is_constant():
@@ -101,10 +105,9 @@ def test_default_rate_is_constant():
         assert made.learning_rate() == 0.3
 
 
+# AdamW forgets the scale of a gradient, but its first moment does not
 @pytest.mark.parametrize(("clip", "factor"), [(0.5, 0.1), (10.0, 1.0), (None, 1.0)])
-def test_clipping(
-    clip, factor
-):  # AdamW forgets the scale of a gradient, but its first moment does not
+def test_clipping(clip, factor):
     net = Scalar()
     made = player(net, clip=clip, betas=(0.9, 0.99))
     made.update(5 * net.p.sum())
@@ -113,10 +116,11 @@ def test_clipping(
     )
 
 
+# a share of the player's own updates: half of the weight is on the last such share
 @pytest.mark.parametrize("half_life", [0.01, 0.03, 0.1, 0.2])
 def test_half_life_at_the_end(
     half_life,
-):  # a share of the player's own updates: half of the weight is on the last such share
+):
     net, total = Scalar(), 1000
     made = player(net, total=total, half_lives={"evaluation": half_life, "double": 2 * half_life})
     for i in range(total):
@@ -124,9 +128,8 @@ def test_half_life_at_the_end(
             net.p.data.fill_(1.0)
         made.update(0 * net.p.sum())
     assert float(made.averaged("evaluation").p) == pytest.approx(0.5, abs=2e-3)
-    assert float(made.averaged("double").p) == pytest.approx(
-        1 - 0.5**0.5, abs=2e-3
-    )  # planted: twice the half-life is not 0.5
+    # Planted: twice the half-life is not 0.5
+    assert float(made.averaged("double").p) == pytest.approx(1 - 0.5**0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize("half_life", [0.01, 0.03])
@@ -187,9 +190,8 @@ def test_a_state_dict_continues_bit_for_bit():
         and all(torch.equal(one[k], two[k]) for k in one)
         and int(two["updates"]) == 20
     )
-    without = {
-        k: v for k, v in state.items() if not k.startswith("optimizer.")
-    }  # planted: moments forgotten
+    # Planted: moments forgotten
+    without = {k: v for k, v in state.items() if not k.startswith("optimizer.")}
     forgetful.load_state_dict(without)
     move(forgetful, 9, 20)
     assert not torch.equal(forgetful.networks[0][0].weight, whole.networks[0][0].weight)
@@ -209,7 +211,7 @@ def test_loading_a_state_does_not_tie_two_players_together():
 
 
 def train(rank: int, world: int, folder: str) -> None:
-    """Five updates on 16 rows in all, shared by the ranks; beside it a network whose gradients nobody averages."""
+    """Five updates on 16 rows in all, shared by the ranks, beside a network nobody averages."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if world > 1:
@@ -237,9 +239,10 @@ def train(rank: int, world: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+# meanflow.md test 14; design.md: 1 rank and 2 ranks see the same batch
 def test_two_ranks_are_one_rank(
     tmp_path: Path,
-):  # meanflow.md test 14; design.md: 1 rank and 2 ranks see the same batch
+):
     torch.multiprocessing.spawn(train, (2, str(tmp_path)), nprocs=2)
     train(0, 1, str(tmp_path))
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
@@ -250,6 +253,5 @@ def test_two_ranks_are_one_rank(
         torch.testing.assert_close(first["state"][k], value, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.stack(first["means"]), torch.stack(one["means"]))
     assert torch.equal(torch.stack(first["means"]), torch.stack(second["means"]))
-    assert not torch.allclose(
-        first["local"]["0.weight"], second["local"]["0.weight"], atol=1e-4
-    )  # planted: no averaging
+    # Planted: no averaging
+    assert not torch.allclose(first["local"]["0.weight"], second["local"]["0.weight"], atol=1e-4)

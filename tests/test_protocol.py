@@ -137,9 +137,8 @@ def test_the_same_data_give_the_same_page(tmp_path, monkeypatch):
 
 
 def test_verdicts_in_units_of_the_floor():
-    column = [
-        {"fid": 1.0 + x, "recall": 0.9, "c2st": 0.5} for x in (-1, 0, 1)
-    ]  # mean 1, sd 1; no spread in the others
+    # mean 1, sd 1; no spread in the others
+    column = [{"fid": 1.0 + x, "recall": 0.9, "c2st": 0.5} for x in (-1, 0, 1)]
     halves = [column for _ in KINDS]
     rows = [
         {"name": "good", "fid": 1.4, "recall": 0.9, "c2st": 0.501},

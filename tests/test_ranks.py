@@ -1,4 +1,7 @@
-"""Several ranks train one cell as one rank does (design.md 'The interface'); whose rank is lost, ends (workflow.md, section 3)."""
+"""Several ranks train one cell as one rank does, and end where one of them is lost.
+
+design.md 'The interface'; workflow.md, section 3.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +61,8 @@ def test_two_ranks_are_one_rank(checkout: Checkout, arm: str):
         again["cost"]["flops"] == record["cost"]["flops"]
         and again["cost"]["rows"] == record["cost"]["rows"]
     )
-    assert any(
-        not v.equal(two[k]) for k, v in one.items()
-    )  # another order of sums: they did share the work
+    # another order of sums: they did share the work
+    assert any(not v.equal(two[k]) for k, v in one.items())
     for k, v in one.items():
         assert (two[k] - v).abs().max() <= 1e-5 * max(1.0, v.abs().max().item()), k
 

@@ -107,7 +107,10 @@ def test_other_images_never_hit(what, extractor, sets, tmp_path):
 
 @pytest.mark.usefixtures("quiet")
 def test_same_path_with_other_images_never_hits(extractor, sets, tmp_path, monkeypatch):
-    """torch-fidelity's cache is keyed by a name and answers with the old value; so would this one without the content's hash."""
+    """The same path with other images is another key of the cache, which has the content's hash.
+
+    torch-fidelity's is keyed by a name and answers with the old value.
+    """
     path, folder = tmp_path / "reference.npz", tmp_path / "cache"
     for images in sets:
         np.savez(path, images.permute(0, 2, 3, 1).numpy())
@@ -128,9 +131,8 @@ def test_other_weights_under_the_same_name_never_hit(extractor, sets, tmp_path):
     planted = replace(other, sha256=extractor.sha256)
     first = reference_set(sets[0], extractor, tmp_path)
     assert torch.equal(reference_set(sets[0], other, tmp_path).features, 2 * first.features)
-    assert torch.equal(
-        reference_set(sets[0], planted, tmp_path).features, first.features
-    )  # the hash is what protects
+    # the hash is what protects
+    assert torch.equal(reference_set(sets[0], planted, tmp_path).features, first.features)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -155,9 +157,8 @@ def test_a_file_moved_under_another_name_is_found_out(extractor, sets, tmp_path,
     reference_set(sets[1], extractor, other)  # and was replaced
     assert seen(extractor) == 0
     shutil.copy(one_file(one), one_file(other))
-    monkeypatch.setattr(
-        reference, "read", lambda path, made_of: original(path, reference_of(path))
-    )  # planted: believe the name
+    # Planted: believe the name
+    monkeypatch.setattr(reference, "read", lambda path, made_of: original(path, reference_of(path)))
     assert torch.equal(
         reference_set(sets[1], extractor, other).features, extractor.features(sets[0])[0]
     )
@@ -183,9 +184,8 @@ def test_a_damaged_file_is_computed_again_with_one_line(keep, extractor, sets, t
     assert torch.equal(found.features, good.features)
     one_file(tmp_path)
     seen(extractor)
-    assert torch.equal(
-        reference_set(sets[0], extractor, tmp_path).features, good.features
-    )  # mended
+    # mended
+    assert torch.equal(reference_set(sets[0], extractor, tmp_path).features, good.features)
     assert seen(extractor) == 0
 
 
@@ -221,7 +221,7 @@ def test_no_folder_is_said_before_any_work(extractor, sets, tmp_path):
 
 @pytest.mark.usefixtures("quiet")
 def test_adm_batches_give_their_images_and_nothing_else(extractor, sets, tmp_path):
-    """mu and sigma are of another network: here they are pickles, so merely reading them would raise."""
+    """mu and sigma are of another network: here they are pickles, so reading them would raise."""
     images, path, folder = sets[0], tmp_path / "VIRTUAL.npz", tmp_path / "cache"
     poison = {
         name: np.array([{"not": "read"}], dtype=object)

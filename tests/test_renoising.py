@@ -1,4 +1,7 @@
-"""Re-noising and backward simulation on Gaussians, where every law is known: specs/dmd2.md (d) and its tests 6 and 7."""
+"""Re-noising and backward simulation on Gaussians, where every law is known: specs/dmd2.md (d).
+
+Numbers of tests are that file's.
+"""
 
 from collections.abc import Callable
 
@@ -33,7 +36,10 @@ def posterior(x: Tensor, t: Tensor) -> Tensor:
 def noise(seed: int = 0) -> tuple[Tensor, Callable[[], Tensor]]:
     """Starting noise [N, 1] and a stream of fresh noise."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(N, 1, generator=g, dtype=torch.float64)
+
+    def draw():
+        return torch.randn(N, 1, generator=g, dtype=torch.float64)
+
     return draw(), draw
 
 
@@ -83,38 +89,48 @@ def moments_fit(sampler, denoise, steps: int, mean: float, std: float) -> bool:
 @pytest.mark.parametrize("steps", STEPS)
 def test_an_exact_student_returns_the_data(steps):  # test 7
     assert moments_fit(renoising, transport, steps, M, S)
+    # at t = 1/2 roles are equal
     wrong = {
         1: (last_made,),
         2: (stale, one_late, last_made),
         4: (stale, one_late, reversed_roles, last_made),
-    }  # at t = 1/2 roles are equal
+    }
     for planted in wrong[steps]:
         assert not moments_fit(planted, transport, steps, M, S), planted.__name__
 
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_posterior_mean_has_the_variance_of_its_recursion(steps):
-    """The mean is right after any number of steps, the variance is what shrinking and noise anew leave: 0 after one."""
+    """The mean is right after any number of steps, and the variance follows the recursion.
+
+    It is what shrinking and noise anew leave: 0 after one step.
+    """
     variance = 0.0
     for i in range(1, steps):
         t = torch.tensor(1 - i / steps, dtype=torch.float64)
         gain = ((1 - t) * S**2 / spread(t) ** 2).item()
         variance = gain**2 * ((1 - t.item()) ** 2 * variance + t.item() ** 2)
     assert moments_fit(renoising, posterior, steps, M, variance**0.5)
-    assert steps < 4 or not moments_fit(
-        stale, posterior, steps, M, variance**0.5
-    )  # the first output is M: nothing to correlate with
-    assert not moments_fit(
-        renoising, posterior, steps, M, S
-    )  # the mean of all data is not a sample
+    # the first output is M: nothing to correlate with
+    assert steps < 4 or not moments_fit(stale, posterior, steps, M, variance**0.5)
+    # the mean of all data is not a sample
+    assert not moments_fit(renoising, posterior, steps, M, S)
 
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_evaluations_times_and_draws(steps):  # test 7: the last re-noise is not made
     def seen(sampler) -> tuple[list[float], int]:
         times, drawn = [], []
-        denoise = lambda x, t: (times.append(t.unique().item()), x)[1]
-        sampler(denoise, torch.zeros(3, 2), steps, lambda: (drawn.append(0), torch.zeros(3, 2))[1])
+
+        def denoise(x, t):
+            times.append(t.unique().item())
+            return x
+
+        def fresh():
+            drawn.append(0)
+            return torch.zeros(3, 2)
+
+        sampler(denoise, torch.zeros(3, 2), steps, fresh)
         return times, len(drawn)
 
     expected = [1 - i / steps for i in range(steps)], steps - 1
@@ -154,7 +170,10 @@ def test_noise_is_fresh_at_every_step():  # issue 9 of the official repository: 
 @pytest.mark.parametrize("start", [1.0, 0.8])
 @pytest.mark.parametrize("k", range(4))
 def test_a_simulated_input_is_what_the_sampler_meets(k, start):  # test 6
-    """Bit for bit the k-th input of `renoising` with the same draws; k evaluations; law of x_t under an exact student."""
+    """Bit for bit the k-th input of `renoising` with the same draws, after k evaluations.
+
+    Its law is that of x_t under an exact student.
+    """
     inputs, calls = [], []
     z, fresh = noise()
     renoising(lambda x, t: (inputs.append((x, t)), transport(x, t))[1], z, 4, fresh, start=start)
@@ -163,17 +182,19 @@ def test_a_simulated_input_is_what_the_sampler_meets(k, start):  # test 6
         lambda x, t: (calls.append(t), transport(x, t))[1], z, 4, k, fresh, start
     )
     assert torch.equal(x, inputs[k][0]) and torch.equal(t, inputs[k][1]) and len(calls) == k
-    assert not any(
-        torch.equal(x, inputs[j][0]) for j in range(4) if j != k
-    )  # planted: a neighbour's input
+    # Planted: a neighbour's input
+    assert not any(torch.equal(x, inputs[j][0]) for j in range(4) if j != k)
     assert t.unique().item() == start * (1 - k / 4)
     if start < 1:  # its first input is start z, which is no draw of x_t: noise alone, of that size
         assert not torch.equal(inputs[0][0], z) and torch.equal(inputs[0][0], start * z)
         return
-    law = lambda x: (
-        abs(x.mean().item() - (k / 4) * M) < 0.005
-        and abs(x.std().item() - spread(t[0]).item()) < 0.005
-    )
+
+    def law(x):
+        return (
+            abs(x.mean().item() - (k / 4) * M) < 0.005
+            and abs(x.std().item() - spread(t[0]).item()) < 0.005
+        )
+
     assert law(x)
     assert k == 0 or not law(transport(x, t))  # planted: the clean sample, not noised again
 
@@ -192,15 +213,19 @@ def test_one_step_has_no_path():  # test 6: with N = 1 simulated and noised real
         lambda x, t: pytest.fail("evaluated"), z, 1, 0, lambda: pytest.fail("drawn")
     )
     assert torch.equal(x, noised(real, z, t))
+    # Planted: N = 2
     assert not torch.equal(
         simulated_input(lambda x, t: x, z, 2, 1, lambda: z)[0], noised(real, z, at(0.5, z))
-    )  # planted: N = 2
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_no_gradient_through_the_simulated_path(k):  # test 6
     layer = nn.Linear(2, 2)
-    denoise = lambda x, t: layer(x)
+
+    def denoise(x, t):
+        return layer(x)
+
     z = torch.randn(5, 2)
     x, _ = simulated_input(denoise, z, 4, k, lambda: torch.ones(5, 2))
     assert not x.requires_grad

@@ -1,4 +1,4 @@
-"""The results gate: the published tables keep the bars every method is held to, at its headline NFE.
+"""The results gate: published tables keep the bars of every method at its headline NFE.
 
 It tests committed JSON, not code: run `pytest -m results` when a table is published anew.
 """
@@ -22,7 +22,7 @@ def rows(table: str) -> list[dict]:
 
 
 def broken_on_digits(found: list[dict]) -> list[str]:
-    """Which bars are missed: FID and recall against the teacher at many steps, the class Gaussian, the teacher's floor."""
+    """Bars that are missed: FID and recall against the teacher, the class Gaussian, the floor."""
     fixed = {r["method"]: r for r in found if r["group"] == "reference"}
     teacher = max((r for r in found if r["group"] == "teacher"), key=lambda r: r["nfe"])
     out = (
@@ -58,10 +58,11 @@ def test_digits():
     teacher = max((r for r in found if r["group"] == "teacher"), key=lambda r: r["nfe"])[
         "recall_mean"
     ]
+    # Planted: who may have 0.7 of the teacher's, and none 0.5
     for share, low in (
         (0.7, METHODS - {*ADVERSARIAL}),
         (0.5, METHODS),
-    ):  # planted: who may have 0.7 of the teacher's, and none 0.5
+    ):
         worse = [
             r | {"recall_mean": share * teacher} if r["group"] == "distillation" else r
             for r in found
@@ -70,9 +71,12 @@ def test_digits():
 
 
 def broken_ablations(found: list[dict]) -> list[str]:
-    """DMD2 is better in more steps; without a discriminator ADD loses its diversity, without the projected term SiD everything.
+    """Bars of ablations that are missed.
 
-    SiD's untrained student starts at t_i < 1, from where one step of the teacher is worse than from t = 1: 3.78 for 3.03 (three seeds).
+    DMD2 is better in more steps; ADD without a discriminator loses its diversity, SiD without the
+    projected term everything. SiD's untrained student starts at t_i < 1, from where one step of the
+    teacher is worse than from t = 1: 3.78 for 3.03 (three seeds).
+
     """
     row = {(r["method"] + (f"@{r['variant']}" if r["variant"] else ""), r["nfe"]): r for r in found}
     fid, one, untrained = (
@@ -95,9 +99,8 @@ def broken_ablations(found: list[dict]) -> list[str]:
 def test_ablations():
     found = rows("table3")
     assert all(r["seeds"] == 3 for r in found if r["group"] == "distillation")
-    assert broken_ablations(found) == [
-        "dmd2@four-step"
-    ]  # its critic does not know the step that it judges: methods/dmd2/README.md
+    # its critic does not know the step that it judges: methods/dmd2/README.md
+    assert broken_ablations(found) == ["dmd2@four-step"]
     planted = ("dmd2", None), ("add", "distill-only"), ("sid", "naive")
     wrong = [
         r | {"fid_mean": 0.0, "recall_mean": 1.0} if (r["method"], r["variant"]) in planted else r
@@ -106,7 +109,8 @@ def test_ablations():
     assert len(broken_ablations(wrong)) == 6
 
 
-# modes, weight TV, sliced W2, outside 3 sigma; a bar is never lowered, a method that misses one is named here and in its README
+# modes, weight TV, sliced W2, outside 3 sigma;
+# a bar is never lowered, a method that misses one is named here and in its README
 BARS = {"gaussians-ring": (8, 0.03, 0.06, 0.18), "gaussians-grid": (25, 0.07, 0.08, 0.55)}
 KNOWN_MISSES = [
     "gaussians-grid add: weight TV",

@@ -46,7 +46,7 @@ def settings(**changes) -> dict:
 
 
 def made(**changes) -> tuple:
-    """SiD with a random teacher; `critic_differs` moves the critic off the teacher, where it starts."""
+    """SiD with a random teacher; `critic_differs` moves the critic off it, where it starts."""
     task = random_task(SHAPE, depth=3)
     critic_differs = changes.pop("critic_differs", True)
     m = SiD(task, SiD.Config.model_validate(settings(**changes)))
@@ -74,7 +74,8 @@ def still(player) -> None:
     player.update = lambda loss: None
 
 
-# 1-D Gaussians: teacher N(0, 1), generator x = a z, t uniform. The loss is quadratic in (z, e): four points are exact.
+# 1-D Gaussians: teacher N(0, 1), generator x = a z, t uniform.
+# The loss is quadratic in (z, e): four points are exact.
 
 Z, E = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
 MIDPOINTS = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
@@ -105,7 +106,7 @@ def parts(x: Tensor, critic: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def slope(loss, a: float) -> float:
-    """d loss / da with the critic's weights fixed at their optimum for a, the gradient going through its input."""
+    """d loss / da with the critic fixed at its optimum for a, through its input."""
     leaf = torch.tensor(a, dtype=torch.float64, requires_grad=True)
     return torch.autograd.grad(loss(*parts(leaf * ZZ, a)), leaf)[0].item()
 
@@ -133,7 +134,9 @@ def test_half_the_exact_gradient_at_alpha_one_half(a):  # test 3
 
 
 def test_oracle_table_of_alpha():  # test 4, SID-2
-    table = lambda a: [slope(projected(alpha), a) for alpha in ALPHAS]
+    def table(a):
+        return [slope(projected(alpha), a) for alpha in ALPHAS]
+
     assert table(0.2) == pytest.approx([-0.023, -0.038, -0.068, -0.098, -0.110, -0.128], abs=7e-4)
     assert table(4.0)[:5] == pytest.approx([1.67, 1.44, 0.96, 0.48, 0.29], abs=7e-3) and table(4.0)[
         5
@@ -142,9 +145,8 @@ def test_oracle_table_of_alpha():  # test 4, SID-2
     swapped = [
         slope(lambda d, *rest, alpha=alpha: projected(alpha)(-d, *rest), 0.2) for alpha in ALPHAS
     ]
-    assert all(
-        abs(s / found - 1) > 0.1 for s, found in zip(swapped, table(0.2))
-    )  # planted: D_fake - D_real
+    # Planted: D_fake - D_real
+    assert all(abs(s / found - 1) > 0.1 for s, found in zip(swapped, table(0.2)))
 
 
 def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
@@ -152,6 +154,7 @@ def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
         assert slope(naive, a) >= 0  # descent shrinks every generator
         for alpha in (-0.25, 0.0, 0.5, 0.75, 1.0, 1.2):
             assert slope(projected(alpha), a) * (a - 1) > 0
+    # Stationary at the teacher, whatever alpha
     for alpha in (
         -0.25,
         0.0,
@@ -160,7 +163,7 @@ def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
         1.0,
         1.2,
         1.5,
-    ):  # stationary at the teacher, whatever alpha
+    ):
         assert abs(slope(projected(alpha), 1.0)) < 1e-12
     ends = []
     for loss in (naive, projected(1.0), projected(0.5)):
@@ -178,9 +181,8 @@ def test_only_the_projected_loss_turns_at_the_teacher():  # test 4, SID-1
 def test_gradient_is_linear_in_alpha():  # test 5: (1 - alpha) A + B / 2
     for a in (0.2, 0.9, 4.0):
         big_a = slope(naive, a)
-        big_b = slope(
-            lambda delta, x, d_real: 2 * (delta * (d_real - delta - x)).mean(), a
-        )  # D_fake = D_real - delta
+        # D_fake = D_real - delta
+        big_b = slope(lambda delta, x, d_real: 2 * (delta * (d_real - delta - x)).mean(), a)
         for alpha in (*ALPHAS, 0.75):
             assert slope(projected(alpha), a) == pytest.approx(
                 (1 - alpha) * big_a + big_b / 2, rel=1e-9
@@ -190,7 +192,10 @@ def test_gradient_is_linear_in_alpha():  # test 5: (1 - alpha) A + B / 2
 
 
 def test_identity_on_a_mixture():
-    """Teacher: two modes (the suite's closed form). Generator N(m, a^2). The trapezoidal rule in z and e, midpoints in t."""
+    """A teacher of two modes (the suite's closed form), a generator N(m, a^2).
+
+    The trapezoidal rule in z and e, midpoints in t.
+    """
     mixture = Mixture(torch.tensor([[-1.0], [1.2]]), 0.5, torch.tensor([0.3, 0.7]), None, 0)
     teacher = MixtureVelocity(mixture).double()
     nodes = torch.linspace(-6, 6, 81, dtype=torch.float64)
@@ -225,9 +230,8 @@ def test_identity_on_a_mixture():
                 ends.append(method.naive_loss(both(*moved)[0], w).item())
             exact = (ends[0] - ends[1]) / 2e-4
             assert 2 * gradient[i].item() == pytest.approx(exact, rel=1e-3)
-            assert (
-                abs(alone[i].item() / exact - 1) > 0.05
-            )  # planted: the critic taken for a constant
+            # Planted: the critic taken for a constant
+            assert abs(alone[i].item() / exact - 1) > 0.05
 
 
 def test_the_critics_error_is_orthogonal_to_every_function_of_the_noisy_sample():  # test 7
@@ -258,7 +262,7 @@ def field(scale: float):
 
 
 def official(y: Tensor, n: Tensor, sigma: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(b.3) with VE noise y + sigma n and denoisers f, mean over elements; delta and W beside it."""
+    """(b.3) with VE noise y + sigma n and denoisers f, mean over elements; then delta and W."""
     x_ve = y + over(sigma, y) * n
 
     def f(scale: float) -> Tensor:
@@ -293,13 +297,17 @@ def test_loss_in_velocities_is_the_loss_in_denoisers(alpha):  # (i)
 
     t = sigma / (1 + sigma)
     torch.testing.assert_close(ours(t), expected, rtol=1e-9, atol=0)
-    gradient = lambda loss: torch.autograd.grad(loss, y, retain_graph=True)[0]
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, y, retain_graph=True)[0]
+
     torch.testing.assert_close(gradient(ours(t)), gradient(expected), rtol=1e-8, atol=1e-12)
+    # delta's sign; x_t in W; alpha
     planted = (
         ours(t, swap=True),
         ours(t, clean=False),
         official(y, n, sigma, alpha + 0.2)[0],
-    )  # delta's sign; x_t in W; alpha
+    )
     for wrong in planted:
         assert not torch.allclose(gradient(wrong), gradient(expected), rtol=1e-2, atol=1e-6)
 
@@ -313,9 +321,8 @@ def test_normaliser():  # test 8: detached, one for each sample, of the clean sa
     w = method.normaliser(x, real)
     assert w.shape == (8, 1, 1) and not w.requires_grad
     torch.testing.assert_close(w[:, 0, 0], t * (v - (e - x)).abs().mean((1, 2)).detach())
-    assert not torch.allclose(
-        w, method.normaliser(x_t, real), rtol=1e-2
-    )  # planted: the noisy sample
+    # Planted: the noisy sample
+    assert not torch.allclose(w, method.normaliser(x_t, real), rtol=1e-2)
     assert (method.normaliser(torch.zeros(4, 3), 1e-7 * torch.randn(4, 3)) == 1e-5).all()
     assert method.normaliser(
         torch.zeros(4, 3), torch.full((4, 3), 1e-4)
@@ -361,10 +368,9 @@ def seen_by(monkeypatch, m) -> dict:
     return found
 
 
+# (b.3): through both networks' inputs, nothing stopped but W
 @pytest.mark.parametrize("alpha", [1.0, 1.2])
-def test_gradient_of_the_generator(
-    monkeypatch, alpha
-):  # (b.3): through both networks' inputs, nothing stopped but W
+def test_gradient_of_the_generator(monkeypatch, alpha):
     m, task = made(alpha=alpha)
     found = seen_by(monkeypatch, m)
     labels, t, e = batch().cond.labels[N:], 0.02 + 0.78 * step().rng("t").uniform(N), found["e"]
@@ -408,22 +414,19 @@ def test_detached_is_the_gradient_of_dmd(monkeypatch):  # test 2, SID-6
         d["gradient"], -d["delta"] / d["w"] / d["delta"].numel(), rtol=1e-5, atol=1e-9
     )
     x_t, labels = noised(d["x"], d["e"], d["t"]).detach(), batch().cond.labels[N:]
-    again = made(loss="detached")[
-        0
-    ]  # the critic has moved once before the generator's turn: so must this one
+    # the critic has moved once before the generator's turn: so must this one
+    again = made(loss="detached")[0]
     again.train_step(batch(), step())
     v_fake = again.fake(x_t, d["t"], labels)
     dmd = (
         matching_gradient(d["v_real"], v_fake, d["x"], d["e"], d["t"], "residual") / d["x"].numel()
     )
     torch.testing.assert_close(d["gradient"], dmd, rtol=1e-4, atol=1e-8)
-    assert not torch.allclose(
-        both["projected"]["gradient"], d["gradient"], rtol=0.1, atol=1e-5
-    )  # planted: through the networks
+    # Planted: through the networks
+    assert not torch.allclose(both["projected"]["gradient"], d["gradient"], rtol=0.1, atol=1e-5)
     assert not torch.allclose(-d["gradient"], dmd, rtol=0.1, atol=1e-5)
-    torch.testing.assert_close(
-        both["projected"]["loss"], d["loss"]
-    )  # values do not tell them apart
+    # values do not tell them apart
+    torch.testing.assert_close(both["projected"]["loss"], d["loss"])
 
 
 def test_alpha_does_not_matter_where_nothing_flows_through_the_networks(monkeypatch):
@@ -437,14 +440,16 @@ def test_alpha_does_not_matter_where_nothing_flows_through_the_networks(monkeypa
     assert not torch.allclose(ends[2], ends[3], atol=1e-4)
 
 
+# test 1: the student starts there
 def test_a_critic_that_equals_the_teacher_is_stationary(
     monkeypatch,
-):  # test 1: the student starts there
+):
     for loss in ("projected", "naive", "detached"):
+        # Planted: the teacher is guided, the critic never
         for w, moves in (
             (1.0, False),
             (3.0, True),
-        ):  # planted: the teacher is guided, the critic never
+        ):
             m, _ = made(critic_differs=False, loss=loss)
             still(m.critic)
             before, values = weights(m.net), []
@@ -512,10 +517,11 @@ def test_the_generator_sees_scaled_noise_and_no_data():  # (a), (i)
         ):
             assert not torch.allclose(x, planted, atol=1e-2)
         torch.testing.assert_close(m.sample(z, Condition(labels), 1, None), x)
+    # sigma_init = 2.5, scaled
     for level, std in (
         (FILE.config["input_time"], 0.75),
         (FILE.benchmarks["gaussians"]["input_time"], 1.0),
-    ):  # sigma_init = 2.5, scaled
+    ):
         assert level == pytest.approx(2.5 * std / 0.5 / (1 + 2.5 * std / 0.5), abs=1e-3)
 
 
@@ -529,12 +535,13 @@ def test_fresh_noise_and_labels_for_each_update():  # (c)
     data = batch()
     m.train_step(data, step())
     (z, fake, z2, fake2) = (a for a, _ in asked)
+    # detached: the critic's second evaluation keeps no graph
     assert [grad for _, grad in asked] == [
         False,
         True,
         True,
         False,
-    ]  # detached: the critic's second evaluation keeps no graph
+    ]
     for first, second in ((z, z2), (fake, fake2)):
         assert torch.equal(first[2], data.cond.labels[:N]) and torch.equal(
             second[2], data.cond.labels[N:]
@@ -601,12 +608,13 @@ def test_times_of_a_step():
             assert critic.min() < 0.005 and critic.max() > 0.995
         else:
             median = 1.5 * math.exp(-1.2)
+            # Planted: one law
             assert (
                 abs(critic.median() - median / (1 + median))
                 < 0.02
                 < 0.1
                 < student.median() - critic.median()
-            )  # planted: one law
+            )
             assert 0.97 < student.max() < 0.9735 and critic.max() > 0.975
 
 
@@ -628,9 +636,8 @@ def test_critic_loss_is_edms_in_velocities(monkeypatch):  # (b.2); conventions.m
     x.requires_grad_(True)
     v.requires_grad_(True)
     loss = method.critic_loss(v, x, e, torch.ones_like(t))
-    assert (
-        torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)[0] is None
-    )  # the samples are constants
+    # the samples are constants
+    assert torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)[0] is None
     torch.testing.assert_close(
         torch.autograd.grad(loss, v)[0], 2 * (v - (e - x)).detach() / x.numel()
     )
@@ -656,9 +663,8 @@ def test_the_critics_minimiser_is_the_velocity_of_the_samples(law):
         return max(float(d.mean().abs() / d.std() * n**0.5) for d in directions)
 
     assert z_score(exact, (x, e)) < 4
-    assert (
-        z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
-    )  # planted: x - e; another velocity
+    # Planted: x - e; another velocity
+    assert z_score(exact, (e, x)) > 20 and z_score(0.9 * exact, (x, e)) > 20
 
 
 # Arms, cost, and the whole.

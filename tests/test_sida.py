@@ -1,4 +1,4 @@
-"""SiDA, SiD with a discriminator in the critic, against specs/sid.md (test numbers in the comments)."""
+"""SiDA, SiD with a discriminator in the critic, against specs/sid.md, by test number."""
 
 import math
 
@@ -37,22 +37,25 @@ def test_the_discriminator_is_the_critics_own_middle(monkeypatch):  # (b.5)
         logits, outputs[2].mean(1), atol=1e-3
     )
     plain, _ = made()
-    count = lambda m: sum(p.numel() for player in (m.student, m.critic) for p in player.parameters)
+
+    def count(m):
+        return sum(p.numel() for player in (m.student, m.critic) for p in player.parameters)
+
     assert count(m) == count(plain)  # no new parameters
     assert not [b for b in m.fake.blocks if b._forward_hooks]  # the hook does not stay
 
 
 def test_losses_of_the_discriminator_and_of_its_opponent():  # (b.5), test 10
     real, fake = torch.randn(2, 6)
-    bce = lambda logits, target: F.binary_cross_entropy_with_logits(
-        logits, torch.full_like(logits, target)
-    )
+
+    def bce(logits, target):
+        return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
     torch.testing.assert_close(
         method.discriminator_loss(real, fake), 0.5 * (bce(real, 1.0) + bce(fake, 0.0))
     )
-    assert (
-        abs(method.discriminator_loss(fake, real) - method.discriminator_loss(real, fake)) > 1e-2
-    )  # planted
+    # Planted
+    assert abs(method.discriminator_loss(fake, real) - method.discriminator_loss(real, fake)) > 1e-2
     assert method.discriminator_loss(0 * real, 0 * fake).item() == pytest.approx(math.log(2))
     w = torch.tensor([0.5, 1.0, 2.0, 4.0, 0.1, 1.0]).reshape(6, 1, 1)
     torch.testing.assert_close(method.adversarial_loss(fake, w), bce(fake, 1.0) * (1 / w).mean())
@@ -62,12 +65,10 @@ def test_losses_of_the_discriminator_and_of_its_opponent():  # (b.5), test 10
         (F.softplus(torch.tensor([10.0, 9.0, -9.0, -10.0]))).mean().item(), rel=1e-6
     )
     (gradient,) = torch.autograd.grad(loss, far)
-    assert (
-        gradient[0] == 0 and gradient[3] == 0 and (gradient[1:3] < 0).all()
-    )  # descent makes D larger
-    assert (
-        torch.autograd.grad(F.softplus(-far).mean(), far)[0][0] != 0
-    )  # planted: without the clamp
+    # descent makes D larger
+    assert gradient[0] == 0 and gradient[3] == 0 and (gradient[1:3] < 0).all()
+    # Planted: without the clamp
+    assert torch.autograd.grad(F.softplus(-far).mean(), far)[0][0] != 0
 
 
 def test_critic_and_discriminator_move_together_under_the_same_noise(monkeypatch):  # test 10
@@ -83,12 +84,11 @@ def test_critic_and_discriminator_move_together_under_the_same_noise(monkeypatch
 
     def update(loss: Tensor) -> None:
         critic, (logits, discriminator) = calls[0][0][1], calls[1][0]
-        gradient = lambda value: torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(value, m.critic.parameters, retain_graph=True)
-            ]
-        )
+
+        def gradient(value):
+            found = torch.autograd.grad(value, m.critic.parameters, retain_graph=True)
+            return torch.cat([g.flatten() for g in found])
+
         torch.testing.assert_close(gradient(loss), gradient(critic + 0.3 * discriminator))
         for planted in (critic, critic + discriminator):
             assert not torch.allclose(gradient(loss), gradient(planted), rtol=1e-2, atol=1e-6)
@@ -111,9 +111,8 @@ def test_critic_and_discriminator_move_together_under_the_same_noise(monkeypatch
     )
     torch.testing.assert_close(fake[0], (1 - t) * x + t * e)
     torch.testing.assert_close(real[0], (1 - t) * x0[:N] + t * e)  # the same e
-    assert not torch.allclose(
-        real[0], (1 - t) * x0[N:] + t * e, atol=0.1
-    )  # planted: images of other labels
+    # Planted: images of other labels
+    assert not torch.allclose(real[0], (1 - t) * x0[N:] + t * e, atol=0.1)
     assert torch.equal(real[2], data.cond.labels[:N]) and not torch.allclose(*compared, atol=1e-3)
 
 
@@ -143,14 +142,14 @@ def test_phases_of_sida(monkeypatch):  # test 10, in shares of the run
         assert gan[i][0][1] is sid[i][0][3]  # one W for both
     fresh, _ = made(**SIDA)
     fresh.train_step(batch(x=images()), step(0, 1))
-    assert (
-        fresh.student.updates == 0
-    )  # planted: with a cycle of one step the meter would see no update of the student
+    # Planted: with a cycle of one step the meter would see no update of the student
+    assert fresh.student.updates == 0
+    # bounds of the parts are exact for every length that is whole cycles
     for total in (
         20,
         200,
         860,
-    ):  # bounds of the parts are exact for every length that is whole cycles
+    ):
         ends = [i for i in range(1, total) if i * 20 // total != (i - 1) * 20 // total]
         assert ends == [total // 20 * k for k in range(1, 20)]
 

@@ -93,12 +93,13 @@ def test_what_a_start_costs_is_part_of_the_budget(checkout: Checkout):
     alone = cell("fsf_dmd@from-flow-matching")
     assert alone.start is None and "start" not in alone.recipe
     assert trained(alone)["cost"]["steps"] > 2 * record["cost"]["steps"]  # it has the whole budget
+    # and so has its start as large a part
     for share, expected in (
         (0.5, 0.35),
         (0.75, 0.525),
         (0.1, 0.07),
         (3, 2.1),
-    ):  # and so has its start as large a part
+    ):
         part = cell(f"fsf_dmd@x{share:g}").start
         assert part is not None and part.arm_name == f"meanflow@x{expected:g}"
         assert part.key == cell(part.arm_name).key  # in floating point 0.7 x 0.75 is not 0.525
@@ -114,9 +115,8 @@ def test_it_starts_from_the_averaged_student(checkout: Checkout):
     net = train.build(one).task.players["student"].networks[0]
     assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
     teacher, _ = read_tensors(one.teacher.folder / "teacher.safetensors")
-    assert not torch.equal(
-        weights["enter.weight"], teacher["enter.weight"]
-    )  # planted: else the line above could not fail
+    # Planted: else the line above could not fail
+    assert not torch.equal(weights["enter.weight"], teacher["enter.weight"])
 
 
 def test_another_start_is_another_cell(checkout: Checkout):
@@ -191,7 +191,8 @@ def test_a_table_shows_what_its_arms_start_from(checkout: Checkout):
     )
     assert [a.name for a in contents.arms(config.table("one"))] == ["fsf_dmd", "meanflow@x0.7"]
     path.write_text(
-        "{name: one, title: one, benchmarks: [tiny], methods: [meanflow], variants: [meanflow@x0.7, fsf_dmd], seeds: [0]}\n"
+        "{name: one, title: one, benchmarks: [tiny], methods: [meanflow], "
+        "variants: [meanflow@x0.7, fsf_dmd], seeds: [0]}\n"
     )
     assert [a.name for a in contents.arms(config.table("one"))] == [
         "meanflow",

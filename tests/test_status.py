@@ -43,9 +43,8 @@ def test_status_shows_a_matrix(checkout: Checkout):
     slow = before(FIRST, "import time; time.sleep(0.5)")
     edit(checkout.folder / "methods/meanflow/method.py", *slow)
     assert checkout.run("distillbench", "train", "tiny-ring", "dmd", "--seeds", "0").returncode == 0
-    process = checkout.start(
-        *("distillbench train tiny-ring meanflow --seeds 0".split()), new_session=True
-    )
+    command = ("distillbench", "train", "tiny-ring", "meanflow", "--seeds", "0")
+    process = checkout.start(*command, new_session=True)
     with until_end(process):
         wait_for(cell(arm="meanflow").folder / LAST)
         running = checkout.run("distillbench", "status", "tiny-ring").stdout
@@ -54,9 +53,8 @@ def test_status_shows_a_matrix(checkout: Checkout):
     found = re.search(r"tiny-ring/meanflow +(\d+)% \d+ (s|min) left +waiting", running)
     assert found and 0 < int(found[1]) < 100, running
     assert re.search(r"tiny-ring/dmd +FAILED +waiting", running) and "1 failed" in running
-    assert re.search(r"tiny-ring/meanflow +interrupted at \d+% +waiting", stopped), (
-        stopped
-    )  # its lock file is still there
+    # its lock file is still there
+    assert re.search(r"tiny-ring/meanflow +interrupted at \d+% +waiting", stopped), stopped
     assert (cell(arm="meanflow").folder / "lock").is_file() and not is_locked(
         cell(arm="meanflow").folder / "lock"
     )
@@ -104,12 +102,14 @@ def test_time_left_comes_from_cells_that_are_done_on_this_machine(
     write(cell(arm=None), 30, overview.hardware())
     write(cell(arm="dmd"), 20, overview.hardware())
     states = [(c, overview.state_of(c, lambda _: True)) for j in jobs for c in j.cells]
-    # Teacher 1: 30 s as teacher 0; dmd 1: 20 s as dmd 0; both seeds of the others: 7e9 / 3.5e9 * 20 s, of which FSF-DMD's start has 0.7.
+    # Teacher 1: 30 s as teacher 0; dmd 1: 20 s as dmd 0;
+    # both seeds of the others: 7e9 / 3.5e9 * 20 s, of which FSF-DMD's start has 0.7.
     left = sorted(s for s in overview.seconds_left(states) if s is not None)
     assert left == pytest.approx(sorted([30, 20, 12, 12, 28, 28] + [40] * 2 * (len(arms) - 1)))
+    duration = overview.duration(sum(left) / 2)
     assert (
         overview.summary(states)
-        == f"2 of {len(states)} cells done, about {overview.duration(sum(left) / 2)} left on 2 cores"
+        == f"2 of {len(states)} cells done, about {duration} left on 2 cores"
     )
     trained = [(c, overview.state_of(c, lambda _: False)) for c, _ in states]
     assert overview.summary(trained).startswith(

@@ -213,16 +213,16 @@ def test_diagnostics_are_a_second_table():
     }
     for name in ("teacher", "follows", "matches", "class means"):
         assert {h: second[name][h] for h in shown} == shown
-    # only a method that follows the teacher's trajectories is shown beside the teacher's sample of its noise
+    # only a method that follows the teacher's trajectories is shown beside the
+    # teacher's sample of its noise
     assert {
         name: second[name]["same noise"]
         for name in ("teacher", "follows", "matches", "class means")
     } == {"teacher": "–", "follows": "0.375", "matches": "–", "class means": "–"}
     assert "dead" in main and "dead" not in second
     twins = {r["method"]: r for r in build_rows(given)}
-    assert all(
-        twins["matches"][f"{m}_mean"] == value for m, value in MORE.items()
-    )  # the twins keep every number
+    # the twins keep every number
+    assert all(twins["matches"][f"{m}_mean"] == value for m, value in MORE.items())
 
 
 def test_records_from_before_a_score_still_render():
@@ -348,6 +348,6 @@ def test_a_comparison_with_an_arm_of_no_row_is_named(monkeypatch: pytest.MonkeyP
     table = config.table("table3").model_copy(update={"compare": [("sid", "sid@naiv")]})
     with pytest.raises(
         UserError,
-        match=r"table3\.yaml: key 'compare': 'sid@naiv' is no arm of this table, did you mean 'sid@naive'",
+        match=r"table3\.yaml: key 'compare': 'sid@naiv' is no arm .*'sid@naive'",
     ):
         contents.arms(table)

@@ -1,4 +1,7 @@
-"""The exact velocity of a mixture against densities and Monte Carlo; guidance; ODE pairs (specs/conventions.md, specs/dmd.md test 9)."""
+"""The exact velocity of a mixture against densities and Monte Carlo; guidance; ODE pairs.
+
+specs/conventions.md, specs/dmd.md test 9.
+"""
 
 import pytest
 import torch
@@ -29,7 +32,10 @@ def states(n: int = 256) -> tuple[Tensor, Tensor]:
 
 
 def velocity_of_density(x: Tensor, t: Tensor, sigma: float = 0.3) -> Tensor:
-    """v = -(x + t score) / (1-t) with the score by autograd of log p_t; p_t has components N((1-t) mu, (1-t)^2 sigma^2 + t^2)."""
+    """v = -(x + t score) / (1-t), the score by autograd of log p_t.
+
+    p_t has components N((1-t) mu, (1-t)^2 sigma^2 + t^2).
+    """
     x = x.clone().requires_grad_()
     a, std = 1 - t, ((1 - t) ** 2 * sigma**2 + t**2).sqrt()
     component = (
@@ -45,15 +51,14 @@ def test_velocity_is_that_of_the_density():  # conventions.md: s = -e_hat / t
     x, t = states()
     v = MixtureVelocity(mixture())(x, t)
     torch.testing.assert_close(v, velocity_of_density(x, t), rtol=1e-8, atol=1e-8)
-    assert not torch.allclose(
-        v, velocity_of_density(x, t, sigma=0.33), atol=1e-3
-    )  # planted: another sigma
-    assert not torch.allclose(
-        MixtureVelocity(mixture(weights=WEIGHTS.flip(0)))(x, t), v, atol=1e-3
-    )  # planted: other weights
+    # Planted: another sigma
+    assert not torch.allclose(v, velocity_of_density(x, t, sigma=0.33), atol=1e-3)
+    # Planted: other weights
+    assert not torch.allclose(MixtureVelocity(mixture(weights=WEIGHTS.flip(0)))(x, t), v, atol=1e-3)
 
 
-def test_velocity_is_the_conditional_mean_of_noise_minus_data():  # conventions.md: v ~ E[e - x | x_t], Monte Carlo in 1-D
+# conventions.md: v ~ E[e - x | x_t], Monte Carlo in 1-D
+def test_velocity_is_the_conditional_mean_of_noise_minus_data():
     n, means, weights = (
         400_000,
         torch.tensor([[-1.0], [0.8]], dtype=torch.float64),
@@ -96,10 +101,11 @@ def test_a_label_keeps_its_components_and_the_null_label_all_of_them():
     torch.testing.assert_close(v(x, t, mixed), rows)
 
 
+# conventions.md: x0 = x_t - t v at t = 1 is the data mean, e_hat at t = 0 the noise mean 0
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_velocity_at_the_ends(
     dtype,
-):  # conventions.md: x0 = x_t - t v at t = 1 is the data mean, e_hat at t = 0 the noise mean 0
+):
     v = MixtureVelocity(mixture(means=MEANS.to(dtype), weights=WEIGHTS.to(dtype)))
     x = 2 * torch.randn(64, 2, dtype=dtype)
     torch.testing.assert_close(v(x, torch.zeros(64, dtype=dtype)), -x)
@@ -125,16 +131,15 @@ def test_the_ode_carries_noise_to_the_mixture():
     z = torch.randn(5000, 2, dtype=torch.float64)
 
     def error(x: Tensor) -> float:
-        """Total variation of the weights plus the largest relative error of a mode's standard deviation."""
+        """Total variation of the weights plus the largest relative error of a mode's deviation."""
         nearest = torch.cdist(x, MEANS).argmin(1)
         found = torch.bincount(nearest, minlength=4) / len(x)
         stds = torch.stack([(x[nearest == k] - MEANS[k]).square().mean().sqrt() for k in range(4)])
         return float(0.5 * (found - WEIGHTS).abs().sum() + (stds / 0.3 - 1).abs().max())
 
     assert error(heun(v, z, 64)) < 0.06
-    assert (
-        error(euler(v, z, 4)) > 0.12 and error(heun(lambda x, t: v(x, 1 - t), z, 64)) > 0.12
-    )  # planted: coarse, reversed time
+    # Planted: coarse, reversed time
+    assert error(euler(v, z, 4)) > 0.12 and error(heun(lambda x, t: v(x, 1 - t), z, 64)) > 0.12
 
 
 def metered(classes: int = 2) -> tuple[Teacher, Meter]:
@@ -143,10 +148,9 @@ def metered(classes: int = 2) -> tuple[Teacher, Meter]:
     return teacher, meter
 
 
+# conventions.md: v_null + w (v_c - v_null); guidance's second call is charged
 @pytest.mark.parametrize(("w", "evaluations"), [(1.0, 1), (3.0, 2), (0.0, 2)])
-def test_guidance(
-    w, evaluations
-):  # conventions.md: v_null + w (v_c - v_null); guidance's second call is charged
+def test_guidance(w, evaluations):
     teacher, meter = metered()
     x, t = states()
     labels, null = torch.arange(len(x)) % 2, torch.full((len(x),), 2)
@@ -155,9 +159,8 @@ def test_guidance(
     assert meter.calls["teacher"] == evaluations and meter.rows["teacher"] == evaluations * len(x)
     v_c, v_null = teacher.network(x, t, labels), teacher.network(x, t, null)
     torch.testing.assert_close(v, v_null + w * (v_c - v_null))
-    assert (
-        not torch.allclose(v, v_c + w * (v_c - v_null), atol=1e-3) or w == 0
-    )  # planted: the other convention of w
+    # Planted: the other convention of w
+    assert not torch.allclose(v, v_c + w * (v_c - v_null), atol=1e-3) or w == 0
 
 
 def test_a_teacher_without_classes_is_not_guided():
@@ -167,7 +170,8 @@ def test_a_teacher_without_classes_is_not_guided():
     assert meter.calls["teacher"] == 1
 
 
-def test_the_teacher_is_frozen_and_differentiable_in_x():  # design.md 'The interface': SiD needs its input gradient
+# design.md 'The interface': SiD needs its input gradient
+def test_the_teacher_is_frozen_and_differentiable_in_x():
     trained = Teacher(torch.nn.Linear(2, 2), 0).network
     assert not trained.training and not trained.weight.requires_grad
     (x, t), cond, h = (
@@ -195,7 +199,6 @@ def test_pairs_are_the_teachers_ode(w):  # dmd.md test 9
         return ((y - pairs["y"]).abs().amax(1) < 0.05).float().mean()
 
     assert again(pairs["labels"], w) > 0.98
-    assert (
-        again(1 - pairs["labels"], w) < 0.5 and again(pairs["labels"], 5.0) < 0.8
-    )  # planted: other labels, other guidance
+    # Planted: other labels, other guidance
+    assert again(1 - pairs["labels"], w) < 0.5 and again(pairs["labels"], 5.0) < 0.8
     assert set(pairs["labels"].tolist()) == {0, 1}

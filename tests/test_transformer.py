@@ -1,4 +1,4 @@
-"""The transformer of image scale: shapes, start, its derivative along (x, t, s), and that methods can be handed it."""
+"""The transformer of image scale: shapes, start, derivative along (x, t, s), use by methods."""
 
 import copy
 from functools import partial
@@ -52,11 +52,15 @@ def layer_norm(h: Tensor, shape: tuple[int, ...], weight: None, bias: None, eps:
 
 
 def theirs(f, primals, tangents) -> tuple[Tensor, Tensor]:
-    """torch's derivative; its tangent of native layer norm has a wrong gradient (finite differences say so), so it is given another."""
+    """torch's derivative with another layer norm.
+
+    Its native one has a tangent whose gradient is wrong (finite differences say so).
+    """
+    # the only attention with a forward mode
     with (
         sdpa_kernel(SDPBackend.MATH),
         pytest.MonkeyPatch.context() as patch,
-    ):  # the only attention with a forward mode
+    ):
         patch.setattr(F, "layer_norm", layer_norm)
         return jvp(f, primals, tangents)
 
@@ -85,14 +89,12 @@ def test_patches_are_tiles_and_come_back():
     net, x = DiT(SHAPE, CLASSES, **TINY), torch.arange(2 * 2 * 4 * 6).float().reshape(2, *SHAPE)
     tokens = net.patches(x)
     assert torch.equal(net.image(tokens), x) and tokens.shape == (2, 6, 8)
-    assert torch.equal(
-        tokens[1, 4], x[1, :, 2:4, 2:4].flatten()
-    )  # the fifth patch: second row, second column
+    # the fifth patch: second row, second column
+    assert torch.equal(tokens[1, 4], x[1, :, 2:4, 2:4].flatten())
     place = positions(2, 3, 16)
     assert place.shape == (6, 16) and place.unique(dim=0).shape[0] == 6
-    assert torch.equal(place[4, :8], place[3, :8]) and torch.equal(
-        place[4, 8:], place[1, 8:]
-    )  # the row first, then the column
+    # the row first, then the column
+    assert torch.equal(place[4, :8], place[3, :8]) and torch.equal(place[4, 8:], place[1, 8:])
 
 
 def test_it_starts_at_zero_and_its_blocks_as_the_identity():
@@ -135,12 +137,11 @@ def test_the_inputs_count():
     # Attention mixes tokens: a change in one patch is seen in all; without it, in one.
     other = x.clone()
     other[:, :, :2, :2] += 1
-    moved = lambda: (
-        net.patches(
-            net(other, t, LABELS, s=s, guidance=t) - net(x, t, LABELS, s=s, guidance=t)
-        ).norm(dim=2)
-        > 1e-9
-    ).sum(1)
+
+    def moved():
+        gap = net(other, t, LABELS, s=s, guidance=t) - net(x, t, LABELS, s=s, guidance=t)
+        return (net.patches(gap).norm(dim=2) > 1e-9).sum(1)
+
     assert (moved() == 6).all()
     for block in net.blocks:
         block.attention.out.weight.data.zero_()
@@ -149,7 +150,7 @@ def test_the_inputs_count():
 
 def test_time_enters_smoothly():
     def roughness(net: nn.Module, h: float = 1e-3) -> float:
-        """Largest second difference in t over the largest first, per unit of time: a bound on the frequencies."""
+        """Largest second difference in t over the largest first: a bound on the frequencies."""
         t = torch.arange(200, dtype=torch.float64) * h
         out = net.time(t).detach()
         first, second = out.diff(dim=0) / h, out.diff(n=2, dim=0) / h**2
@@ -256,7 +257,10 @@ def test_a_wrong_rule_is_found(operation, planted, monkeypatch):
 
 def test_what_the_rules_do_not_cover_is_refused():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    causal = lambda h: F.scaled_dot_product_attention(h, h, h, is_causal=True)
+
+    def causal(h):
+        return F.scaled_dot_product_attention(h, h, h, is_causal=True)
+
     for f in (F.gelu, causal, lambda h: h.permute(1, 0, 2, 3), lambda h: h.mean(1)):
         with pytest.raises((NotImplementedError, TypeError)):
             value_and_tangent(f, (x,), (x,), False)
@@ -266,9 +270,8 @@ def test_b2_is_the_papers_size():
     with torch.device("meta"):
         net = DiT((4, 32, 32), 1000, **SIZES["B/2"])
     count = sum(p.numel() for p in net.parameters())
-    assert (
-        125e6 < count < 135e6
-    )  # arXiv 2212.09748, Table 1: 130M, with another time embedding and without the variances
+    # arXiv 2212.09748, Table 1: 130M, with another time embedding and without the variances
+    assert 125e6 < count < 135e6
 
 
 def test_a_task_hands_it_out():
@@ -290,9 +293,8 @@ def test_a_task_hands_it_out():
     net = task.network("teacher", second_time=True, guidance=True)
     (x, t, s), (v, one, zero) = ([part.float() for part in parts] for parts in point())
     assert isinstance(net, DiT)
-    torch.testing.assert_close(
-        net(x, t, LABELS, s=s, guidance=t), teacher(x, t, LABELS)
-    )  # added inputs start without effect
+    # added inputs start without effect
+    torch.testing.assert_close(net(x, t, LABELS, s=s, guidance=t), teacher(x, t, LABELS))
     with meter.counting():
         u, du = task.jvp(net, (x, t, s), (v, one, zero), Condition(LABELS, t))
     assert (

@@ -55,12 +55,13 @@ def changes_tried(method: MethodFolder) -> list[dict]:
 
 def test_at_most_twelve_trials_and_the_first_changes_nothing(tunable: Checkout):
     few = changes_tried(with_search(**{"student.lr": [1e-3, 2e-3], "batch": [32, 64]}))
+    # as in config.yaml: 2e-3, 64
     assert few == [
         {},
         {"student.lr": 1e-3, "batch": 32},
         {"student.lr": 1e-3},
         {"batch": 32},
-    ]  # as in config.yaml: 2e-3, 64
+    ]
     many = with_search(
         **{"student.lr": [1e-4 * i for i in range(1, 9)], "batch": [16, 32, 64, 128]}
     )
@@ -82,15 +83,17 @@ def test_at_most_twelve_trials_and_the_first_changes_nothing(tunable: Checkout):
 
 def test_the_inner_split_sees_no_reported_digit():
     whole, inner = (kinds.load(DigitsData(kind="digits", inner=flag)) for flag in (False, True))
-    rows = lambda x: {t.numpy().tobytes() for t in x}
+
+    def rows(x):
+        return {t.numpy().tobytes() for t in x}
+
     assert (
         len(inner.train) + len(inner.reference) == len(whole.train)
         and abs(len(inner.train) - len(inner.reference)) <= 10
     )
     assert torch.equal(torch.cat([inner.train, inner.reference]).sum(0), whole.train.sum(0))
-    assert not rows(whole.reference) & (
-        rows(inner.train) | rows(inner.reference)
-    )  # planted: an exchanged split shares all of them
+    # Planted: an exchanged split shares all of them
+    assert not rows(whole.reference) & (rows(inner.train) | rows(inner.reference))
     assert np.all(
         np.abs(np.bincount(inner.train_labels) - np.bincount(inner.reference_labels)) <= 1
     )
@@ -115,9 +118,8 @@ def test_every_trial_is_kept_and_the_winner_named(tunable: Checkout):
         assert json.loads(path.read_text())["rows"][0]["fid"] == pytest.approx(
             trial["fid"], rel=1e-4
         )
-    again = tunable.run(
-        "distillbench", "tune", "dmd"
-    )  # nothing is trained twice, and what it finds is the same
+    # nothing is trained twice, and what it finds is the same
+    again = tunable.run("distillbench", "tune", "dmd")
     assert again.returncode == 0 and "training" not in again.stderr
     assert json.loads((tunable.folder / "methods/dmd/tuning.json").read_text()) == found
     shown = tunable.run("distillbench", "tune", "dmd", "--show")
@@ -127,9 +129,8 @@ def test_every_trial_is_kept_and_the_winner_named(tunable: Checkout):
         and "to do" not in shown.stdout
     )
 
-    edit(
-        tunable.folder / "methods/dmd/config.yaml", "pairs: 2048", "pairs: 100000000"
-    )  # ends before it has a plan
+    # ends before it has a plan
+    edit(tunable.folder / "methods/dmd/config.yaml", "pairs: 2048", "pairs: 100000000")
     assert tunable.run("distillbench", "tune", "dmd").returncode == 0
     later = json.loads((tunable.folder / "methods/dmd/tuning.json").read_text())
     assert later["earlier"] == trials and {t["status"] for t in later["trials"]} != {"done"}, (

@@ -1,4 +1,4 @@
-"""TVM against its closed form and its paper: specs/tvm.md sections 1, 3 and 10 (test numbers in the comments)."""
+"""TVM against its closed form and its paper: specs/tvm.md sections 1, 3, 10, by test number."""
 
 import sys
 from pathlib import Path
@@ -119,9 +119,8 @@ def test_closed_form_identities():  # test 1
     assert near(dx_ds, v)  # dX/ds = v(X, s)
     assert near(method.terminal_loss(dx_ds, v, t, s, 1.0), torch.zeros_like(t))
     assert not near(method.terminal_velocity(u, -du, t, s), v, 0.1)  # planted: + (t-s) du/ds
-    planted = jvp(lambda t: average(x, t, s), (t,), (torch.ones_like(t),))[
-        1
-    ]  # planted: MeanFlow's derivative, along t
+    # Planted: MeanFlow's derivative, along t
+    planted = jvp(lambda t: average(x, t, s), (t,), (torch.ones_like(t),))[1]
     assert not near(method.terminal_velocity(u, planted, t, s), v, 0.1)
 
 
@@ -134,9 +133,10 @@ def test_the_anchor_is_least_at_the_marginal_velocity():  # test 1: B
     )
     x_s = paths.noised(x, e, s)
     for target, least in ((e - x, True), (x - e, False)):  # planted: the other sign
-        b = lambda a, target=target: method.weighted_error(
-            velocity(x_s, s) + a * x_s, target, 1.0
-        ).mean()
+
+        def b(a, target=target):
+            return method.weighted_error(velocity(x_s, s) + a * x_s, target, 1.0).mean()
+
         assert (b(0.0) < b(0.05) and b(0.0) < b(-0.05)) == least
 
 
@@ -146,13 +146,17 @@ def test_the_gradient_pushes_a_perturbed_map_back(wrong):  # test 2: u + eps x, 
     x, signs = x * paths.over(scale(t), x), []
     for start in (-0.02, 0.02):
         eps = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-        perturbed = lambda x, t, s, eps=eps: average(x, t, s) + eps * x
+
+        def perturbed(x, t, s, eps=eps):
+            return average(x, t, s) + eps * x
+
         u, du = in_s(perturbed, x, t, s)
+        # Planted: sign of (s-t)
         dx_ds = (
             method.terminal_velocity(u, du, s, t)
             if wrong
             else method.terminal_velocity(u, du, t, s)
-        )  # planted: sign of (s-t)
+        )
         a = method.terminal_loss(dx_ds, velocity(paths.jump(x, u, t, s), s), t, s, 1.0)
         b = method.weighted_error(perturbed(x, s, s), velocity(x, s), 1.0)
         (g,) = torch.autograd.grad((a + b).mean(), eps)
@@ -168,9 +172,8 @@ def test_jumps_with_the_exact_average_velocity_agree_for_any_number_of_steps(): 
     )
     for steps in (2, 4, 7):
         assert near(jumps(average, z, steps), one)
-        assert not near(
-            jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2
-        )  # planted: another s
+        # Planted: another s
+        assert not near(jumps(lambda x, t, s: average(x, t, s - 0.05), z, steps), one, 1e-2)
 
 
 # Derivative and gradient
@@ -182,26 +185,37 @@ def test_derivative_in_s_is_minus_that_in_the_gap():  # test 3
     x = data.x
     _, du = task.jvp(m.net, (x, t, s), (0 * x, 0 * t, 1 + 0 * s), data.cond, graph=True)
     h = 5e-3
-    f = lambda s: m.net(x, t, data.cond.labels, s=s)
+
+    def f(s):
+        return m.net(x, t, data.cond.labels, s=s)
+
     torch.testing.assert_close(du, (f(s + h) - f(s - h)) / (2 * h), rtol=1e-2, atol=2e-3)
-    embedded = lambda gap: m.net(x, t, data.cond.labels, s=t - gap)
+
+    def embedded(gap):
+        return m.net(x, t, data.cond.labels, s=t - gap)
+
     in_gap = jvp(embedded, (t - s,), (-torch.ones_like(s),))[1]
     torch.testing.assert_close(du, in_gap, rtol=1e-4, atol=1e-5)
     in_t = jvp(lambda t: m.net(x, t, data.cond.labels, s=s), (t,), (torch.ones_like(t),))[1]
-    assert (
-        relative(-in_gap, du) > 1 and relative(in_t, du) > 0.1
-    )  # planted: tangent +1, MeanFlow's derivative
+    # Planted: tangent +1, MeanFlow's derivative
+    assert relative(-in_gap, du) > 1 and relative(in_t, du) > 0.1
 
 
 def objective(m, reference: dict[str, Tensor], bar: dict[str, Tensor], data: Batch) -> Tensor:
-    """The paper's loss on the draws of `step()`, written out with torch.func.jvp: w = 1, u = F, data form."""
+    """The paper's loss on the draws of `step()`, with torch.func.jvp: w = 1, u = F, data form."""
     again, c, labels = step(), m.config, data.cond.labels
     t, s = times.gap_pair(again.rng("t, s"), N, c.time_mean, c.time_std, c.s_mean, c.s_std)
     e, s2 = again.rng("e").normal(N, 2), times.logit_normal(again.rng("s'"), N, c.s_mean, c.s_std)
     labels = labels.masked_fill(again.rng("dropout").uniform(N) < c.label_dropout, CLASSES)
-    u = lambda p, x, t, s: functional_call(m.net, p, (x, t, labels), {"s": s})
+
+    def u(p, x, t, s):
+        return functional_call(m.net, p, (x, t, labels), {"s": s})
+
     x_t, x_s = paths.noised(data.x, e, t), paths.noised(data.x, e, s2)
-    map_to = lambda s: x_t - (t - s)[:, None] * u(reference, x_t, t, s)
+
+    def map_to(s):
+        return x_t - (t - s)[:, None] * u(reference, x_t, t, s)
+
     x, dx_ds = jvp(map_to, (s,), (torch.ones_like(s),))
     a = (dx_ds - u(bar, x.detach(), s, s).detach()).square().mean()
     return a + (u(reference, x_s, s2, s2) - (e - data.x)).square().mean()
@@ -211,14 +225,16 @@ def test_gradient_is_that_of_the_papers_objective(monkeypatch):  # section 3; te
     m, _ = made("scratch", label_dropout=0.3)
     shake(m.student.averaged("target"))
     data, names = batch(), [k for k, _ in m.net.named_parameters()]
-    flat = lambda gradients: torch.cat([g.flatten() for g in gradients])
+
+    def flat(gradients):
+        return torch.cat([g.flatten() for g in gradients])
+
     ours = flat(torch.autograd.grad(loss_of(m, data, monkeypatch), m.student.parameters))
     m.config = m.config.model_copy(update={"detach_jvp": True})
     detached = flat(torch.autograd.grad(loss_of(m, data, monkeypatch), m.student.parameters))
     m.config = m.config.model_copy(update={"detach_jvp": False})
-    monkeypatch.setattr(
-        F, "layer_norm", explicit_layer_norm
-    )  # torch's own is wrong in second order (test_jvp.py)
+    # torch's own is wrong in second order (test_jvp.py)
+    monkeypatch.setattr(F, "layer_norm", explicit_layer_norm)
     parameters = dict(m.net.named_parameters())
 
     def gradient(bar: dict[str, Tensor]) -> Tensor:
@@ -228,16 +244,14 @@ def test_gradient_is_that_of_the_papers_objective(monkeypatch):  # section 3; te
 
     expected = gradient(dict(m.student.averaged("target").named_parameters()))
     assert relative(ours, expected) < 1e-3
-    assert (
-        relative(gradient({k: v.detach() for k, v in parameters.items()}), expected) > 1e-2
-    )  # planted: no u_bar
+    # Planted: no u_bar
+    assert relative(gradient({k: v.detach() for k, v in parameters.items()}), expected) > 1e-2
     assert relative(detached, expected) > 1e-2  # planted: the derivative cut off the graph
 
 
+# test 4: X, u_bar, guidance's null
 @pytest.mark.parametrize("name", [None, "with-anchor", "scratch", "target-ema-0", "scratch-rms"])
-def test_nothing_flows_into_targets_and_their_arguments(
-    monkeypatch, name
-):  # test 4: X, u_bar, guidance's null
+def test_nothing_flows_into_targets_and_their_arguments(monkeypatch, name):
     m, _ = made(name)
     data, seen, original = batch(2.0), [], m.velocity
 
@@ -261,25 +275,26 @@ def test_nothing_flows_into_targets_and_their_arguments(
 
     monkeypatch.setattr(m, "velocity", watched)
     assert reached() == [False] * (2 if m.config.anchor else 1)
+    # Planted: no sg
     monkeypatch.setattr(
         method, "weighted_error", lambda u, target, w: (u - target).square().flatten(1).mean(1)
-    )  # planted: no sg
+    )
     assert all(reached())
 
 
 # The loss
 
 
+# test 5: the mask is of A alone, row by row
 def test_rows_with_equal_times_leave_flow_matching(
     monkeypatch,
-):  # test 5: the mask is of A alone, row by row
+):
     x, target, t = torch.randn(8, 3), torch.randn(8, 3), torch.rand(8)
     s = torch.where(torch.arange(8) < 3, t, 0.5 * t)
     a = method.terminal_loss(x, target, t, s, 1.0)
     full = method.weighted_error(x, target, 1.0)
-    assert (
-        (a[:3] == 0).all() and torch.equal(a[3:], full[3:]) and (full > 0).all()
-    )  # planted: full, without the mask
+    # Planted: full, without the mask
+    assert (a[:3] == 0).all() and torch.equal(a[3:], full[3:]) and (full > 0).all()
     m, _ = made("scratch", label_dropout=0.0)
     monkeypatch.setattr(m, "times", lambda rng, n: (times.uniform(rng, n),) * 2)
     calls, data = captured(monkeypatch, method, "weighted_error"), batch()
@@ -295,7 +310,8 @@ def test_rows_with_equal_times_leave_flow_matching(
     torch.testing.assert_close(loss, matching)
 
 
-def test_the_weight_is_beta_on_the_residual():  # test 6: on A and on B; and what cancels with u = w F
+# test 6: on A and on B; and what cancels with u = w F
+def test_the_weight_is_beta_on_the_residual():
     f, df, f_bar, null, v = torch.randn(5, 8, 3, dtype=torch.float64)
     w, t = 1 + torch.rand(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
     s, column = 0.5 * t, w[:, None]
@@ -310,9 +326,8 @@ def test_the_weight_is_beta_on_the_residual():  # test 6: on A and on B; and wha
         torch.testing.assert_close(own, ((u - target) * beta).square().mean(1))
         torch.testing.assert_close(own, (u - target).square().mean(1) / w**2)
         assert not torch.allclose(own, (u - target).square().mean(1) / w)  # planted: 1/w
-    assert not torch.allclose(
-        b, (f - v - (1 - column) * null).square().mean(1)
-    )  # planted: 1 - w in place of 1/w - 1
+    # Planted: 1 - w in place of 1/w - 1
+    assert not torch.allclose(b, (f - v - (1 - column) * null).square().mean(1))
 
 
 MU, SIGMA = 1.0, 0.5
@@ -325,7 +340,8 @@ def of_class(x: Tensor, t: Tensor, sign: Tensor) -> Tensor:
     ) - sign * MU
 
 
-def test_fixed_point_of_guidance():  # test 7: two classes at -MU and MU; least squares on the exact fields finds their weights
+# test 7: two classes at -MU and MU; least squares on the exact fields finds their weights
+def test_fixed_point_of_guidance():
     n, w = 200_000, 2.5
     m, task = made("scratch", label_dropout=0.1)
     task.classes = 2
@@ -333,9 +349,8 @@ def test_fixed_point_of_guidance():  # test 7: two classes at -MU and MU; least 
     sign = 2.0 * labels - 1
     x, e = sign * MU + SIGMA * torch.randn(n), torch.randn(n)
     x_s = (1 - s) * x + s * e
-    share = torch.sigmoid(
-        2 * MU * (1 - s) * x_s / ((1 - s) ** 2 * SIGMA**2 + s**2)
-    )  # of class 1 given x_s
+    # of class 1 given x_s
+    share = torch.sigmoid(2 * MU * (1 - s) * x_s / ((1 - s) ** 2 * SIGMA**2 + s**2))
     v_null = share * of_class(x_s, s, torch.ones(n)) + (1 - share) * of_class(
         x_s, s, -torch.ones(n)
     )
@@ -356,12 +371,10 @@ def test_fixed_point_of_guidance():  # test 7: two classes at -MU and MU; least 
         ).solution.flatten()
 
     assert near(fitted(v_c, ~dropped, v_null), torch.tensor([w, 1 - w]), 0.05)
-    assert near(
-        fitted(x_s, dropped, v_null), torch.tensor([0.0, 1.0]), 0.05
-    )  # what x_s alone can say
-    assert not near(
-        fitted(v_c, ~dropped, v_c), torch.tensor([w, 1 - w]), 0.5
-    )  # planted: the conditional field as its own null
+    # what x_s alone can say
+    assert near(fitted(x_s, dropped, v_null), torch.tensor([0.0, 1.0]), 0.05)
+    # Planted: the conditional field as its own null
+    assert not near(fitted(v_c, ~dropped, v_c), torch.tensor([w, 1 - w]), 0.5)
 
 
 # Order, inputs and networks
@@ -384,9 +397,8 @@ def test_the_target_moves_after_the_update_and_starts_as_a_copy(monkeypatch):  #
         m.train_step(batch(), step(i))
         after.append(weights(m.net))
     assert torch.equal(used[1], after[0])  # what the first update left: AveragedModel starts there
-    torch.testing.assert_close(
-        used[2], 0.5 * (after[0] + after[1])
-    )  # a plain mean until it spans the half-life
+    # a plain mean until it spans the half-life
+    torch.testing.assert_close(used[2], 0.5 * (after[0] + after[1]))
     assert not torch.allclose(used[2], after[1], atol=1e-6)  # planted: no average
 
 
@@ -407,11 +419,12 @@ def test_a_drawn_weight_is_an_input_as_its_inverse(name):  # F.1: beta = 1/w, 1 
     values = [g.value if hasattr(g, "value") else g for _, g in seen]
     conditional = [g for (labels, _), g in zip(seen, values) if not (labels == CLASSES).all()]
     null = [g for (labels, _), g in zip(seen, values) if (labels == CLASSES).all()]
+    # Planted: null rows keep w
     assert (
         conditional
         and all(torch.equal(g, own) for g in conditional)
         and not torch.equal(own, 1 / w)
-    )  # planted: null rows keep w
+    )
     assert all((g == 1).all() for g in null) and len(null) == (name == "scratch")
     seen.clear()
     m.sample(torch.randn(6, 2), Condition(torch.arange(6) % CLASSES, 2.0), 1, None)
@@ -420,15 +433,17 @@ def test_a_drawn_weight_is_an_input_as_its_inverse(name):  # F.1: beta = 1/w, 1 
         m.sample(torch.randn(6, 2), Condition(torch.arange(6) % CLASSES, 1.0), 1, None)
 
 
+# test 11; the last layer is zero too, so gates move in the second update
 @pytest.mark.parametrize("norms", ["rms", "layer"])
 def test_rms_norms_start_at_zero_and_gates_jump(
     norms,
-):  # test 11; the last layer is zero too, so gates move in the second update
+):
     m = fresh("scratch", norms=norms)
     gates, labels, x, t = [], torch.arange(N) % CLASSES, torch.randn(N, 2), torch.rand(N)
-    hook = lambda _m, _args, out: gates.append(
-        mlp.modulations(out, 3, norms)[2].square().mean().sqrt()
-    )
+
+    def hook(_m, _args, out):
+        gates.append(mlp.modulations(out, 3, norms)[2].square().mean().sqrt())
+
     for i in range(4):
         handle = m.net.blocks[0].modulation.register_forward_hook(hook)
         out = m.net(x, t, labels, s=0.5 * t)
@@ -503,9 +518,8 @@ def test_evaluations_of_an_update(name):
         task.meter.rows.clear()
         with task.meter.counting():
             m.train_step(batch(weight), step())
-        assert (
-            dict(task.meter.calls) == COSTS[name] | more
-        )  # guidance: the teacher's second call, or the null target
+        # guidance: the teacher's second call, or the null target
+        assert dict(task.meter.calls) == COSTS[name] | more
         assert all(
             rows == N * task.meter.calls[role]
             for role, rows in task.meter.rows.items()
@@ -521,9 +535,11 @@ def test_every_variant_changes_an_update():
         for i in range(20):
             m.train_step(batch(), step(i))
         moved.append(weights(m.net))
-    alike = lambda a, b: (
-        a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
-    )  # a drawn weight is an input more
+
+    def alike(a, b):
+        # A drawn weight is an input more: another shape.
+        return a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
+
     assert not [
         (VARIANTS[i], VARIANTS[j])
         for i in range(len(moved))
@@ -552,6 +568,5 @@ def test_sampling_follows_the_grid_with_as_many_evaluations(scaled):  # section 
     u = m.net(z, torch.ones(6), labels, s=torch.zeros(6))
     one = m.sample(z, Condition(labels, 2.0), 1, None)
     torch.testing.assert_close(one, z - (2 * u if scaled else u))
-    assert not torch.allclose(one, z + u) and not torch.allclose(
-        one, z - (u if scaled else 2 * u)
-    )  # planted
+    # Planted
+    assert not torch.allclose(one, z + u) and not torch.allclose(one, z - (u if scaled else 2 * u))

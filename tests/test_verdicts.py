@@ -1,4 +1,4 @@
-"""The verdict engine: its statistics against scipy, its rule line by line, and its error rates by simulation."""
+"""The verdict engine: statistics against scipy, its rule line by line, error rates."""
 
 from __future__ import annotations
 
@@ -133,13 +133,16 @@ def test_parity_is_supported_by_equivalence_alone():
     assert judge([around(1, 5, 0.3), around(1, 5, 0.3)], "parity")[0] == INCONCLUSIVE
 
 
-def test_an_absolute_number_is_met_within_its_tolerance_and_never_contradicted_from_another_protocol():
+def test_an_absolute_number_is_met_within_its_tolerance():
+    """The number of a paper, which another protocol never contradicts."""
     paper = 2.0
-    y = lambda value: [around(np.log(value))]
+
+    def y(value):
+        return [around(np.log(value))]
+
     assert judge(y(2.0), "absolute", value=paper) == (SUPPORTED, "within the tolerance")
-    assert (
-        judge(y(2.09), "absolute", value=paper)[0] == INCONCLUSIVE
-    )  # its upper bound is above 2.1
+    # its upper bound is above 2.1
+    assert judge(y(2.09), "absolute", value=paper)[0] == INCONCLUSIVE
     assert judge(y(3.0), "absolute", value=paper, scale_free=False)[0] == NOT_COMPARABLE
     assert judge(y(3.0), "absolute", value=paper) == (CONTRADICTED, "above the tolerance")
     assert judge(y(3.0), "mechanism", value=paper) == (CONTRADICTED, "reversed")
@@ -164,7 +167,7 @@ def test_holm():
 
 
 def test_what_runs_later_takes_no_significance_back():
-    """A claim that has not run counts as p = 1: whatever it turns out to be, no other adjusted p grows."""
+    """A claim that has not run counts as p = 1: whatever it becomes, no other adjusted p grows."""
     rng = np.random.default_rng(6)
     for _ in range(300):
         ps = rng.uniform(size=8) ** 3
@@ -174,10 +177,11 @@ def test_what_runs_later_takes_no_significance_back():
             verdicts.holm(ps.tolist()),
         )
         assert all(a <= b + 1e-12 for a, b, w in zip(after, before, waiting) if not w)
+    # Planted: a family of those that have run
     alone, both = (
         verdicts.holm([0.03]),
         verdicts.holm([0.03, 0.04]),
-    )  # planted: a family of those that have run
+    )
     assert both[0] > alone[0]
 
 
@@ -195,7 +199,7 @@ def test_how_often_a_repetition_is_inside_the_first_interval(n: int):
 
 
 def test_holm_keeps_the_error_of_a_family():
-    """Ten true nulls beside each other: some false verdict in at most 5 % of papers, where single tests give 40 %."""
+    """A false verdict of ten true nulls in at most 5 % of papers, where single tests give 40 %."""
     rng, wrong, alone, runs = np.random.default_rng(5), 0, 0, 800
     for _ in range(runs):
         found = [
@@ -209,7 +213,10 @@ def test_holm_keeps_the_error_of_a_family():
 def rates(
     gap: float, n: int, noise: str, runs: int = 2000, cov: float = 0.013
 ) -> dict[tuple[str, str], float]:
-    """How often each verdict comes out where the first arm is truly better by `gap`, on the scale of y, and the margin is 0.02."""
+    """Share of each verdict where the first arm is better by `gap` on the scale of y.
+
+    The margin is 0.02.
+    """
     rng = np.random.default_rng([int(1000 * gap), n, len(noise)])
     z = (
         rng.normal(size=(runs, 2, n))
@@ -229,7 +236,10 @@ def rates(
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_the_rule_by_simulation(n: int, noise: str):
     """The rates that docs/audit.md states; bounds with three standard errors of 2,000 runs."""
-    above = lambda p: p + 3 * (p * (1 - p) / 2000) ** 0.5
+
+    def above(p):
+        return p + 3 * (p * (1 - p) / 2000) ** 0.5
+
     none, double, single = rates(0.0, n, noise), rates(0.04, n, noise), rates(0.02, n, noise)
     assert none.get((SUPPORTED, ""), 0) <= 0.01  # false support, the issue's bar
     assert none.get((SUPPORTED, ""), 0) <= above(0.006) and none.get(
@@ -242,6 +252,6 @@ def test_the_rule_by_simulation(n: int, noise: str):
 
 
 def test_the_simulation_can_fail():
-    """Without a margin, differences of nothing are supported as often as the level says: above the bar."""
+    """Without a margin, differences of nothing are supported as often as the level says."""
     none = np.random.default_rng(3).normal(0, 0.013, (2000, 2, 5))
     assert sum(judge(y, m=0.0)[0] == SUPPORTED for y in none) / 2000 > 0.01

@@ -1,4 +1,4 @@
-"""The whole chain through the real Snakemake on tiny cells: a table, failures, outside methods, kill -9."""
+"""The whole chain through the real Snakemake on tiny cells: tables, failures, kill -9."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def test_a_table_of_images_end_to_end(checkout: Checkout):
         assert row["fid_mean"] > 0 and 0 <= row["recall_mean"] <= 1 and row["fid_sd"] is not None
     assert found["class_means", None]["gap_closed_mean"] == 0
     assert found["teacher", 8]["gap_closed_mean"] == pytest.approx(1)
-    # The teacher against itself from other noise: what a perfect student scores, below every student.
+    # The teacher against itself from other noise:
+    # what a perfect student scores, below every student.
     assert (
         0
         < found["teacher", 8]["fid_teacher_mean"]
@@ -65,9 +66,8 @@ def test_a_table_of_images_end_to_end(checkout: Checkout):
     (record,) = checkout.folder.glob("results/runs/tiny/dmd/seed1-*/result.json")
     shutil.rmtree(record.parent)
     redone = checkout.snakemake("results/tiny.md")
-    every = 2 * (
-        1 + len(folders.discover()) + 1
-    )  # the teacher, and meanflow@x0.7, from which FSF-DMD starts
+    # the teacher, and meanflow@x0.7, from which FSF-DMD starts
+    every = 2 * (1 + len(folders.discover()) + 1)
     assert (
         redone.returncode == 0
         and f"{every} of {every} cells have exactly the metrics published before" in redone.stderr
@@ -76,7 +76,7 @@ def test_a_table_of_images_end_to_end(checkout: Checkout):
 
 
 def test_a_method_from_outside_and_four_broken_ones(checkout: Checkout):
-    """A copy of meanflow elsewhere adds its rows; copies of dmd broken in four ways give four failed rows."""
+    """A copy of meanflow elsewhere adds its rows; four broken copies of dmd give failed rows."""
     checkout.keep("dmd", "meanflow")
     outside = checkout.folder.parent / "paper/myflow"
     shutil.copytree(checkout.folder / "methods/meanflow", outside)
@@ -129,19 +129,23 @@ def test_a_workflow_killed_with_its_teacher_still_makes_the_table(checkout: Chec
     )
 
 
+# a command is the watcher of the worker that it forks
 VICTIMS = (
     "worker",
     "command",
     "snakemake",
     "group",
-)  # a command is the watcher of the worker that it forks
+)
 RUNS, KILLS = 4, 5  # kills in each run
 KILLED = ("add", "dmd", "freeflow")  # with a discriminator, with pairs, with two networks
 
 
 def longer(checkout: Checkout) -> Checkout:
     """With three methods, whose students train for some twenty seconds."""
-    table = f"{{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [{', '.join(KILLED)}]}}\n"
+    methods = ", ".join(KILLED)
+    table = (
+        f"{{name: tiny-ring, title: tiny-ring, benchmarks: [tiny-ring], methods: [{methods}]}}\n"
+    )
     checkout.write("workflows/tables/tiny-ring.yaml", table)
     edit(checkout.folder / "workflows/benchmarks/tiny-ring.yaml", "flops: 7.0e+9", "flops: 6.0e+10")
     return checkout
@@ -160,8 +164,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_twenty_kills_at_random_moments_change_no_metric(
     checkout: Checkout, uninterrupted: dict[str, bytes]
 ):
-    """Three methods, killed again and again: every metrics.json equals the uninterrupted one, and nothing is trained twice that a
-    checkpoint holds. The first kill of a run falls into its start-up, the others from a student's first step on."""
+    """Three methods, killed again and again, have the metrics of an uninterrupted run.
+
+    Nothing is trained twice that a checkpoint holds. The first kill of a run falls into its
+    start-up, the others from a student's first step on.
+    """
     longer(checkout)
     resumes = 0
     for run in range(RUNS):
@@ -206,9 +213,8 @@ def killed_again_and_again(checkout: Checkout, run: int) -> list[str]:
         else:
             kill_one(process, victim)
             time.sleep(chance.uniform(0, 3))
-            os.killpg(
-                process.pid, signal.SIGTERM
-            )  # it would retry by itself; the next kill shall meet another command
+            # it would retry by itself; the next kill shall meet another command
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=600)  # after SIGTERM it lets a job end that it had just started
         log.append(f"{victim} after {time.time() - began:.0f} s")
     return log
@@ -244,10 +250,10 @@ def words(pid: int) -> bytes:
 
 
 def repeated(folder: Path) -> tuple[int, int]:
-    """Resumes of a cell and updates trained again, by its journal; none of them was in a checkpoint.
+    """Resumes of a cell and updates trained again, by its journal; no checkpoint had one of them.
 
-    A process that begins at k trains k, k+1, ... alone. Its checkpoint of k updates may lack its line where the kill fell
-    between the two; then it is the one after the last line.
+    A process that begins at k trains k, k+1, ... alone. Its checkpoint of k updates may lack its
+    line where the kill fell between the two; then it is the one after the last line.
     """
     lines, resumes, again, trained, saved = journal.read(folder), 0, 0, 0, 0
     every = max(1, lines[0]["steps"] // CHECKPOINTS)
@@ -270,15 +276,20 @@ def test_updates_trained_twice_are_counted(tmp_path: Path):
         (tmp_path / NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return repeated(tmp_path)
 
-    start, step = {"start": 0, "steps": 40}, lambda i: {"step": i}  # a checkpoint every 2
-    rest = lambda k: [
-        line for i in range(k, 40, 2) for line in (step(i), step(i + 1), {"checkpoint": i + 2})
-    ]
+    start = {"start": 0, "steps": 40}  # a checkpoint every 2
+
+    def step(i):
+        return {"step": i}
+
+    def rest(k):
+        lines = []
+        for i in range(k, 40, 2):
+            lines += [step(i), step(i + 1), {"checkpoint": i + 2}]
+        return lines
+
     killed = [start, step(0), step(1), {"checkpoint": 2}, step(2), step(3)]
-    assert of(*killed, start | {"start": 4}, *rest(4)) == (
-        1,
-        0,
-    )  # the line of its last checkpoint was lost
+    # The line of its last checkpoint was lost.
+    assert of(*killed, start | {"start": 4}, *rest(4)) == (1, 0)
     assert of(*killed, start | {"start": 2}, *rest(2)) == (1, 2)
     for bad in (
         [*killed, start, *rest(0)],

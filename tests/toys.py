@@ -21,7 +21,10 @@ def random_task(
     device: torch.device | str = "cpu",
     start: dict[str, Tensor] | None = None,
 ) -> Task:
-    """Of three classes; all the teacher's weights are random (the last layer of a new network is zero), the same on every device."""
+    """A task of three classes whose teacher has random weights, the same on every device.
+
+    Random are all of them: the last layer of a new network is zero.
+    """
     torch.manual_seed(1)
     teacher, meter = VelocityMLP(shape, CLASSES, 16, depth), Meter()
     for p in teacher.parameters():
@@ -45,7 +48,7 @@ def random_task(
 
 
 def shake(*networks: nn.Module) -> None:
-    """Move networks off the teacher, where they start, so that no difference of velocities is zero."""
+    """Move networks off the teacher, where they start, so that velocities differ."""
     for p in [p for network in networks for p in network.parameters()]:
         p.data.add_(0.1 * torch.randn_like(p))
 
@@ -56,7 +59,10 @@ def weights(*modules: nn.Module) -> Tensor:
 
 
 def watch_updates(m: Method) -> list[str]:
-    """Names of the players of student `m.net` and critic `m.fake` as they move; asserts that an update leaves the other alone."""
+    """Names of the players of student `m.net` and critic `m.fake`, in the order they move.
+
+    An update that moves the other's weights is an AssertionError.
+    """
     order: list[str] = []
 
     def watched(player, own: nn.Module, other: nn.Module) -> None:

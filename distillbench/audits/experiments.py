@@ -104,7 +104,9 @@ class Experiment:
         return complete
 
     def measure(self, report: Report) -> None:
-        """Write the results that are missing; a seed on which it fails gets one too, which says why.
+        """Write the results that are missing, one for a seed on which the experiment fails as well.
+
+        A failed seed's result says why it failed.
 
         Raises whatever the experiment raises that is no failure of its own or of a cell it needs.
         """
@@ -149,7 +151,7 @@ class Experiment:
 
 
 def checked(quantities: dict[str, float]) -> dict[str, float]:
-    """Quantities with 8 digits; ValueError where one is not finite or negative, or there is none."""
+    """Quantities with 8 digits; ValueError where one is negative or not finite, or without any."""
     values = {name: float(f"{value:.8g}") for name, value in quantities.items()}
     if not values or not all(math.isfinite(v) and v >= 0 for v in values.values()):
         raise ValueError(f"quantities are finite and not negative, here are {values}")

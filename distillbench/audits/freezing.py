@@ -46,7 +46,7 @@ def frozen(commits: set[str], table: str) -> Frozen:
 
 
 def claim_hashes(text: str, margins: dict[str, Any]) -> dict[str, str]:
-    """Hash of every claim in a claims.yaml by its id; one of an older schema is no claim of today."""
+    """Hash of every claim in a claims.yaml by its id; claims of an older schema are left out."""
     found = {}
     for written in _yaml(text).get("claims", []):
         with suppress(ValidationError):

@@ -1,6 +1,8 @@
 """The section of results/table3.md that sets the papers' ablations beside arms of an audit.
 
-A pure function of the methods' claims.yaml, where the papers' numbers are, and of published records.
+A pure function of the methods' claims.yaml, where the papers' numbers are, and of published
+records. In the table's JSON the section is the list `papers`, an entry per reported number with
+an arm here:
 In the table's JSON the section is the list `papers`, an entry per reported number with an arm here:
 
     method, title   of the method's folder, and the name it is shown by

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -181,7 +182,7 @@ class Cluster:
             command, env=self.environment, stdout=log, stderr=log, start_new_session=True
         )
 
-    def _until(self, ready, what: str, seconds: float = 60) -> None:
+    def _until(self, ready: Callable[[], bool], what: str, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > end:
