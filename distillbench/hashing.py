@@ -39,7 +39,8 @@ def code_hash(path: Path, follow: Follow) -> str:
     """Hash of the code of a module and of all modules that it imports and `follow` finds.
 
     A module is read again when its file has changed, the modules behind it once for each process.
-    Raises OSError where a file cannot be read, SyntaxError where it is not Python.
+    Raises OSError where a file cannot be read, SyntaxError where it is not Python, ValueError on an
+    import that is relative, or of all names, or of a module of ours by its dotted name alone.
     """
     about = path.stat()
     return _code_hash(path, follow, (about.st_mtime_ns, about.st_size, about.st_ino))
@@ -66,24 +67,39 @@ class _Imported(ast.NodeVisitor):
         self.modules: dict[str, str | None] = {}
 
     def visit_If(self, node: ast.If) -> None:
-        if not _is_type_checking(node):
+        if _is_type_checking(node):
+            for statement in node.orelse:
+                self.visit(statement)
+        else:
             self.generic_visit(node)
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
             local = alias.asname or alias.name.partition(".")[0]
-            self.names[local] = alias.name if alias.asname else local
+            if alias.name.partition(".")[0] not in OURS:
+                self.bind(local, alias.name if alias.asname else local)
+            elif alias.asname:
+                self.modules[local] = self.hash_of(alias.name)
+            else:
+                raise ValueError(f"import {alias.name}: write `from ... import ...`")
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         package = node.module or ""
+        if node.level or any(alias.name == "*" for alias in node.names):
+            raise ValueError(f"from {package} import: name the module and what is imported")
         for alias in node.names:
             local = alias.asname or alias.name
             if package.partition(".")[0] not in OURS:
-                self.names[local] = f"{package}.{alias.name}"
+                self.bind(local, f"{package}.{alias.name}")
             elif _is_module(package, alias.name):
                 self.modules[local] = self.hash_of(f"{package}.{alias.name}")
             else:
-                self.names[local] = _qualified(self.hash_of(package), alias.name)
+                self.bind(local, _qualified(self.hash_of(package), alias.name))
+
+    def bind(self, local: str, target: str) -> None:
+        """Note what a name stands for; of several things, in several functions, all in order."""
+        known = self.names.get(local)
+        self.names[local] = target if known in (None, target) else f"{known}|{target}"
 
     def hash_of(self, module: str) -> str | None:
         """Hash of a module of ours, None where it is not followed."""
@@ -111,6 +127,8 @@ class _Normaliser:
         """A node, a list of nodes or a plain value as JSON; `in_class`: of a class's body."""
         if isinstance(node, list):
             return [self.dump(item, in_class) for item in node if not _is_silent(item, in_class)]
+        if isinstance(node, ast.Name) and node.id in self.imported.modules:
+            return ["Name", self.imported.modules[node.id] or node.id]
         if isinstance(node, ast.Name):
             return ["Name", self.imported.names.get(node.id, node.id)]
         if isinstance(node, ast.Attribute) and _name(node.value) in self.imported.modules:
@@ -159,7 +177,7 @@ def _is_silent(node: object, in_class: bool) -> bool:
     if isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass)):
         return True
     if isinstance(node, ast.If):
-        return _is_type_checking(node)
+        return _is_type_checking(node) and not node.orelse
     if isinstance(node, ast.AnnAssign):
         return node.value is None and not in_class
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

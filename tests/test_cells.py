@@ -80,7 +80,7 @@ def closure(*places: str) -> set[str]:
     while todo:
         for _, name in source.imports(todo.pop()):
             for module in (name, name.rpartition(".")[0]):
-                if module not in found and (file := code.followed(module)) is not None:
+                if module not in found and (file := code.followed_by_runner(module)) is not None:
                     found.add(module)
                     todo.append(file)
     return found
@@ -88,12 +88,14 @@ def closure(*places: str) -> set[str]:
 
 def test_every_module_that_computes_is_in_the_key():
     """A new module at the desk, of networks, data or teachers is followed, or stands here."""
-    kinds = {file for files in code.KINDS.values() for file in files}
-    of_kinds = {f"distillbench.{file.removesuffix('.py').replace('/', '.')}" for file in kinds}
+    of_kinds = {
+        f"distillbench.{file.removesuffix('.py').replace('/', '.')}" for file in code.OF_ALL_KINDS
+    }
     others = {f"distillbench.{name}" for name in ("config", "errors", "hashing", "reading")}
-    computing = modules("", "networks", "data", "teachers") - of_kinds - others
+    computing = modules("", "networks", "data", "teachers") - others
     assert {name for name in computing if code.followed(name) is None} == set()
-    assert not [name for name in others | of_kinds if code.followed(name)]
+    assert not [name for name in others if code.followed(name)]
+    assert not [name for name in of_kinds if code.followed_by_runner(name)]
     in_cells = {name for name in modules("cells") if code.followed(name)}
     assert in_cells == {
         f"distillbench.cells.{name}" for name in ("build", "loop", "sampling", "setup", "steps")
@@ -118,7 +120,9 @@ def test_what_a_cell_runs_is_reached_from_its_runner_or_its_method():
         | closure(*(f"{m.partition('.')[2].replace('.', '/')}.py" for m in methods))
     )
     computing = {
-        name for name in modules("", "networks", "data", "teachers") if code.followed(name)
+        name
+        for name in modules("", "networks", "data", "teachers")
+        if code.followed_by_runner(name)
     }
     assert computing - reached == {"distillbench.networks.dit"}  # no benchmark uses it yet
     assert {"distillbench.players", "distillbench.networks.mlp", "distillbench.paths"} <= runner

@@ -5,7 +5,7 @@ features.
 
 The comparison itself is tried here on any machine: against a copy whose weights are off by
 float32's rounding, which must pass, and against one with a wrong weight, which must fail. Scores
-of `eval/` are computed on the CPU by design (`eval/pairwise.py` uses numpy's BLAS,
+of `eval/` are computed on the CPU by design (`eval/metrics/pairwise.py` uses numpy's BLAS,
 `Extractor.features` takes its images there); what touches a device is the extractors' networks
 and three scores of classes.
 """

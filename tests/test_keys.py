@@ -58,13 +58,20 @@ class Tree:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def changed_by(self, edit: Edit, before: dict[str, str]) -> set[str]:
-        """Names of the keys that an edit changes; the copy is as it was afterwards."""
+    def changed_by(
+        self, edit: Edit, before: dict[str, str], kept: dict[str, str] | None = None
+    ) -> set[str]:
+        """Names of the keys that an edit changes; the copy is as it was afterwards.
+
+        kept: takes the keys that the edit gives.
+        """
         backup = self.folder.with_name("backup")
         shutil.copytree(self.folder, backup)
         try:
             edit(self.folder)
             after = self.keys()
+            if kept is not None:
+                kept.update(after)
         finally:
             shutil.rmtree(self.folder)
             backup.rename(self.folder)
@@ -180,6 +187,8 @@ LEAVES: dict[str, Edit] = {
     "the watcher": mutated("distillbench/cells/supervisor.py", ast.Constant, another_number),
     "a table": mutated("eval/report/tables.py", ast.Constant, another_number),
 }
+LOADERS = "distillbench/data/kinds.py"
+LEAVES["another kind of data"] = replacing(LOADERS, "LOADERS:", "print_it = print\nLOADERS:")
 GAUSSIANS = {name for name in CELLS if name.startswith("gaussians")}
 CHANGES: dict[str, tuple[Edit, set[str]]] = {
     "what another method imports": (
@@ -225,6 +234,16 @@ def test_an_edit_of_code_changes_the_keys_of_what_runs_it(
     assert tree.changed_by(edit, before) == expected
 
 
+TWO_IMPORTS = """
+def f():
+    from math import sin as g
+    g(1)
+
+
+def h():
+    from math import cos as g
+    g(1)
+"""
 SAME = (
     ("x: int = 3", "x = 3"),
     ("def f(a: int, b=2) -> int:\n    return a", "def f(a, b=2):\n    'Words.'\n    return a"),
@@ -237,6 +256,15 @@ SAME = (
     ("y = f'a' f'b {x}'", "y = f'ab {x}'"),
 )
 OTHER = (
+    (TWO_IMPORTS, TWO_IMPORTS.replace("sin", "tan")),
+    (
+        "def f():\n    from math import sin as g\n    g(1)\n\n\ndef h():\n    from math import cos as g\n    g(1)",
+        "def f():\n    from math import tan as g\n    g(1)\n\n\ndef h():\n    from math import cos as g\n    g(1)",
+    ),
+    (
+        "if TYPE_CHECKING:\n    x = 1\nelse:\n    x = 2",
+        "if TYPE_CHECKING:\n    x = 1\nelse:\n    x = 3",
+    ),
     ("x = 3", "x = 3.0"),
     ("x = 3", "x = '3'"),
     ("x = True", "x = 1"),
@@ -265,6 +293,33 @@ def test_the_same_code_has_one_hash(tmp_path: Path, first: str, second: str):
 @pytest.mark.parametrize("first,second", OTHER)
 def test_other_code_has_another_hash(tmp_path: Path, first: str, second: str):
     assert hash_of(tmp_path, first) != hash_of(tmp_path, second)
+
+
+@pytest.mark.parametrize(
+    "text", ["from math import *", "from .paths import noised", "import distillbench.paths"]
+)
+def test_an_import_that_hides_its_names_has_no_hash(tmp_path: Path, text: str):
+    with pytest.raises(ValueError, match="import"):
+        hash_of(tmp_path, text)
+
+
+def test_a_module_under_another_name_is_followed(tree: Tree, before: dict[str, str]):
+    own = replacing(
+        METHOD,
+        "class ",
+        "import distillbench.adversarial as adv\nHINGE = adv.hinge_generator\n\n\nclass ",
+    )
+
+    def edited_too(folder: Path) -> None:
+        own(folder)
+        mutated(ADVERSARIAL, ast.Constant, another_number)(folder)
+
+    def keys_after(edit: Edit) -> dict[str, str]:
+        kept: dict[str, str] = {}
+        tree.changed_by(edit, before, kept)
+        return kept
+
+    assert keys_after(own)["digits/meanflow"] != keys_after(edited_too)["digits/meanflow"]
 
 
 def test_a_method_that_is_no_python_has_a_key_still(tree: Tree, before: dict[str, str]):

@@ -22,6 +22,7 @@ import torch
 from distillbench.cells import journal, loop, memory, progress, sampling, train, validate
 from distillbench.cells.cell import Cell
 from distillbench.cells.checkpoint import (
+    CHECKPOINTS,
     Damaged,
     checksum,
     read_tensors,
@@ -30,7 +31,6 @@ from distillbench.cells.checkpoint import (
 )
 from distillbench.cells.disk import LAST, PREVIOUS, is_locked, lock, write_atomically, write_json
 from distillbench.cells.journal import NAME
-from distillbench.cells.loop import CHECKPOINTS
 from distillbench.cells.pulse import TRAINING, Pulse, TimedOut
 from distillbench.cells.record import describe, finish, provenance
 from distillbench.cells.steps import one_step

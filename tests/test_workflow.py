@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from distillbench.cells import journal
+from distillbench.cells.checkpoint import CHECKPOINTS
 from distillbench.cells.journal import NAME
-from distillbench.cells.loop import CHECKPOINTS
 from distillbench.registry import folders
 from tests.commands import real_environment
 from tests.conftest import Checkout

@@ -28,7 +28,7 @@ from distillbench.config import root
 from distillbench.errors import Diverged, OverBudget, Refused, UserError
 from distillbench.hashing import canonical, digest
 from distillbench.registry import folders
-from distillbench.registry.code import ground_hash, hash_of
+from distillbench.registry.code import hash_of, runner_hash
 from distillbench.registry.source import literals
 
 MECHANISMS = "mechanisms"  # the folder of experiments, and of their results
@@ -71,7 +71,7 @@ class Experiment:
             used.append([folder.code_hash(), folder.file.model_dump(include=SETTINGS)])
         return {
             "experiment": hash_of(path),
-            "ground": ground_hash(benchmark.data.kind, "audits/mechanism.py"),
+            "ground": runner_hash(benchmark.data.kind, "audits/mechanism.py"),
             "data": digest(canonical(benchmark.model_dump(mode="json"))),
             "method": digest(canonical(used)),
         }

@@ -39,6 +39,13 @@ class Run:
     pairs: dict[str, Tensor] | None = None
 
 
+def repeat_bytes() -> None:
+    """One thread, and denormal numbers flushed: only so does a CPU repeat its bytes."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+
+
 def weights_file(cell: Cell) -> str:
     """Name of the file in a finished cell's folder that holds its network."""
     return "teacher.safetensors" if cell.arm is None else "student.safetensors"
@@ -146,9 +153,14 @@ def saved_player(run: Run) -> Player:
     return run.task.players[name]
 
 
+def saved_network(run: Run) -> nn.Module:
+    """The network that is saved and sampled: the moving average, where there is one."""
+    return saved_player(run).averaged()
+
+
 def restore(cell: Cell) -> Run:
     """A finished cell with its saved weights, ready to sample."""
     run = build(cell)
     state, _ = read_tensors(cell.folder / weights_file(cell), run.device)
-    saved_player(run).averaged().load_state_dict(state)
+    saved_network(run).load_state_dict(state)
     return run

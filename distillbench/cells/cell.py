@@ -18,7 +18,7 @@ from distillbench.cells.disk import lock
 from distillbench.config import Benchmark, root
 from distillbench.errors import UserError
 from distillbench.hashing import canonical, digest
-from distillbench.registry.code import ground_hash
+from distillbench.registry.code import runner_hash
 from distillbench.registry.folders import Arm
 
 KEY_DIGITS = 12
@@ -80,7 +80,7 @@ class Cell:
         b = self.benchmark
         recipe = {
             "seed": self.seed,
-            "ground": ground_hash(b.data.kind),
+            "ground": runner_hash(b.data.kind),
             "data": b.data.fingerprint(),
             "benchmark": b.model_dump(mode="json", include=IN_KEY),
         }

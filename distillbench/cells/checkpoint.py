@@ -24,6 +24,9 @@ from distillbench.errors import UserError
 from distillbench.method import Method
 from distillbench.players import Player
 
+CHECKPOINTS = 20  # of a run, in equal numbers of steps
+CHECKPOINT_SECONDS = 600.0  # after which one more is saved: a machine may be taken away any time
+
 
 class Damaged(UserError):
     """A file whose content is not what was written."""

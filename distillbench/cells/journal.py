@@ -23,6 +23,7 @@ from typing import Any
 from distillbench.cells.disk import writing
 
 NAME = "train.jsonl"
+LOGGED = 200  # about how many steps of a run have their scalars in it
 
 
 class Journal:

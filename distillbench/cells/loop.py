@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 
 from distillbench.cells.build import Run
-from distillbench.cells.checkpoint import load_progress, save_progress
-from distillbench.cells.journal import Journal
+from distillbench.cells.checkpoint import (
+    CHECKPOINT_SECONDS,
+    CHECKPOINTS,
+    load_progress,
+    save_progress,
+)
+from distillbench.cells.journal import LOGGED, Journal
 from distillbench.cells.progress import Report
 from distillbench.cells.pulse import TRAINING, Pulse
 from distillbench.cells.setup import Plan
 from distillbench.cells.steps import one_step
 from distillbench.seeds import ranks
-
-LOGGED = 200  # about how many steps of a run have their scalars in the journal
-CHECKPOINTS = 20  # of a run, in equal numbers of steps
-CHECKPOINT_SECONDS = 600.0  # after which one more is saved: a machine may be taken away any time
 
 
 def train(run: Run, plan: Plan, report: Report, pulse: Pulse | None = None) -> None:

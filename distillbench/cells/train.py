@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from distillbench.cells.blame import line_of, reason_of
-from distillbench.cells.build import build, saved_player, weights_file
+from distillbench.cells.build import build, repeat_bytes, saved_network, weights_file
 from distillbench.cells.cell import Cell
 from distillbench.cells.checkpoint import write_tensors
 from distillbench.cells.disk import (
@@ -58,9 +58,8 @@ def run_cell(cell: Cell, report: Report, pulse: Pulse | None = None) -> dict[str
     What the method does wrong becomes the record's status. Of several ranks the first samples and
     writes; another one that fails writes the record in its place and raises UserError.
     """
+    repeat_bytes()
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
         limit_memory()
     pulse = pulse or Pulse()
     pulse.started = time.monotonic()
@@ -79,7 +78,7 @@ def run_cell(cell: Cell, report: Report, pulse: Pulse | None = None) -> dict[str
             train(run, plan, report, pulse)
             if rank:
                 return record
-            network = saved_player(run).averaged()
+            network = saved_network(run)
             samples = all_samples(run, report, pulse)
         write_tensors(cell.folder / weights_file(cell), network.state_dict(), key=cell.key)
         write_tensors(cell.folder / "samples.safetensors", samples, key=cell.key)

@@ -47,23 +47,29 @@ try:
     from distillbench.cells.cell import Cell
     from distillbench.audits.experiments import Experiment
     from distillbench.registry.folders import arm
+    from eval.metrics.key import evaluation_key
 except ImportError:
     from distillbench.cell import Cell
     from distillbench.audits import Experiment
     from distillbench.registry import arm
+    from eval.records import evaluation_key
 from distillbench import config
 for line in sys.stdin:
     place, name, seed = json.loads(line)
     try:
+        evaluation = None
         if place == "mechanisms":
             found = Experiment(name, (seed,))
             key = found.path(seed).stem.rpartition("-")[2]
         else:
-            found = Cell(config.benchmark(place), None if name == "teacher" else arm(name), seed)
+            b = config.benchmark(place)
+            found = Cell(b, None if name == "teacher" else arm(name), seed)
             key = found.key
-        print(json.dumps({"key": key, "recipe": found.recipe}), flush=True)
+            evaluation = evaluation_key(b.extractor, b.cross_extractor)
+        answer = {"key": key, "recipe": found.recipe, "evaluation": evaluation}
     except Exception as e:
-        print(json.dumps({"key": None, "recipe": {}, "error": str(e)}), flush=True)
+        answer = {"key": None, "recipe": {}, "evaluation": None, "error": str(e)}
+    print(json.dumps(answer), flush=True)
 """
 
 
@@ -151,7 +157,8 @@ class Earlier:
             tar.extractall(folder, filter="data")
 
     def keys(self, places: list[Place]) -> dict[Place, dict[str, Any]]:
-        """{"key", "recipe"} of every place by its code; UserError where it cannot say."""
+        """{"key", "recipe", "evaluation"} of every place by its code; UserError where it cannot
+        say."""
         questions = "".join(f"{json.dumps([p.benchmark, p.arm, p.seed])}\n" for p in places)
         done = subprocess.run(
             [sys.executable, "-c", QUESTION],
@@ -221,12 +228,16 @@ def changes(records: list[Published], earlier: Earlier) -> list[Change]:
         except UserError:
             left["not in this checkout"] += 1
             continue
-        # The recipes of experiments hash settings and code of methods in one: their key decides.
-        same = record.place.is_experiment or settings(then["recipe"]) == settings(recipe)
+        same = settings(then["recipe"]) == settings(recipe)
+        metrics = read_json(record.file.with_name("metrics.json"))
+        if record.place.is_experiment:
+            metrics = None
         if then["key"] != record.result["key"]:
             left[f"another key at {earlier.commit[:12]} already"] += 1
         elif not same:
             left["other settings now"] += 1
+        elif metrics is not None and metrics["evaluation"]["key"] != then["evaluation"]:
+            left["evaluated by other code"] += 1
         elif key != record.result["key"]:
             known = record.result["provenance"]["hashes"]
             out.append(Change(record, key, {name: recipe[name] for name in known}))
@@ -278,8 +289,20 @@ def difference(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str | 
         return "has other values"
     if old.get("status") != new.get("status"):
         return f"ended as {new.get('status')}, not as {old.get('status')}"
+    if price_of(old) != price_of(new):
+        return "has another cost"
+    if old.get("status") == "done" and (old["metrics"] is None or new["metrics"] is None):
+        return "was not evaluated"
     same = without_keys(old.get("metrics")) == without_keys(new.get("metrics"))
     return None if same else "has other metrics"
+
+
+def price_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of its cost that repeats: steps, FLOPs, rows, updates."""
+    cost = dict(result.get("cost", {}))
+    for name in ("seconds", "peak_memory_mb", "start"):
+        cost.pop(name, None)  # of the machine
+    return cost
 
 
 def without_keys(metrics: dict[str, Any] | None) -> str:
@@ -332,6 +355,10 @@ def rekey(base: str, count: int, seed: int) -> bool:
         say("every record has its key")
         return True
     places = drawn(found, count, seed)
+    if not places:
+        raise UserError(
+            "rekey: no finished student among the records: there is nothing to prove by"
+        )
     say(f"{len(found)} records to re-key, after {len(places)} drawn ones, seed {seed}:")
     if not proved(found, places, earlier):
         say("nothing is re-keyed: find out why, or train these tables again")

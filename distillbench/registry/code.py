@@ -24,11 +24,10 @@ RUNNER = (
     "cells/setup.py",
     "cells/steps.py",
 )
-# Modules that a cell runs only where its benchmark names this kind of data.
-KINDS = {
-    "digits": ("data/digits.py",),
-    "mixture": ("data/mixture.py", "teachers/exact.py"),
-}
+# Modules that a cell runs only where its benchmark names this kind of data, beside data/<kind>.py.
+BESIDE = {"mixture": ("teachers/exact.py",)}
+# Modules that know all kinds, and that the runner imports for the one that it needs.
+OF_ALL_KINDS = ("data/kinds.py", "data/digits.py", "data/mixture.py", "teachers/exact.py")
 
 
 def followed(module: str) -> Path | None:
@@ -37,11 +36,19 @@ def followed(module: str) -> Path | None:
     if top != "distillbench" or not inner:
         return None
     file = PACKAGE.joinpath(*inner).with_suffix(".py")
-    place = file.relative_to(PACKAGE).as_posix()
-    if not file.is_file() or any(place in files for files in KINDS.values()):
+    if not file.is_file():
         return None
     at_desk = len(inner) == 1 and inner[0] not in NOT_FOLLOWED
-    return file if at_desk or inner[0] in FOLDERS or place in RUNNER else None
+    in_runner = file.relative_to(PACKAGE).as_posix() in RUNNER
+    return file if at_desk or inner[0] in FOLDERS or in_runner else None
+
+
+def followed_by_runner(module: str) -> Path | None:
+    """The same for imports of the runner, which hold the kinds of data that others use."""
+    file = followed(module)
+    if file is None or file.relative_to(PACKAGE).as_posix() in OF_ALL_KINDS:
+        return None
+    return file
 
 
 def hash_of(file: Path) -> str:
@@ -50,7 +57,9 @@ def hash_of(file: Path) -> str:
 
 
 @lru_cache
-def ground_hash(kind: str, *more: str) -> str:
+def runner_hash(kind: str, *more: str) -> str:
     """Hash of the runner's code, of data of this kind, and of `more` files of the package."""
-    files = (*RUNNER, *KINDS[kind], *more)
-    return digest(canonical([hash_of(PACKAGE / file) for file in files]))
+    own = (*RUNNER, *more)
+    hashes = [code_hash(PACKAGE / file, followed_by_runner) for file in own]
+    hashes += [hash_of(PACKAGE / file) for file in (f"data/{kind}.py", *BESIDE.get(kind, ()))]
+    return digest(canonical(hashes))
