@@ -51,7 +51,7 @@ KillWait={kill_wait}
 MinJobAge={min_job_age}
 SlurmdTimeout=30
 MessageTimeout=20
-SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,defer_batch
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,defer_batch
 MaxArraySize=10001
 MaxJobCount=20000
 GresTypes=gpu
@@ -190,7 +190,7 @@ class Cluster:
                     for p in self.folder.glob("*.log")
                 )
                 raise RuntimeError(f"{what} not ready in {seconds:g} s\n{logs}")
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def start_controller(self, clean: bool = False) -> None:
         self._start("slurmctld", "slurmctld", "-D", *(["-c"] if clean else []))
@@ -215,6 +215,20 @@ class Cluster:
                         for process in [*below, one]:
                             process.kill()
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
+
+    def kill_job(self, number: str) -> None:
+        """Kill all that a job runs, as SLURM does KillWait seconds after it told a job to end."""
+        for one in psutil.process_iter():
+            if self._runs(one, SLURM_JOB_ID=number):
+                with suppress(psutil.Error):
+                    one.kill()
+
+    def is_empty_after_kills(self) -> bool:
+        """Whether no job is left; those that are left are killed."""
+        left = self.jobs()
+        for number in left:
+            self.kill_job(number)
+        return not left
 
     def _runs(self, process: psutil.Process, **variables: str) -> bool:
         """Whether a process belongs to a job of this cluster that has these variables."""
