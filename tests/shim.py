@@ -1,4 +1,4 @@
-"""The near end of tests/zygote.py: `shim.py PROGRAM ARGUMENTS...` is that command, less its imports.
+"""The near end of tests/zygote.py: `shim.py PROGRAM ARGUMENTS...` is PROGRAM without its imports.
 
 Run as a script it is what tests have as `python`, `distillbench` and `snakemake` in their PATH. It
 passes signals on, and its own death by SIGKILL is the command's. What the zygote does not know is

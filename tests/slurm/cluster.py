@@ -1,7 +1,8 @@
-"""A real SLURM cluster in a throw-away folder: munge, slurmctld and two slurmd on this host, GPUs that are character devices.
+"""A real SLURM cluster in a throw-away folder: munge, slurmctld and two slurmd on this host.
 
-Needs Debian's slurmctld, slurmd, slurm-client and munge (with `accounting` also slurmdbd and mariadb-server), and root. Nothing outside
-the folder is touched; `stop` ends every daemon and every job.
+Its GPUs are character devices. Needs Debian's slurmctld, slurmd, slurm-client and munge (with
+`accounting` also slurmdbd and mariadb-server), and root. Nothing outside the folder is touched;
+`stop` ends every daemon and every job.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class Cluster:
         self.daemons: dict[str, subprocess.Popen] = {}
         controller, self._dbd_port, self._sql_port, *ports = free_ports(3 + nodes)
         lines = [
-            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
-            f"RealMemory=100000 Gres=gpu:{gpus} State=UNKNOWN"
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} "
+            f"CPUs={cpus} RealMemory=100000 Gres=gpu:{gpus} State=UNKNOWN"
             for name, port in zip(self.names, ports, strict=True)
         ]
         text = CONFIGURATION.format(
@@ -309,7 +310,8 @@ class Cluster:
         self._until(lambda: self.run(*sql, "select 1").returncode == 0, "mariadb")
         self.run(
             *sql,
-            "create user slurm@'127.0.0.1' identified by 'slurm'; create user slurm@localhost identified by 'slurm'; "
+            "create user slurm@'127.0.0.1' identified by 'slurm'; "
+            "create user slurm@localhost identified by 'slurm'; "
             "grant all on *.* to slurm@'127.0.0.1'; grant all on *.* to slurm@localhost",
         )
         path = d / "slurmdbd.conf"

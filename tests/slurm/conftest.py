@@ -81,7 +81,10 @@ MeanFlow.train_step = paced_step
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if lacks := missing():
-        message = f"NOT TESTED: no real SLURM cluster, which needs {', '.join(lacks)} (Debian: slurmctld slurmd slurm-client munge)"
+        message = (
+            f"NOT TESTED: no real SLURM cluster, which needs {', '.join(lacks)} "
+            "(Debian: slurmctld slurmd slurm-client munge)"
+        )
         if os.environ.get(REQUIRED):
             pytest.fail(message)
         print(f"\n{'=' * 100}\n{message}\n{'=' * 100}", file=sys.__stderr__)

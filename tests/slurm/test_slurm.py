@@ -1,4 +1,4 @@
-"""The workflow on a real cluster: nothing computed twice, nothing lost, a dead cell explained (workflow.md, section 3)."""
+"""The workflow on a real cluster: nothing computed twice or lost, a dead cell explained."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def lines_of(site: Site, method: str) -> list[dict]:
 
 
 def repeated(lines: list[dict]) -> int:
-    """Processes that began before the last checkpoint of which the journal knows: there must be none."""
+    """Count of processes that began before the last checkpoint that the journal knows: none may."""
     saved, bad = 0, 0
     for line in lines:
         if "start" in line:
@@ -93,6 +93,14 @@ CLAIM = """
     arms: [{arms}]
     trials: {{tiny-ring: {{{metric}, seeds: 3}}}}
 """
+TRIAL = """
+name: trial
+title: Trial
+kind: audit
+benchmarks: [tiny-ring]
+methods: [meanflow]
+seeds: [10, 11, 12]
+"""
 TOY = """BENCHMARK = 'tiny-ring'
 METHODS = ('meanflow',)
 
@@ -114,8 +122,7 @@ def test_an_audit_runs_its_cells_and_experiments_on_the_cluster(site: Site):
         id="X-1", kind="comparative", arms="meanflow, meanflow@scratch", metric="metric: sliced_w2"
     )
     site.write("methods/meanflow/claims.yaml", "claims:" + one + mechanism)
-    table = "{name: trial, title: Trial, kind: audit, benchmarks: [tiny-ring], methods: [meanflow], seeds: [10, 11, 12]}\n"
-    site.write("workflows/tables/trial.yaml", table)
+    site.write("workflows/tables/trial.yaml", TRIAL)
     done = site.run(*LITERAL, "results/trial.md")
     assert done.returncode == 0, done.stderr
     for words in ("train tiny-ring meanflow", "evaluate tiny-ring meanflow@scratch", "measure toy"):
@@ -409,7 +416,7 @@ def test_two_nodes_train_a_cell(site: Site):
 
 
 def test_a_failing_rank_is_a_row(site: Site):
-    """The first rank sees no more than that it is alone; the job ends badly, and nothing is submitted again."""
+    """The first rank sees only that it is alone; the job ends badly and is not submitted again."""
     site.method("slow", FAULT_OF_A_RANK)
     site.resources(ranks=2, seeds=1)
     site.table("wide", ["slow"], "slow-ring")
