@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 SOCKET = "DISTILLBENCH_TEST_ZYGOTE"  # where the zygote listens
 REAL = "DISTILLBENCH_TEST_BIN"  # folder of the real programs
-JOBS = "DISTILLBENCH_TEST_JOBS"  # set where the zygote runs what a job of SLURM runs
+# Set where the zygote runs what a job of SLURM runs, less jobs with this in their folder's path.
+JOBS = "DISTILLBENCH_TEST_JOBS"
 CONSTANTS = "DISTILLBENCH_TEST_CONSTANTS"  # JSON: module.NAME -> value, for the zygote's commands
 SUBMITTED = ("-u", "-m", "submitit.core._submit")  # python's arguments in a job
 PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -68,10 +69,10 @@ def answer(connection: socket.socket) -> str:
 def real_arguments(arguments: list[str]) -> list[str]:
     """What the real program is given.
 
-    A job of SLURM is a real process below slurmstepd; where JOBS is set it starts its command by a
+    A job of SLURM is a real process below slurmstepd; where JOBS says so it starts its command by a
     shim, which is below slurmstepd as well and so gets SLURM's signals.
     """
-    if tuple(arguments[:3]) != SUBMITTED or JOBS not in os.environ:
+    if tuple(arguments[:3]) != SUBMITTED or os.environ.get(JOBS, "") in arguments[3]:
         return arguments
     python = os.path.join(os.path.dirname(os.environ[SOCKET]), "python")
     module = SUBMITTED[-1]

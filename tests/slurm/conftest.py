@@ -21,6 +21,7 @@ from tests.slurm.cluster import Cluster, missing
 
 REQUIRED = "DISTILLBENCH_REQUIRE_SLURM"  # set where a skipped test is a failure
 SLOW = RING.replace("tiny-ring", "slow-ring").replace("seeds: [0, 1]", "seeds: [0]")
+SLOW += "stall_s: 3600\n"  # a step that is held is not hung
 TINY = RING.replace("flops: 7.0e+9", "flops: 1.0e+9")
 LONG = 600.0  # seconds after which what a test waits for does not come, on however busy a machine
 # Seconds between looks, for the launchers of these tests: a local disk and SLURM of one's own.
@@ -119,7 +120,7 @@ class Site(Checkout):
             "SLURM_CONF": cluster.environment["SLURM_CONF"],
             "PATH": f"{self.environment['PATH']}:/usr/sbin",
             CONSTANTS: json.dumps(SHORTER),
-            JOBS: "1",
+            JOBS: "//",  # none is a real one
         }
         self.keep("meanflow", "dmd")
         self.table("small", ["meanflow", "dmd"])
@@ -128,9 +129,12 @@ class Site(Checkout):
         self.write("workflows/benchmarks/slow-ring.yaml", SLOW)
         shutil.copytree(teachers, self.folder / "results/runs/slow-ring")
 
-    def real_jobs(self) -> None:
-        """Have all processes of a job below slurmstepd, whose memory it then sees."""
-        del self.environment[JOBS]
+    def real_jobs(self, folders: str = "/") -> None:
+        """Have all processes of jobs below slurmstepd, whose memory it then sees.
+
+        folders: a part of the paths of those jobs' folders.
+        """
+        self.environment[JOBS] = folders
 
     def table(
         self,
