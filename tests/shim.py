@@ -17,6 +17,10 @@ from collections.abc import Sequence
 
 SOCKET = "DISTILLBENCH_TEST_ZYGOTE"  # where the zygote listens
 REAL = "DISTILLBENCH_TEST_BIN"  # folder of the real programs
+# Set where the zygote runs what a job of SLURM runs, less jobs with this in their folder's path.
+JOBS = "DISTILLBENCH_TEST_JOBS"
+CONSTANTS = "DISTILLBENCH_TEST_CONSTANTS"  # JSON: module.NAME -> value, for the zygote's commands
+SUBMITTED = ("-u", "-m", "submitit.core._submit")  # python's arguments in a job
 PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
@@ -64,12 +68,29 @@ def answer(connection: socket.socket) -> str:
     return line.decode()
 
 
+def real_arguments(arguments: list[str]) -> list[str]:
+    """What the real program is given.
+
+    A job of SLURM is a real process below slurmstepd; where JOBS says so it starts its command by a
+    shim, which is below slurmstepd as well and so gets SLURM's signals.
+    """
+    if tuple(arguments[:3]) != SUBMITTED or os.environ.get(JOBS, "") in arguments[3]:
+        return arguments
+    python = os.path.join(os.path.dirname(os.environ[SOCKET]), "python")
+    module = SUBMITTED[-1]
+    code = (
+        f"import runpy, sys; sys.executable = {python!r}; "
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return ["-u", "-c", code, *arguments[3:]]
+
+
 def main(command: list[str]) -> None:
     """Be the command: its streams, signals and exit code."""
     found = request(command, os.getcwd(), dict(os.environ), (0, 1, 2))
     if found is None:
         program = os.path.join(os.environ[REAL], command[0])
-        os.execv(program, [program, *command[1:]])
+        os.execv(program, [program, *real_arguments(command[1:])])
     connection, pid = found
     for name in PASSED_ON:
         signal.signal(getattr(signal, name), lambda number, _: os.kill(pid, number))

@@ -26,7 +26,7 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
-from tests.shim import REAL, SOCKET
+from tests.shim import CONSTANTS, REAL, SOCKET
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("distillbench", "snakemake")
@@ -133,11 +133,20 @@ class Zygote:
             os.chdir(asked["folder"])
             os.environ.clear()
             os.environ.update(asked["environment"])
+            set_constants(json.loads(os.environ.get(CONSTANTS, "{}")))
             sys.stdin, sys.stdout, sys.stderr = opened()
             sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
             code = ran(module, asked["command"])
         finally:
             os._exit(code)
+
+
+def set_constants(values: dict[str, float]) -> None:
+    """Give constants of modules under test, such as the seconds between two looks, other values."""
+    for path, value in values.items():
+        module, _, name = path.rpartition(".")
+        assert hasattr(sys.modules[module], name), path
+        setattr(sys.modules[module], name, value)
 
 
 def opened() -> tuple[io.TextIOWrapper, io.TextIOWrapper, io.TextIOWrapper]:

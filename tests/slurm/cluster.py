@@ -1,7 +1,8 @@
-"""A real SLURM cluster in a throw-away folder: munge, slurmctld and two slurmd on this host, GPUs that are character devices.
+"""A real SLURM cluster in a throw-away folder: munge, slurmctld and two slurmd on this host.
 
-Needs Debian's slurmctld, slurmd, slurm-client and munge (with `accounting` also slurmdbd and mariadb-server), and root. Nothing outside
-the folder is touched; `stop` ends every daemon and every job.
+Its GPUs are character devices. Needs Debian's slurmctld, slurmd, slurm-client and munge (with
+`accounting` also slurmdbd and mariadb-server), and root. Nothing outside the folder is touched;
+`stop` ends every daemon and every job.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ KillWait={kill_wait}
 MinJobAge={min_job_age}
 SlurmdTimeout=30
 MessageTimeout=20
-SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,defer_batch
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,defer_batch
 MaxArraySize=10001
 MaxJobCount=20000
 GresTypes=gpu
@@ -107,8 +108,8 @@ class Cluster:
         self.daemons: dict[str, subprocess.Popen] = {}
         controller, self._dbd_port, self._sql_port, *ports = free_ports(3 + nodes)
         lines = [
-            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
-            f"RealMemory=100000 Gres=gpu:{gpus} State=UNKNOWN"
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} "
+            f"CPUs={cpus} RealMemory=100000 Gres=gpu:{gpus} State=UNKNOWN"
             for name, port in zip(self.names, ports, strict=True)
         ]
         text = CONFIGURATION.format(
@@ -191,7 +192,7 @@ class Cluster:
                     for p in self.folder.glob("*.log")
                 )
                 raise RuntimeError(f"{what} not ready in {seconds:g} s\n{logs}")
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def start_controller(self, clean: bool = False) -> None:
         self._start("slurmctld", "slurmctld", "-D", *(["-c"] if clean else []))
@@ -216,6 +217,20 @@ class Cluster:
                         for process in [*below, one]:
                             process.kill()
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
+
+    def kill_job(self, number: str) -> None:
+        """Kill all that a job runs, as SLURM does KillWait seconds after it told a job to end."""
+        for one in psutil.process_iter():
+            if self._runs(one, SLURM_JOB_ID=number):
+                with suppress(psutil.Error):
+                    one.kill()
+
+    def is_empty_after_kills(self) -> bool:
+        """Whether no job is left; those that are left are killed."""
+        left = self.jobs()
+        for number in left:
+            self.kill_job(number)
+        return not left
 
     def _runs(self, process: psutil.Process, **variables: str) -> bool:
         """Whether a process belongs to a job of this cluster that has these variables."""
@@ -296,7 +311,8 @@ class Cluster:
         self._until(lambda: self.run(*sql, "select 1").returncode == 0, "mariadb")
         self.run(
             *sql,
-            "create user slurm@'127.0.0.1' identified by 'slurm'; create user slurm@localhost identified by 'slurm'; "
+            "create user slurm@'127.0.0.1' identified by 'slurm'; "
+            "create user slurm@localhost identified by 'slurm'; "
             "grant all on *.* to slurm@'127.0.0.1'; grant all on *.* to slurm@localhost",
         )
         path = d / "slurmdbd.conf"

@@ -1,4 +1,4 @@
-"""One table of twelve cells while its jobs, nodes, launchers and Snakemake itself are taken away twenty times."""
+"""A table of twelve cells; jobs, nodes, launchers and Snakemake are taken away twenty times."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from tests.slurm.conftest import Site
 from tests.slurm.test_slurm import LITERAL, local_metrics, repeated
 
 ARMS, SEEDS, EVENTS = [f"slow{i}" for i in range(4)], [0, 1, 2], 20
-PAUSE = "CHAOS_SECONDS"  # of every step, through the environment, so that the undisturbed run has the same methods
+# Seconds of every step, through the environment, so that the undisturbed run has the same methods.
+PAUSE = "CHAOS_SECONDS"
 
 
 class Chaos:
-    """Random events for a table that is being made; the seed fixes their kinds, not their moments."""
+    """Random events for a table that is being made; the seed fixes their kinds alone."""
 
     def __init__(self, site: Site, seed: int):
         self.site, self.random, self.done = site, random.Random(seed), Counter[str]()
@@ -161,7 +162,7 @@ class Chaos:
 
 
 def made_twice(lines: list[dict]) -> int:
-    """Steps of which the journal shows that they were made before the process that made them last began."""
+    """Count of steps that a process made although an earlier one had made them."""
     seen = twice = 0
     for line in lines:
         if "start" in line:
@@ -172,8 +173,9 @@ def made_twice(lines: list[dict]) -> int:
 
 @pytest.mark.slow
 def test_twenty_random_events_change_nothing(site: Site):
+    site.real_jobs()
     for name in ARMS:
-        site.slow(f"float(__import__('os').environ.get('{PAUSE}', 0))", name)
+        site.paced(f"float(os.environ.get('{PAUSE}', 0))", name)
     site.table("chaos", ARMS, "slow-ring", SEEDS)
     site.resources(seeds=1, tries=9)
     expected = local_metrics(site, site.folder.parent / "local", "chaos")
@@ -205,8 +207,10 @@ def test_twenty_random_events_change_nothing(site: Site):
     assert starts > len(journals) + EVENTS // 4, "the events met too little work"
     lasted = f"{disturbed:.0f} s of {time.monotonic() - began:.0f}"
     print(
-        f"\n{dict(chaos.done)} in {lasted}; {len(journals)} cells in {starts} processes, {twice} steps made twice;"
+        f"\n{dict(chaos.done)} in {lasted}; "
+        f"{len(journals)} cells in {starts} processes, {twice} steps made twice;"
     )
     print(
-        f"{log.count(' submitted')} jobs submitted, {log.count(' is in the queue already')} times found in the queue"
+        f"{log.count(' submitted')} jobs submitted, "
+        f"{log.count(' is in the queue already')} times found in the queue"
     )
