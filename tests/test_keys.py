@@ -258,10 +258,6 @@ SAME = (
 OTHER = (
     (TWO_IMPORTS, TWO_IMPORTS.replace("sin", "tan")),
     (
-        "def f():\n    from math import sin as g\n    g(1)\n\n\ndef h():\n    from math import cos as g\n    g(1)",
-        "def f():\n    from math import tan as g\n    g(1)\n\n\ndef h():\n    from math import cos as g\n    g(1)",
-    ),
-    (
         "if TYPE_CHECKING:\n    x = 1\nelse:\n    x = 2",
         "if TYPE_CHECKING:\n    x = 1\nelse:\n    x = 3",
     ),

@@ -83,7 +83,7 @@ class Experiment:
 
     @property
     def keys(self) -> str:
-        """A hash of the keys of all its seeds."""
+        """Hash of the keys of all its seeds, 12 hexadecimal digits."""
         names = [self.path(seed).name for seed in self.seeds]
         return digest(canonical(names))[:KEY_DIGITS]
 

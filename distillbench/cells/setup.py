@@ -98,7 +98,7 @@ def trained_features(run: Run, data: Images) -> dict[str, Tensor]:
 
 
 def attach(run: Run, made: Prepared) -> Run:
-    """A built run with what `prepare` made."""
+    """Attach to a built run what `prepare` made; returns the run."""
     run.pairs = made.get("pairs")
     if "features" in made:
         assert run.task.features is not None

@@ -55,14 +55,14 @@ except ImportError:
     from eval.records import evaluation_key
 from distillbench import config
 for line in sys.stdin:
-    place, name, seed = json.loads(line)
+    subject, name, seed = json.loads(line)
     try:
         evaluation = None
-        if place == "mechanisms":
+        if subject == "mechanisms":
             found = Experiment(name, (seed,))
             key = found.path(seed).stem.rpartition("-")[2]
         else:
-            b = config.benchmark(place)
+            b = config.benchmark(subject)
             found = Cell(b, None if name == "teacher" else arm(name), seed)
             key = found.key
             evaluation = evaluation_key(b.extractor, b.cross_extractor)
@@ -74,7 +74,7 @@ for line in sys.stdin:
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class Subject:
     """What a record is of: a benchmark's arm, or an experiment of `mechanisms`, and its seed."""
 
     benchmark: str
@@ -108,7 +108,7 @@ class Published:
     """A record in results/records; `result` of an experiment is the whole of it."""
 
     file: Path
-    place: Place
+    subject: Subject
     result: dict[str, Any]
 
     @property
@@ -117,8 +117,8 @@ class Published:
         return self.result["provenance"]["hardware"]
 
     def whole(self) -> dict[str, Any] | None:
-        """The record, of a cell with its metrics."""
-        return self.result if self.place.is_experiment else with_metrics(self.file.parent)
+        """Everything published of it: the record, and a cell's metrics under `metrics`."""
+        return self.result if self.subject.is_experiment else with_metrics(self.file.parent)
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ def published() -> Iterator[Published]:
     for file in sorted(records.glob("*/*/*/seed*/result.json")):
         result = json.loads(file.read_text())
         arm = file.parts[-3]
-        yield Published(file, Place(result["benchmark"], arm, result["seed"]), result)
+        yield Published(file, Subject(result["benchmark"], arm, result["seed"]), result)
     for file in sorted(records.glob(f"*/{MECHANISMS}/*/seed*.json")):
         result = json.loads(file.read_text())
-        yield Published(file, Place(MECHANISMS, result["experiment"], result["seed"]), result)
+        yield Published(file, Subject(MECHANISMS, result["experiment"], result["seed"]), result)
 
 
-class Earlier:
+class EarlierCode:
     """The code of a commit, laid out in a folder of its own with what it has trained there."""
 
     def __init__(self, commit: str, folder: Path):
@@ -156,10 +156,10 @@ class Earlier:
         with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tar:
             tar.extractall(folder, filter="data")
 
-    def keys(self, places: list[Place]) -> dict[Place, dict[str, Any]]:
-        """{"key", "recipe", "evaluation"} of every place by its code; UserError where it cannot
+    def keys(self, subjects: list[Subject]) -> dict[Subject, dict[str, Any]]:
+        """{"key", "recipe", "evaluation"} of every subject by its code; UserError where it cannot
         say."""
-        questions = "".join(f"{json.dumps([p.benchmark, p.arm, p.seed])}\n" for p in places)
+        questions = "".join(f"{json.dumps([p.benchmark, p.arm, p.seed])}\n" for p in subjects)
         done = subprocess.run(
             [sys.executable, "-c", QUESTION],
             cwd=self.folder,
@@ -169,21 +169,21 @@ class Earlier:
             text=True,
         )
         answers = [json.loads(line) for line in done.stdout.splitlines()]
-        if len(answers) < len(places):
+        if len(answers) < len(subjects):
             why = done.stderr.strip()[-300:]
             raise UserError(f"rekey {self.commit}: its code does not say keys: {why}")
-        return dict(zip(places, answers))
+        return dict(zip(subjects, answers))
 
-    def run(self, place: Place) -> None:
+    def run(self, subject: Subject) -> None:
         """Train and evaluate a cell, or measure an experiment, by its code."""
-        run_place(place, self.folder, self.environment)
+        run_subject(subject, self.folder, self.environment)
 
-    def result(self, place: Place) -> dict[str, Any] | None:
+    def result(self, subject: Subject) -> dict[str, Any] | None:
         """What `run` gave: the record with its metrics, or the experiment's; None of nothing."""
-        runs = self.folder / "results/runs" / place.benchmark / place.arm
-        if place.is_experiment:
-            return read_json(next(runs.glob(f"seed{place.seed}-*.json"), None))
-        cell = next(runs.glob(f"seed{place.seed}-*"), None)
+        runs = self.folder / "results/runs" / subject.benchmark / subject.arm
+        if subject.is_experiment:
+            return read_json(next(runs.glob(f"seed{subject.seed}-*.json"), None))
+        cell = next(runs.glob(f"seed{subject.seed}-*"), None)
         return None if cell is None else with_metrics(cell)
 
 
@@ -198,13 +198,13 @@ def with_metrics(folder: Path) -> dict[str, Any] | None:
     return None if result is None else result | {"metrics": read_json(folder / "metrics.json")}
 
 
-def run_place(place: Place, folder: Path, environment: dict[str, str]) -> None:
+def run_subject(subject: Subject, folder: Path, environment: dict[str, str]) -> None:
     """Train and evaluate a cell, or measure an experiment, in a checkout; what is there stays."""
-    seeds = ["--seeds", str(place.seed)]
-    if place.is_experiment:
-        commands = [["measure", place.arm]]
+    seeds = ["--seeds", str(subject.seed)]
+    if subject.is_experiment:
+        commands = [["measure", subject.arm]]
     else:
-        commands = [[stage, place.benchmark, place.arm] for stage in ("train", "evaluate")]
+        commands = [[stage, subject.benchmark, subject.arm] for stage in ("train", "evaluate")]
     for words in commands:
         command = [sys.executable, "-m", "distillbench.cli", *words, *seeds]
         one_thread = environment | dict.fromkeys(ONE_THREAD, "1")
@@ -216,21 +216,21 @@ def settings(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in CODE}
 
 
-def changes(records: list[Published], earlier: Earlier) -> list[Change]:
+def changes(records: list[Published], earlier: EarlierCode) -> list[Change]:
     """The records whose code alone has changed since; says how many are left, and why."""
-    before = earlier.keys(sorted({record.place for record in records}))
+    before = earlier.keys(sorted({record.subject for record in records}))
     out: list[Change] = []
     left: dict[str, int] = defaultdict(int)
     for record in records:
-        then = before[record.place]
+        then = before[record.subject]
         try:
-            key, recipe = record.place.now()
+            key, recipe = record.subject.now()
         except UserError:
             left["not in this checkout"] += 1
             continue
         same = settings(then["recipe"]) == settings(recipe)
         metrics = read_json(record.file.with_name("metrics.json"))
-        if record.place.is_experiment:
+        if record.subject.is_experiment:
             metrics = None
         if then["key"] != record.result["key"]:
             left[f"another key at {earlier.commit[:12]} already"] += 1
@@ -246,26 +246,26 @@ def changes(records: list[Published], earlier: Earlier) -> list[Change]:
     return out
 
 
-def drawn(found: list[Change], count: int, seed: int) -> list[Place]:
+def drawn(found: list[Change], count: int, seed: int) -> list[Subject]:
     """Cells to train again: one of every method on every family of benchmarks, and further ones
     up to `count`; of experiments one for every four cells.
 
     Where some of a group were published from this kind of processor, one of those is drawn: their
     bytes can be compared with the published ones.
     """
-    here: dict[tuple[str, str], set[Place]] = defaultdict(set)
-    anywhere: dict[tuple[str, str], set[Place]] = defaultdict(set)
-    experiments: set[Place] = set()
+    here: dict[tuple[str, str], set[Subject]] = defaultdict(set)
+    anywhere: dict[tuple[str, str], set[Subject]] = defaultdict(set)
+    experiments: set[Subject] = set()
     for change in found:
         record = change.record
-        if record.place.is_experiment:
-            experiments.add(record.place)
-        elif record.result["status"] == "done" and record.place.arm != "teacher":
-            family = config.benchmark(record.place.benchmark).family
-            group = (family, record.place.arm.partition("@")[0])
-            anywhere[group].add(record.place)
+        if record.subject.is_experiment:
+            experiments.add(record.subject)
+        elif record.result["status"] == "done" and record.subject.arm != "teacher":
+            family = config.benchmark(record.subject.benchmark).family
+            group = (family, record.subject.arm.partition("@")[0])
+            anywhere[group].add(record.subject)
             if record.hardware == hardware():
-                here[group].add(record.place)
+                here[group].add(record.subject)
     generator = random.Random(seed)
     chosen = [generator.choice(sorted(here[g] or anywhere[g])) for g in sorted(anywhere)]
     others = sorted(set().union(*anywhere.values()) - set(chosen))
@@ -274,15 +274,15 @@ def drawn(found: list[Change], count: int, seed: int) -> list[Place]:
     return chosen + generator.sample(sorted(experiments), measured)
 
 
-def result_now(place: Place) -> dict[str, Any] | None:
+def result_now(subject: Subject) -> dict[str, Any] | None:
     """The record and metrics of a cell, or an experiment's result, under the present code."""
-    if place.is_experiment:
-        return read_json(Experiment(place.arm, (place.seed,)).path(place.seed))
-    return with_metrics(place.cell().folder)
+    if subject.is_experiment:
+        return read_json(Experiment(subject.arm, (subject.seed,)).path(subject.seed))
+    return with_metrics(subject.cell().folder)
 
 
 def difference(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str | None:
-    """How the numbers of two records of one place differ; None where they do not."""
+    """How the numbers of two records of one subject differ; None where they do not."""
     if old is None or new is None:
         return f"has no {'earlier' if old is None else 'new'} result"
     if old.get("values") != new.get("values"):
@@ -322,9 +322,9 @@ def rewrite(change: Change) -> None:
     result["key"] = change.key
     result["provenance"]["hashes"] = change.hashes
     write_json(record.file, result)
-    if record.place.is_experiment:
+    if record.subject.is_experiment:
         return
-    b = config.benchmark(record.place.benchmark)
+    b = config.benchmark(record.subject.benchmark)
     for name in ("metrics.json", "draws.json"):
         file = record.file.with_name(name)
         scores = read_json(file)
@@ -332,10 +332,12 @@ def rewrite(change: Change) -> None:
             scores["key"] = change.key
             scores["evaluation"]["key"] = evaluation_key(b.extractor, b.cross_extractor)
             write_json(file, scores)
-    curve = record.file.parents[3] / "curves" / record.place.benchmark / f"{record.place.arm}.json"
+    curve = (
+        record.file.parents[3] / "curves" / record.subject.benchmark / f"{record.subject.arm}.json"
+    )
     if curve.is_file():
         scalars = json.loads(curve.read_text())
-        if scalars["seed"] == record.place.seed:
+        if scalars["seed"] == record.subject.seed:
             scalars["key"] = change.key
             curve.write_text(json.dumps(scalars, ensure_ascii=False) + "\n")
 
@@ -349,18 +351,18 @@ def rekey(base: str, count: int, seed: int) -> bool:
         raise UserError("rekey: uncommitted changes: commit them, since the log names the commit")
     commit = git("rev-parse", "--verify", f"{base}^{{commit}}") or base
     # Kept between calls: interrupted, the same command continues with what has been trained.
-    earlier = Earlier(commit, root() / "results/runs/rekey" / commit[:12])
+    earlier = EarlierCode(commit, root() / "results/runs/rekey" / commit[:12])
     found = changes(list(published()), earlier)
     if not found:
         say("every record has its key")
         return True
-    places = drawn(found, count, seed)
-    if not places:
+    subjects = drawn(found, count, seed)
+    if not subjects:
         raise UserError(
             "rekey: no finished student among the records: there is nothing to prove by"
         )
-    say(f"{len(found)} records to re-key, after {len(places)} drawn ones, seed {seed}:")
-    if not proved(found, places, earlier):
+    say(f"{len(found)} records to re-key, after {len(subjects)} drawn ones, seed {seed}:")
+    if not proved(found, subjects, earlier):
         say("nothing is re-keyed: find out why, or train these tables again")
         return False
     for change in found:
@@ -370,7 +372,7 @@ def rekey(base: str, count: int, seed: int) -> bool:
         "from": commit,
         "to": git("rev-parse", "HEAD"),
         "seed": seed,
-        "cells": [str(place) for place in places],
+        "cells": [str(subject) for subject in subjects],
         "records": len(found),
     }
     write_json(log, [*(json.loads(log.read_text()) if log.is_file() else []), line])
@@ -378,28 +380,30 @@ def rekey(base: str, count: int, seed: int) -> bool:
     return True
 
 
-def proved(found: list[Change], places: list[Place], earlier: Earlier) -> bool:
-    """Whether places run again give the published numbers, teachers and starts included.
+def proved(found: list[Change], subjects: list[Subject], earlier: EarlierCode) -> bool:
+    """Whether subjects run again give the published numbers, teachers and starts included.
 
     Bytes repeat on one kind of processor. Where a record is of another one, the earlier code runs
     here too and its numbers stand for the published ones.
     """
-    records: dict[Place, Published] = {}
+    records: dict[Subject, Published] = {}
     for change in found:
-        known = records.get(change.record.place)
+        known = records.get(change.record.subject)
         if known is None or known.hardware != hardware():
-            records[change.record.place] = change.record
+            records[change.record.subject] = change.record
     wanted = []
-    for place in places:
-        if not place.is_experiment:
-            needed = [Place(place.benchmark, c.arm_name, place.seed) for c in place.cell().needed]
+    for subject in subjects:
+        if not subject.is_experiment:
+            needed = [
+                Subject(subject.benchmark, c.arm_name, subject.seed) for c in subject.cell().needed
+            ]
             wanted += [one for one in needed if one in records]
-        wanted.append(place)
+        wanted.append(subject)
     wanted = list(dict.fromkeys(wanted))
     elsewhere = [one for one in wanted if records[one].hardware != hardware()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Needed cells come before the drawn ones; two that need the same wait for its lock.
-        now = [pool.submit(run_place, one, root(), dict(os.environ)) for one in wanted]
+        now = [pool.submit(run_subject, one, root(), dict(os.environ)) for one in wanted]
         then = [pool.submit(earlier.run, one) for one in elsewhere]
         for one, done in zip([*wanted, *elsewhere], [*now, *then]):
             done.result()

@@ -30,6 +30,7 @@ INDEXED = ("fid", "fid_teacher", "recall")  # metrics of the index
 LINK = re.compile(r"\]\((?!https?://|#|/|\.\./\.\./)([^)\s]+)\)")
 PLACED = ("Algorithm", "Cost", "Where it", "Deviations")  # sections with a place of their own
 NO_RECORD = "No record of this method is published."
+READERS = "For whoever chooses a method, or compares one of their own."  # of the index
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,7 @@ def index(
         "published record. Costs in full: [Table 1](../../results/table1.md). Reference rows, "
         "beside which a number has to be read: [Table 2](../../results/table2.md)."
     )
-    return "\n".join(["# Methods", "", made_from("*"), "", table, "", words, ""])
+    return "\n".join(["# Methods", "", made_from("*"), "", READERS, "", table, "", words, ""])
 
 
 def _default_arm(source: Source, rows: Iterable[Row], benchmark: str) -> Row | None:

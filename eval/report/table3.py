@@ -52,7 +52,7 @@ class Measured:
 
     @property
     def setting(self) -> Setting:
-        """What its column of a page stands for."""
+        """Benchmark, share of the budget and metric, which name its column of a page."""
         return self.benchmark, self.share, self.metric
 
 
