@@ -166,7 +166,7 @@ def ran(module: str, command: list[str]) -> int:
     words = command[1:]
     sys.executable = os.path.join(os.path.dirname(os.environ[SOCKET]), "python")
     try:
-        if module in PROGRAMS:
+        if command[0] in PROGRAMS:
             script = os.path.join(os.environ[REAL], module)
             sys.argv = [script, *words]
             runpy.run_path(script, run_name="__main__")
