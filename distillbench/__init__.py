@@ -1,4 +1,1 @@
-"""What every distillation method stands on.
-
-Paths, times, networks, teachers, players, cells and the training loop.
-"""
+"""The ground that every distillation method stands on, and what trains, audits and tables it."""

@@ -287,8 +287,10 @@ class Table(Strict):
             )
         if self.kind != "audit" and self.again_of:
             raise ValueError("again_of is a key of an audit: remove it or set kind: audit")
-        if self.kind != "metrics" and (self.beside or self.share != 1):
-            raise ValueError("beside and share are keys of a table of metrics: remove them")
+        if self.kind != "metrics" and self.beside:
+            raise ValueError("beside is a key of a table of metrics: remove it")
+        if self.kind != "metrics" and self.share != 1:
+            raise ValueError("share is a key of a table of metrics: remove it")
         return self
 
 
