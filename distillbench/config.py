@@ -140,7 +140,7 @@ class Benchmark(Strict):
     def _fits(self) -> Benchmark:
         if (self.extractor is None) != isinstance(self.data, MixtureData):
             raise ValueError("images need an extractor, mixtures have none")
-        has_classes = isinstance(self.data, DigitsData) or self.data.layout == "image"
+        has_classes = not isinstance(self.data, MixtureData) or self.data.layout == "image"
         if self.guidance != 1 and not has_classes:
             raise ValueError(f"guidance {self.guidance:g} needs data with classes; remove the key")
         return self
