@@ -213,7 +213,10 @@ class Task:
         """Register what one optimiser moves. The player 'student' is the one saved and sampled."""
         for i, net in enumerate(networks):
             if net not in self._roles:  # a module of the method's own
-                self.meter.watch(net.to(self.device), lambda net=net: self._roles[net])  # type: ignore[misc]
+                self.meter.watch(
+                    net.to(self.device),
+                    lambda net=net: self._roles[net],  # type: ignore[misc]
+                )
             self._roles[net] = name if i == 0 else f"{name}.{i}"
         self.players[name] = Player(name, networks, config, self.meter)
         return self.players[name]

@@ -279,7 +279,9 @@ class Cluster:
 
     def _accounting(self) -> str:
         return (
-            f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\nAccountingStoragePort={self._dbd_port}\n"
+            "AccountingStorageType=accounting_storage/slurmdbd\n"
+            "AccountingStorageHost=127.0.0.1\n"
+            f"AccountingStoragePort={self._dbd_port}\n"
             f"AccountingStoragePass={self.folder}/munge.socket"
         )
 
@@ -317,9 +319,20 @@ class Cluster:
         )
         path = d / "slurmdbd.conf"
         path.write_text(
-            f"AuthType=auth/munge\nAuthInfo=socket={d}/munge.socket\nDbdHost=localhost\nDbdAddr=127.0.0.1\nDbdPort={self._dbd_port}\n"
-            f"SlurmUser=root\nLogFile={d}/slurmdbd.log\nPidFile={d}/slurmdbd.pid\nStorageType=accounting_storage/mysql\n"
-            f"StorageHost=127.0.0.1\nStoragePort={self._sql_port}\nStorageUser=slurm\nStoragePass=slurm\nStorageLoc=slurm\n"
+            "AuthType=auth/munge\n"
+            f"AuthInfo=socket={d}/munge.socket\n"
+            "DbdHost=localhost\n"
+            "DbdAddr=127.0.0.1\n"
+            f"DbdPort={self._dbd_port}\n"
+            "SlurmUser=root\n"
+            f"LogFile={d}/slurmdbd.log\n"
+            f"PidFile={d}/slurmdbd.pid\n"
+            "StorageType=accounting_storage/mysql\n"
+            "StorageHost=127.0.0.1\n"
+            f"StoragePort={self._sql_port}\n"
+            "StorageUser=slurm\n"
+            "StoragePass=slurm\n"
+            "StorageLoc=slurm\n"
         )
         path.chmod(0o600)
         self._start("slurmdbd", "slurmdbd", "-D")
