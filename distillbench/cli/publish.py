@@ -129,7 +129,9 @@ def render_metrics(table: Table, check: bool) -> list[str]:
         writer.write,
         appendix,
     )
-    picture = figures.picture(records, with_variants=table.methods != "all")
+    # A table of another share of the budget has no arm without it in its name.
+    every_arm = table.methods != "all" or table.share != 1
+    picture = figures.picture(records, with_variants=every_arm)
     writer.write(results / f"{table.name}.png", picture)
     return writer.differing
 
