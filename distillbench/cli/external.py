@@ -24,6 +24,7 @@ from distillbench.errors import UserError
 if TYPE_CHECKING:
     from distillbench.data.images import Images
     from distillbench.data.mixture import Mixture
+    from eval.report.records import Record
     from eval.samples import Samples
 
 
@@ -169,7 +170,9 @@ def print_record(record: dict[str, Any], b: Benchmark) -> None:
     for own in published_rows:
         if rows.differs(record, rows.protocol(own)[b.name]) is None:
             comparable.append(own)
-    head, lines = tables.beside(comparable[0] if comparable else [], record, b.sampling.count)
+    # The fixed rows are scored with a teacher, and an audit publishes none.
+    beside = max(comparable, key=teachers_in, default=[])
+    head, lines = tables.beside(beside, record, b.sampling.count)
     out.print(score_table(head, lines))
     out.print(samples_line(record, b), soft_wrap=True)
     about = record["evaluation"]
@@ -181,6 +184,11 @@ def print_record(record: dict[str, Any], b: Benchmark) -> None:
     if published_rows and not comparable:
         why = "published rows are of another evaluation or other data, so not beside"
         out.print(f"{why}: `snakemake --cores all results/TABLE.md` renews them", soft_wrap=True)
+
+
+def teachers_in(published_rows: list[Record]) -> int:
+    """Number of teachers, one a seed, among published records."""
+    return sum(record.group == "teacher" for record in published_rows)
 
 
 def score_table(head: list[str], lines: list[list[str]]) -> RichTable:
