@@ -20,7 +20,7 @@ from distillbench.errors import UserError
 from eval.features import weights
 from eval.metrics import evaluate, key
 from eval.metrics.evaluate import SCORES, Against, evaluate_images, in_turn
-from eval.metrics.key import NUMERICAL
+from eval.metrics.key import NOT_NUMERICAL, followed
 from eval.metrics.statistics import Reference
 from eval.report.protocol import CROSS_EXTRACTOR, EXTRACTOR, Digits
 
@@ -240,14 +240,17 @@ def test_other_mix_ups_are_noticed(monkeypatch):
     }
 
 
-# Modules that evaluate.py needs and that decide no number: they read samples and weights, keep
-# features, or name the evaluation.
-NOT_NUMERICAL = {
+# Of eval's modules that evaluate.py needs, those that decide no number.
+OUTSIDE = {
     "eval.features.weights",
     "eval.metrics.key",
     "eval.metrics.reference",
     "eval.samples",
 }
+
+
+def file_of(module: str) -> Path:
+    return EVAL.parent.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def imported(module: str) -> set[str]:
@@ -259,24 +262,25 @@ def imported(module: str) -> set[str]:
         if name in found:
             continue
         found.add(name)
-        file = EVAL.parent.joinpath(*name.split(".")).with_suffix(".py")
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in ast.parse(file_of(name).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("eval."):
                 todo.append(node.module)
     return found
 
 
 def test_the_key_covers_every_module_that_makes_a_number():
-    assert len(set(NUMERICAL)) == len(NUMERICAL)
-    assert NOT_NUMERICAL.isdisjoint(NUMERICAL)
-    assert imported("eval.metrics.evaluate") == {*NUMERICAL, *NOT_NUMERICAL}
+    unseen = {name for name in imported("eval.metrics.evaluate") if followed(name) is None}
+    assert unseen == OUTSIDE
+    assert all(file_of(name).is_file() for name in NOT_NUMERICAL)
 
 
 def test_an_edit_of_any_module_that_makes_a_number_is_another_key(monkeypatch, tmp_path):
+    numerical = imported("eval.metrics.evaluate") - OUTSIDE
+
     def key_with(edited: str | None) -> str:
         copy = tmp_path / str(edited)
-        for name in NUMERICAL:
-            source = EVAL.parent.joinpath(*name.split(".")).with_suffix(".py")
+        for name in sorted(numerical):
+            source = file_of(name)
             text = source.read_text(encoding="utf-8")
             if name == edited:
                 text += "\nONE_MORE = 1\n"
@@ -286,8 +290,8 @@ def test_an_edit_of_any_module_that_makes_a_number_is_another_key(monkeypatch, t
         monkeypatch.setattr(key, "EVAL", copy)
         return key.evaluation_key.__wrapped__(None)  # without its cache
 
-    keys = {key_with(edited) for edited in (None, *NUMERICAL)}
-    assert len(keys) == 1 + len(NUMERICAL)
+    keys = {key_with(edited) for edited in (None, *numerical)}
+    assert len(keys) == 1 + len(numerical)
 
 
 def test_another_extractor_in_either_place_is_another_key(monkeypatch, tmp_path):

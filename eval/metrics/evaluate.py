@@ -1,7 +1,7 @@
 """One cell's samples -> its metrics.json. Sees samples and data, never a network of a method.
 
-Everything that decides a number is here or in a module of `eval.metrics.key.NUMERICAL`, so that
-`evaluation_key` sees an edit: what the command line passes are tensors by name.
+Everything that decides a number is here or in a module that `eval.metrics.key.followed` finds, so
+that `evaluation_key` sees an edit: what the command line passes are tensors by name.
 """
 
 from __future__ import annotations

@@ -14,31 +14,21 @@ from distillbench.hashing import code_hash
 from eval.features.weights import IMAGE_SCALE, weight_file
 
 EVAL = Path(__file__).parents[1]
-# Modules whose code decides a number; what reads weights and samples, or keeps features, does not.
-NUMERICAL = (
-    "eval.features.digits",
-    "eval.features.extractor",
-    "eval.features.extractors",
-    "eval.metrics.conditional",
-    "eval.metrics.evaluate",
-    "eval.metrics.fixed_rows",
-    "eval.metrics.frechet",
-    "eval.metrics.inception_score",
-    "eval.metrics.kid",
-    "eval.metrics.memorisation",
-    "eval.metrics.mixtures",
-    "eval.metrics.neighbours",
-    "eval.metrics.pairwise",
-    "eval.metrics.rounding",
-    "eval.metrics.scores",
-    "eval.metrics.statistics",
+FOLDERS = ("eval.features.", "eval.metrics.")
+# Modules in these folders that decide no number: they find weights, keep features, name the
+# evaluation. An extractor of image scale counts where it is used.
+NOT_NUMERICAL = (
+    "eval.features.inception",
+    "eval.features.weights",
+    "eval.metrics.key",
+    "eval.metrics.reference",
 )
 KEY_DIGITS = 12
 
 
 def followed(module: str) -> Path | None:
     """File of a module whose code is part of the key, else None."""
-    if module not in NUMERICAL:
+    if not module.startswith(FOLDERS) or module in NOT_NUMERICAL:
         return None
     return EVAL.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
